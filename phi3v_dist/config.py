@@ -1,0 +1,308 @@
+"""A YAML file and `key=value` overrides → one frozen `Settings` tree, or every mistake at once.
+
+What comes in: `launch/configs/x.yaml` and the words after it on the command line. What goes out: `Settings`, validated
+once, safe to pass anywhere. Surprise: a mistake does not stop the search for the next one. Bad keys are reported, set
+aside, and the rest is checked all the same, files and batch arithmetic included, so that one run shows them all.
+"""
+
+import difflib
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
+
+from phi3v_dist.errors import ConfigError
+
+
+class Section(BaseModel):
+    """Base of all settings: frozen, no unknown keys."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
+
+
+class RunSettings(Section):
+    name: str = Field("run", pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
+    """Folder name under `root`; starting the same name again continues that run."""
+    root: Path = Path("runs")
+    """Where run folders live; on a cluster, shared storage."""
+    seed: int = Field(0, ge=0)
+    """Order of the data and every other random choice."""
+
+    @property
+    def folder(self) -> Path:
+        """The run folder: config, metrics, checkpoints, evaluations, export, report."""
+        return self.root / self.name
+
+
+class ModelSettings(Section):
+    path: Path
+    """Folder in the official layout: config.json, *.safetensors, tokenizer and preprocessor files."""
+    longrope: Literal["document", "max_position", "key_length"] = "document"
+    """Which length chooses LongRoPE's short or long factors: each document's own (default), or an official batch rule."""
+    attention: Literal["auto", "sdpa", "flash"] = "auto"
+    """`flash` needs a GPU and flash-attn; `auto` takes it when both are there."""
+    dtype: Literal["auto", "bf16", "fp32"] = "auto"
+    """Compute type; `auto` is bf16 on GPUs that have it and fp32 elsewhere. Master weights are always fp32."""
+    gradient_checkpointing: bool = True
+    """Recompute each layer in the backward pass: about a third more work, most of the activation memory saved."""
+
+
+def _as_list(value: Any) -> Any:
+    return [value] if isinstance(value, str) else value
+
+
+class SourceSettings(Section):
+    """Tar shards that share a format."""
+
+    shards: Annotated[list[str], BeforeValidator(_as_list)] = Field(min_length=1)
+    """Paths; `*` and `{000..007}` are expanded. Every named file must exist."""
+    name: str | None = None
+    """Shown in metrics and predictions; default: taken from the first shard's name."""
+    weight: float | None = Field(None, gt=0)
+    """Share in the mix, relative to the other sources; default: number of samples, so that each is seen once an epoch."""
+    prompt: str | None = None
+    """For shards without `messages`: Jinja template over the JSON's fields (`.txt` is `{{ text }}`); pictures go first."""
+    answer: str | None = None
+    """As `prompt`, for what the model should say."""
+    system: str | None = None
+    """As `prompt`, for an optional system turn."""
+
+
+class DataSettings(Section):
+    train: list[SourceSettings] = Field(min_length=1)
+    """What is learned from."""
+    validation: list[SourceSettings] = []
+    """What is evaluated on; never trained."""
+    num_crops: int | None = Field(None, ge=1, le=64)
+    """Most 336-pixel crops a picture is cut into; default: the model folder's own (16 or 4)."""
+    packing: bool = True
+    """Several samples in one row; off: one sample a row."""
+    row_length_tokens: int = Field(4096, ge=16, le=131072)
+    """Longest row. A sample longer than this is left out, counted and named at the start."""
+    window_samples: int = Field(1024, ge=1)
+    """Samples among which rows are packed; larger packs fuller and shuffles a little less freely."""
+    num_workers: int = Field(2, ge=1, le=256)
+    """Decoding threads per rank."""
+    prefetch_rows: int = Field(4, ge=1)
+    """Rows decoded ahead per rank."""
+    max_bad_frac: float = Field(0.01, ge=0, le=1)
+    """Quarantined share of the samples seen at which the run stops."""
+
+
+class LearningRate(Section):
+    """Peak learning rates by part of the model."""
+
+    text: float = Field(1e-5, ge=0)
+    vision: float = Field(2e-6, ge=0)
+    projector: float = Field(1e-5, ge=0)
+
+
+class TrainSettings(Section):
+    steps: int | None = Field(None, ge=1)
+    """Optimizer steps in all; give this or `epochs`."""
+    epochs: float | None = Field(None, gt=0)
+    """Passes over the training data; give this or `steps`."""
+    rows_per_step: int = Field(8, ge=1)
+    """Rows in one optimizer step over the whole job, whatever the number of ranks."""
+    gradient_accumulation_steps: int | None = Field(None, ge=1)
+    """Rows one rank takes per step; default: rows_per_step / ranks, rounded up. Given, it must agree."""
+    learning_rate: LearningRate = LearningRate()
+    warmup_steps: int = Field(100, ge=0)
+    """Linear rise from 0; then a cosine."""
+    min_lr_frac: float = Field(0.1, ge=0, le=1)
+    """Where the cosine ends, as a share of the peak."""
+    weight_decay: float = Field(0.1, ge=0)
+    """On matrices only: never on norms, biases, separators and embeddings of class and position."""
+    betas: tuple[float, float] = (0.9, 0.95)
+    eps: float = Field(1e-8, gt=0)
+    grad_clip: float = Field(1.0, ge=0)
+    """Global norm; 0 turns clipping off."""
+    overfit_one_batch: bool = False
+    """Train on the first step's rows again and again: the loss must go to about 0 if labels and gradients are right."""
+
+
+class ParallelSettings(Section):
+    deepspeed: Path = Path("ds_configs/zero3.json")
+    """DeepSpeed JSON. Numbers that have a home here must be "auto" there."""
+    timeout_s: float = Field(1800, gt=0)
+    """Longest wait in a collective before the job is declared stuck."""
+
+
+class CheckpointSettings(Section):
+    every_steps: int = Field(200, ge=1)
+    keep: int = Field(3, ge=1)
+    """Committed checkpoints kept; the newest that verifies is never deleted."""
+
+
+class FieldSettings(Section):
+    """One thing to read out of an answer."""
+
+    pattern: str
+    """Regular expression; its first group is the value. Applied to the true answer and to the prediction alike."""
+    kind: Literal["exact", "number"] = "exact"
+    """`exact` compares text (spaces trimmed); `number` gives absolute and percentage errors."""
+
+
+class EvalSettings(Section):
+    every_steps: int | None = Field(None, ge=1)
+    """Steps between evaluations; default: only at the end."""
+    samples: int = Field(64, ge=1)
+    """Validation samples in an evaluation during training (the first ones in a fixed order)."""
+    final_samples: int | None = Field(None, ge=1)
+    """Validation samples in the last one; default: all."""
+    batch_samples: int = Field(8, ge=1)
+    """Answers generated together on one rank."""
+    max_new_tokens: int = Field(64, ge=1)
+    blind: bool = True
+    """Also ask every question with pictures exchanged among samples of the same shape: what can be said without seeing."""
+    fields: dict[str, FieldSettings] = {}
+
+
+class ObserveSettings(Section):
+    log_every_steps: int = Field(10, ge=1)
+    """Steps between console lines; metrics.jsonl has every step."""
+    wandb: Literal["offline", "online", "disabled"] = "offline"
+    wandb_project: str = "phi3v-dist"
+    wandb_entity: str | None = None
+
+
+class Settings(Section):
+    """Everything a run is told. One section per stage; one number, one home."""
+
+    run: RunSettings = RunSettings()
+    model: ModelSettings
+    data: DataSettings
+    train: TrainSettings = TrainSettings()
+    parallel: ParallelSettings = ParallelSettings()
+    checkpoint: CheckpointSettings = CheckpointSettings()
+    eval: EvalSettings = EvalSettings()
+    observe: ObserveSettings = ObserveSettings()
+
+
+def load(
+    path: Path | str, overrides: Sequence[str] = (), check: Callable[[Settings], list[str]] | None = None
+) -> Settings:
+    """Merge a YAML file with `key=value` overrides and validate.
+
+    Args:
+        check: further looks at the settings (files, arithmetic), returning one message per problem; it is also given
+            settings whose bad keys were replaced by their defaults, so that all mistakes are shown together.
+
+    Raises:
+        ConfigError: with one message per mistake: the key, the value, and what to change.
+    """
+    tree = _merge(Path(path), overrides)
+    settings, problems = _validate(tree)
+    if settings is not None:
+        problems += _contradictions(settings)
+        problems += check(settings) if check else []
+    if problems or settings is None:
+        raise ConfigError(problems)
+    return settings
+
+
+def dump(settings: Settings) -> dict[str, Any]:
+    """The resolved tree as plain data, for config.yaml and W&B."""
+    return settings.model_dump(mode="json")
+
+
+def _merge(path: Path, overrides: Sequence[str]) -> dict[str, Any]:
+    if not path.is_file():
+        near = difflib.get_close_matches(path.name, [p.name for p in path.parent.glob("*.yaml")], n=1)
+        hint = f"; did you mean {path.parent / near[0]}?" if near else ""
+        raise ConfigError(f"--config {path}: no such file{hint}")
+    malformed = [word for word in overrides if "=" not in word.lstrip("=")]
+    if malformed:
+        raise ConfigError([f"override {word!r} is not key=value, for example train.steps=100" for word in malformed])
+    try:
+        file_tree = OmegaConf.load(path)
+        merged = OmegaConf.merge(file_tree, OmegaConf.from_dotlist(list(overrides)))
+        tree = OmegaConf.to_container(merged, resolve=True)
+    except (OmegaConfBaseException, yaml.YAMLError, ValueError, TypeError) as error:
+        raise ConfigError(f"{path} with overrides {list(overrides)} cannot be read: {error}") from error
+    if not isinstance(tree, dict):
+        raise ConfigError(f"{path} must hold sections such as `model:` and `data:`, found {type(tree).__name__}")
+    return tree  # type: ignore[return-value]
+
+
+def _validate(tree: dict[str, Any]) -> tuple[Settings | None, list[str]]:
+    """Settings from what is right in the tree, and a message for each thing that is not."""
+    problems: list[str] = []
+    for _ in range(8):  # each round removes every bad key found; what remains wrong after that is a missing one
+        try:
+            return Settings.model_validate(tree), problems
+        except ValidationError as error:
+            removed = False
+            for mistake in error.errors():
+                problem = _describe(mistake)
+                if problem not in problems:
+                    problems.append(problem)
+                removed |= mistake["type"] != "missing" and _remove(tree, mistake["loc"])
+            if not removed:
+                return None, problems
+    return None, problems
+
+
+def _describe(mistake: Any) -> str:
+    key = ".".join(str(part) for part in mistake["loc"])
+    if mistake["type"] == "extra_forbidden":
+        near = difflib.get_close_matches(key, sorted(_known_keys(Settings)), n=1, cutoff=0.5)
+        hint = f"; did you mean `{near[0]}`?" if near else ""
+        return f"`{key}` is not a setting{hint}"
+    if mistake["type"] == "missing":
+        return f"`{key}` is missing: give it in the YAML file or as {key}=…"
+    value = mistake["input"]
+    number = isinstance(value, int | float) and not isinstance(value, bool)
+    quote = " (a bare number in YAML; quote it to keep text)" if number and "string" in mistake["type"] else ""
+    return f"`{key}` is {value!r}: {mistake['msg'][0].lower()}{mistake['msg'][1:]}{quote}"
+
+
+def _remove(tree: Any, loc: tuple[int | str, ...]) -> bool:
+    """Delete the value at `loc`; False when it is not there to delete."""
+    *parents, last = loc
+    for part in parents:
+        if not (isinstance(tree, dict) and part in tree or isinstance(tree, list) and isinstance(part, int)):
+            return False
+        tree = tree[part]  # type: ignore[index]
+    if isinstance(tree, dict) and last in tree:
+        del tree[last]
+        return True
+    if isinstance(tree, list) and isinstance(last, int) and last < len(tree):
+        del tree[last]
+        return True
+    return False
+
+
+def _known_keys(section: type[BaseModel], prefix: str = "") -> set[str]:
+    keys = set()
+    for name, field in section.model_fields.items():
+        keys.add(prefix + name)
+        inner = field.annotation
+        if isinstance(inner, type) and issubclass(inner, BaseModel):
+            keys |= _known_keys(inner, f"{prefix}{name}.")
+    return keys
+
+
+def _contradictions(settings: Settings) -> list[str]:
+    """What pydantic cannot see: settings that are fine alone and not together."""
+    problems = []
+    train = settings.train
+    if (train.steps is None) == (train.epochs is None):
+        found = f"steps={train.steps}, epochs={train.epochs}"
+        problems.append(f"`train.steps` or `train.epochs` must be given, one of the two (found {found})")
+    if train.steps is not None and train.warmup_steps >= train.steps:
+        problems.append(
+            f"`train.warmup_steps` is {train.warmup_steps} but the run has only {train.steps} steps: lower it"
+        )
+    if train.gradient_accumulation_steps is not None and train.rows_per_step % train.gradient_accumulation_steps:
+        problems.append(
+            f"`train.rows_per_step` {train.rows_per_step} is not a multiple of "
+            f"`train.gradient_accumulation_steps` {train.gradient_accumulation_steps}: leave the latter out to derive it"
+        )
+    if settings.eval.every_steps and not settings.data.validation:
+        problems.append("`eval.every_steps` is set but `data.validation` names no shards")
+    return problems

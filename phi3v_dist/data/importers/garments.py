@@ -1,0 +1,216 @@
+"""What the sample catalogue sells: its categories as outlines, its colours, patterns and trims, and `Look`.
+
+What comes in: nothing, these are data. What goes out: `GARMENTS` and the other tables, from which `drawing` draws and
+`sample` prices. Surprise: an outline is a handful of points in the square [-1, 1]² (y down) whose corners are cut
+round; a point given twice stays a corner.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from jaxtyping import Float
+
+Path = Float[np.ndarray, "points 2"]
+Colour = tuple[int, int, int]
+
+CREAM, CHARCOAL, WINE = (252, 246, 232), (48, 44, 50), (126, 22, 72)
+
+# Name → (fabric, ink of the pattern). Hues far enough apart to survive the light of `drawing.light_and_noise`.
+COLOURS: dict[str, tuple[Colour, Colour]] = {
+    "Red": ((208, 28, 38), CREAM),
+    "Orange": ((245, 130, 24), CREAM),
+    "Yellow": ((252, 216, 52), CHARCOAL),
+    "Green": ((26, 146, 74), CREAM),
+    "Blue": ((34, 92, 212), CREAM),
+    "Purple": ((120, 54, 168), CREAM),
+    "Pink": ((250, 146, 192), WINE),
+    "Black": ((38, 38, 44), CREAM),
+}
+PATTERNS = {"plain": "", "stripes": "Striped", "dots": "Dotted", "check": "Check"}  # pattern → its word in a title
+TRIMS = {"none": "", "bow": "with Bow", "gold": "with Gold Trim"}
+
+
+def smooth(points: Sequence[tuple[float, float]], closed: bool = True) -> Path:
+    """Rounds corners by cutting them three times (Chaikin 1974); a point given twice stays a corner."""
+    path = np.asarray(points, dtype=np.float64)
+    for _ in range(3):
+        following = np.roll(path, -1, axis=0) if closed else path[1:]
+        current = path if closed else path[:-1]
+        cut = np.stack([0.75 * current + 0.25 * following, 0.25 * current + 0.75 * following], axis=1).reshape(-1, 2)
+        path = cut if closed else np.concatenate([path[:1], cut, path[-1:]])
+    return path
+
+
+def symmetric(right_half: Sequence[tuple[float, float]]) -> Path:
+    """A closed outline from its right half, given from the top of the middle axis to its bottom."""
+    return smooth([*right_half, *((-x, y) for x, y in reversed(right_half))])
+
+
+def line(*points: tuple[float, float]) -> Path:
+    """An open curve."""
+    return smooth(points, closed=False)
+
+
+def both_sides(*paths: Path) -> tuple[Path, ...]:
+    """Each path and its mirror image."""
+    return tuple(side for path in paths for side in (path, path * (-1, 1)))
+
+
+@dataclass(frozen=True)
+class Garment:
+    """The outlines of one category, each a path in [-1, 1]².
+
+    noun: its word in a title.
+    fabric: closed; filled with the colour and the pattern. openings: closed; what shows through the fabric.
+    leather: closed; drawn over the fabric in dark brown. straps: open, thick, leather, drawn behind it.
+    seams: open, thin. hems: open; where gold trim runs.
+    bow, tag: where a bow sits and where the hang tag is tied.
+    """
+
+    noun: str
+    fabric: tuple[Path, ...]
+    hems: tuple[Path, ...]
+    bow: tuple[float, float]
+    tag: tuple[float, float]
+    openings: tuple[Path, ...] = ()
+    leather: tuple[Path, ...] = ()
+    straps: tuple[Path, ...] = ()
+    seams: tuple[Path, ...] = ()
+    buttons: tuple[tuple[float, float], ...] = ()
+
+
+GARMENTS: dict[str, Garment] = {
+    "COATS": Garment(
+        noun="Coat",
+        fabric=(
+            symmetric(
+                [(0, -0.86), (0.12, -0.96), (0.3, -0.94), (0.52, -0.84), (0.62, -0.7), (0.97, 0.26), (0.97, 0.26),
+                 (0.72, 0.36), (0.72, 0.36), (0.47, -0.3), (0.47, -0.1), (0.5, 0.3), (0.6, 0.97), (0.6, 0.97), (0, 0.97)]
+            ),
+        ),
+        hems=(*both_sides(line((0.99, 0.17), (0.7, 0.28))), line((-0.6, 0.92), (0, 0.92), (0.6, 0.92))),
+        bow=(0, -0.62),
+        tag=(0.62, 0.42),
+        leather=(np.array([(-0.49, 0.02), (0.49, 0.02), (0.5, 0.15), (-0.5, 0.15)]),),
+        seams=(line((0.06, -0.5), (0.06, 0.97)), *both_sides(line((0.12, -0.95), (0.34, -0.62), (0.06, -0.3)))),
+        buttons=tuple((x, y) for x in (-0.1, 0.2) for y in (-0.22, 0.34, 0.6)),
+    ),
+    "DRESSES": Garment(
+        noun="Dress",
+        fabric=(
+            symmetric(
+                [(0, -0.66), (0.12, -0.68), (0.18, -0.97), (0.18, -0.97), (0.34, -0.97), (0.34, -0.97), (0.34, -0.6),
+                 (0.3, -0.3), (0.24, -0.2), (0.4, 0.1), (0.95, 0.84), (0.95, 0.84), (0.6, 0.97), (0, 0.98)]
+            ),
+        ),
+        hems=(line((-0.26, -0.2), (0, -0.17), (0.26, -0.2)), line((-0.88, 0.8), (-0.55, 0.89), (0, 0.92), (0.55, 0.89), (0.88, 0.8))),
+        bow=(0, -0.3),
+        tag=(0.56, -0.56),
+        seams=(*both_sides(line((0.1, -0.05), (0.36, 0.86))), line((0, -0.05), (0, 0.86))),
+    ),
+    "TROUSERS": Garment(
+        noun="Trousers",
+        fabric=(
+            symmetric(
+                [(0, -0.97), (0.46, -0.97), (0.46, -0.97), (0.58, -0.4), (0.72, 0.97), (0.72, 0.97), (0.26, 0.97),
+                 (0.26, 0.97), (0.06, -0.24), (0, -0.28)]
+            ),
+        ),
+        hems=(*both_sides(line((0.27, 0.9), (0.71, 0.9))), line((-0.48, -0.9), (0, -0.9), (0.48, -0.9))),
+        bow=(0, -0.74),
+        tag=(0.7, -0.66),
+        seams=(line((0, -0.82), (0, -0.3)), *both_sides(line((0.28, -0.82), (0.38, -0.66), (0.52, -0.6)))),
+    ),
+    "BAGS": Garment(
+        noun="Bag",
+        fabric=(
+            symmetric(
+                [(0, -0.3), (0.76, -0.3), (0.76, -0.3), (0.86, 0.1), (0.95, 0.86), (0.9, 0.94), (0.8, 0.95), (0, 0.95)]
+            ),
+        ),
+        hems=(line((-0.94, 0.8), (0, 0.8), (0.94, 0.8)), line((-0.76, -0.22), (0, -0.22), (0.76, -0.22))),
+        bow=(0, 0.42),
+        tag=(0.66, -0.66),
+        leather=(np.array([(-0.1, -0.34), (0.1, -0.34), (0.1, -0.02), (-0.1, -0.02)]),),
+        straps=(line((-0.46, -0.28), (-0.46, -0.7), (-0.3, -0.93), (0.3, -0.93), (0.46, -0.7), (0.46, -0.28)),),
+        seams=(line((-0.7, -0.12), (0, 0.12), (0.7, -0.12)),),
+        buttons=((0, -0.1),),
+    ),
+    "SHOES": Garment(
+        noun="Boot",
+        fabric=(
+            smooth(
+                [(-0.78, -0.92), (-0.78, -0.92), (0.06, -0.92), (0.06, -0.92), (0.0, -0.2), (0.14, 0.1), (0.6, 0.26),
+                 (0.96, 0.42), (0.97, 0.74), (0.97, 0.74), (-0.84, 0.74), (-0.84, 0.74), (-0.7, 0.1)]
+            ),
+        ),
+        hems=(line((-0.79, -0.83), (0.06, -0.83)), line((-0.82, 0.64), (0.96, 0.64))),
+        bow=(0.06, 0.2),
+        tag=(0.56, -0.56),
+        leather=(
+            np.array([(-0.88, 0.72), (1.0, 0.72), (1.0, 0.86), (-0.1, 0.86), (-0.16, 0.97), (-0.88, 0.97)]),
+        ),
+        seams=(line((-0.7, 0.1), (-0.4, 0.24), (-0.34, 0.72)), line((0.5, 0.24), (0.46, 0.5), (0.6, 0.72))),
+    ),
+    "SCARVES": Garment(
+        noun="Scarf",
+        fabric=(
+            smooth([(-0.56, -0.6), (-0.3, -0.94), (0.3, -0.94), (0.56, -0.6), (0.5, -0.1), (0.2, 0.08), (-0.2, 0.08), (-0.5, -0.1)]),
+            smooth([(-0.22, -0.16), (0.14, -0.1), (0.1, 0.3), (-0.06, 0.84), (-0.06, 0.84), (-0.62, 0.84), (-0.62, 0.84)]),
+            smooth([(0.22, -0.16), (-0.1, -0.1), (0.1, 0.2), (0.34, 0.7), (0.34, 0.7), (0.8, 0.5), (0.8, 0.5)]),
+        ),
+        hems=(line((-0.62, 0.72), (-0.03, 0.72)), line((0.29, 0.6), (0.76, 0.4))),
+        bow=(0, -0.02),
+        tag=(0.74, -0.4),
+        openings=(smooth([(-0.26, -0.56), (0, -0.72), (0.26, -0.56), (0.2, -0.3), (0, -0.24), (-0.2, -0.3)]),),
+        seams=(line((-0.2, 0.1), (-0.1, 0.4)), line((-0.46, -0.14), (0, 0.02), (0.46, -0.14))),
+    ),
+    "HATS": Garment(
+        noun="Hat",
+        fabric=(
+            symmetric([(0, -0.72), (0.24, -0.78), (0.5, -0.66), (0.56, 0.0), (0.6, 0.34), (0, 0.4)]),
+            symmetric([(0, 0.2), (0.56, 0.24), (0.9, 0.18), (1.0, 0.34), (0.7, 0.62), (0, 0.7)]),
+        ),
+        hems=(line((-0.92, 0.32), (-0.66, 0.52), (0, 0.6), (0.66, 0.52), (0.92, 0.32)),),
+        bow=(0.36, 0.1),
+        tag=(0.78, -0.46),
+        leather=(np.array([(-0.57, 0.02), (0, 0.1), (0.57, 0.02), (0.59, 0.26), (0, 0.34), (-0.59, 0.26)]),),
+        seams=(line((-0.2, -0.74), (0, -0.5), (0.2, -0.74)),),
+    ),
+    "UMBRELLAS": Garment(
+        noun="Umbrella",
+        fabric=(
+            symmetric(
+                [(0, -0.86), (0.4, -0.84), (0.92, -0.5), (0.99, 0.12), (0.99, 0.12), (0.82, 0.0), (0.66, 0.12), (0.66, 0.12),
+                 (0.5, 0.0), (0.33, 0.12), (0.33, 0.12), (0.16, 0.0), (0, 0.12), (0, 0.12)]
+            ),
+        ),
+        hems=(line((-0.95, -0.06), (-0.5, -0.1), (0, -0.11), (0.5, -0.1), (0.95, -0.06)),),
+        bow=(0, -0.5),
+        tag=(0.5, 0.3),
+        straps=(line((0, -1.0), (0, -0.8)), line((0, 0.0), (0, 0.84), (0.04, 0.97), (0.22, 0.97), (0.26, 0.8))),
+        seams=(*both_sides(line((0, -0.86), (0.28, -0.5), (0.33, 0.12)), line((0, -0.86), (0.56, -0.6), (0.66, 0.12))),),
+    ),
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Look:
+    """What can be seen of a product, and asked about it.
+
+    category: a key of `GARMENTS`; colour of `COLOURS`; pattern of `PATTERNS`; trim of `TRIMS`.
+    limited: limited edition, which wears a black hang tag instead of a white one.
+    """
+
+    category: str
+    colour: str
+    pattern: str
+    trim: str
+    limited: bool
+
+    @property
+    def title(self) -> str:
+        """For example "Limited Red Striped Dress with Bow"."""
+        words = ("Limited" if self.limited else "", self.colour, PATTERNS[self.pattern])
+        return " ".join(word for word in (*words, GARMENTS[self.category].noun, TRIMS[self.trim]) if word)

@@ -1,0 +1,162 @@
+"""Lengths and order → rows → optimizer steps, the same on every rank, whatever the world size.
+
+What comes in: the endless stream of sample ids and how long each sample is. What goes out: `PlannedStep`s of exactly
+`rows_per_step` rows. Surprise: nothing here knows how many ranks there are. `assign` deals a planned step out to any
+number of them, and short ones get empty rows, so a run may go on at another world size with the same batches.
+
+Packing is best-fit decreasing within a window of samples; rows under `FULL_FRAC` are taken apart again and their samples
+carried to the next window, at most `MAX_CARRIES` times. The state is where the current window began and what was carried
+into it, so that a restart plans one window again and reads no data.
+"""
+
+import bisect
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from phi3v_dist.data.lengths import Lengths
+
+FULL_FRAC = 0.99
+MAX_CARRIES = 4
+
+SampleIds = Callable[[int, int], np.ndarray]  # (begin, end) → ids at these positions of the run
+
+
+@dataclass(frozen=True)
+class PlannedRow:
+    """Samples that will share a row, and its size."""
+
+    sample_ids: tuple[int, ...]
+    tokens: int
+    label_tokens: int
+    crops: int
+
+
+@dataclass(frozen=True)
+class PlannedStep:
+    """One optimizer step of the whole job.
+
+    label_tokens: what the loss is divided by.
+    position: samples of the stream that were planned up to and with this step's window.
+    state: hand it to `Planner` to go on with the step after this one.
+    """
+
+    number: int
+    rows: tuple[PlannedRow, ...]
+    label_tokens: int
+    tokens: int
+    state: dict[str, Any]
+
+    @property
+    def sample_ids(self) -> tuple[int, ...]:
+        return tuple(i for row in self.rows for i in row.sample_ids)
+
+
+class Planner:
+    """Iterates over the planned steps, from a state on.
+
+    Args:
+        sample_ids: the run's stream (`Order.sample_ids`).
+        end: position at which the stream ends; None: never.
+    """
+
+    def __init__(
+        self, sample_ids: SampleIds, lengths: Lengths, *, rows_per_step: int, row_length_tokens: int,
+        window_samples: int, packing: bool, seed: int, end: int | None = None, state: dict[str, Any] | None = None,
+    ):  # fmt: skip
+        self.sample_ids, self.lengths = sample_ids, lengths
+        self.rows_per_step, self.row_length_tokens = rows_per_step, row_length_tokens
+        self.window_samples, self.packing, self.seed, self.end = window_samples, packing, seed, end
+        self._state = state or {"step": 0, "window": 0, "rows_used": 0, "carry": []}
+
+    def __iter__(self) -> Iterator[PlannedStep]:
+        number, window, rows_used = (self._state[k] for k in ("step", "window", "rows_used"))
+        carry = [tuple(entry) for entry in self._state["carry"]]
+        waiting: list[PlannedRow] = []
+        while self.end is None or window * self.window_samples < self.end:
+            rows, next_carry = self._plan_window(window, carry)
+            while len(waiting) + len(rows) - rows_used >= self.rows_per_step:
+                take = self.rows_per_step - len(waiting)
+                waiting += rows[rows_used : rows_used + take]
+                rows_used += take
+                number += 1
+                state = {"step": number, "window": window, "rows_used": rows_used, "carry": carry}
+                yield self._step(number, waiting, state)
+                waiting = []
+            waiting += rows[rows_used:]
+            window, rows_used, carry = window + 1, 0, next_carry
+        if waiting:
+            number += 1
+            yield self._step(number, waiting, {"step": number, "window": window, "rows_used": 0, "carry": []})
+
+    def _step(self, number: int, rows: list[PlannedRow], state: dict[str, Any]) -> PlannedStep:
+        labels, tokens = sum(row.label_tokens for row in rows), sum(row.tokens for row in rows)
+        return PlannedStep(number, tuple(rows), labels, tokens, state)
+
+    def _plan_window(
+        self, window: int, carry: Sequence[tuple[int, int]]
+    ) -> tuple[list[PlannedRow], list[tuple[int, int]]]:
+        """Rows of a window, in training order, and the (sample id, times carried) left for the next."""
+        begin = window * self.window_samples
+        stop = begin + self.window_samples if self.end is None else min(begin + self.window_samples, self.end)
+        ids = self.sample_ids(begin, stop)
+        tokens = self.lengths.tokens[ids]
+        fresh = ids[(tokens > 0) & (tokens <= self.row_length_tokens)].tolist()
+        if not self.packing:
+            return [self._row([sample_id]) for sample_id in fresh], []
+        age = dict(carry) | dict.fromkeys(fresh, 0)
+        entries = [sample_id for sample_id, _ in carry] + fresh
+        bins = pack(entries, self.lengths.tokens, self.row_length_tokens)
+        last = self.end is not None and stop >= self.end
+        rows, next_carry = [], []
+        for bin_ids in bins:
+            full = self.lengths.tokens[bin_ids].sum() >= FULL_FRAC * self.row_length_tokens
+            if full or last or max(age[i] for i in bin_ids) >= MAX_CARRIES:
+                rows.append(self._row(bin_ids))
+            else:
+                next_carry += [(i, age[i] + 1) for i in bin_ids]
+        shuffle = np.random.default_rng([self.seed, window]).permutation(len(rows))
+        return [rows[i] for i in shuffle], next_carry
+
+    def _row(self, sample_ids: list[int]) -> PlannedRow:
+        lengths = self.lengths
+        tokens, labels, crops = (int(c[sample_ids].sum()) for c in (lengths.tokens, lengths.label_tokens, lengths.crops))
+        return PlannedRow(tuple(sample_ids), tokens, labels, crops)
+
+
+def pack(sample_ids: Sequence[int], tokens: np.ndarray, capacity: int) -> list[list[int]]:
+    """Best-fit decreasing: each sample, longest first, into the fullest bin that still has room.
+
+    The same input gives the same bins; equal lengths keep the input's order.
+    """
+    bins: list[list[int]] = []
+    room: list[tuple[int, int]] = []  # (tokens left, bin), sorted
+    for sample_id in sorted(sample_ids, key=lambda i: -int(tokens[i])):
+        size = int(tokens[sample_id])
+        place = bisect.bisect_left(room, (size, -1))
+        if place < len(room):
+            left, chosen = room.pop(place)
+        else:
+            left, chosen = capacity, len(bins)
+            bins.append([])
+        bins[chosen].append(sample_id)
+        bisect.insort(room, (left - size, chosen))
+    return bins
+
+
+def assign(step: PlannedStep, num_consumers: int) -> list[list[PlannedRow | None]]:
+    """Deal the rows of a step to consumers: [micro-step][consumer], None where a consumer gets an empty row.
+
+    ZeRO-3 keeps ranks together in every micro-step, so rows of like size share one: sorted, then cut in slices, with
+    the place in the slice rotating so that no rank is always handed the largest.
+    """
+    rows = sorted(step.rows, key=lambda row: (-row.tokens, -row.crops, row.sample_ids))
+    table: list[list[PlannedRow | None]] = []
+    for begin in range(0, len(rows), num_consumers):
+        slice_: list[PlannedRow | None] = list(rows[begin : begin + num_consumers])
+        slice_ += [None] * (num_consumers - len(slice_))
+        turn = (step.number + len(table)) % num_consumers
+        table.append(slice_[turn:] + slice_[:turn])
+    return table

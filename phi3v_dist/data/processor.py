@@ -1,0 +1,213 @@
+"""`Sample` → `Example`: a conversation becomes token ids and labels, its pictures become normalised crops.
+
+Two ways in. `Phi3VProcessor(text, images)` is the published processor, exactly: special-token text in the prompt
+becomes special tokens, crops are zero-filled to one count. `encode` and `encode_prompt` take structured turns, in which
+words of the data stay words whatever they spell (chat.py), and keep real crops only (crops.py). Surprise: `count` knows
+the length of an `Example` to the token from widths and heights, so planning never decodes a picture.
+"""
+
+import hashlib
+import json
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from jaxtyping import Float
+from PIL import Image
+from torch import Tensor
+from transformers import BatchFeature, PreTrainedTokenizerFast
+
+from phi3v_dist.data.batch import Example
+from phi3v_dist.data.chat import ANSWER_ROLE, ChatTokenizer
+from phi3v_dist.data.crops import CropLayout, Picture, write_crops
+from phi3v_dist.data.samples import BadSample, Message, Sample
+from phi3v_dist.errors import CheckpointError, ConfigError, DataError
+from phi3v_dist.model.attention import IGNORE
+from phi3v_dist.model.vision import CROP_SIZE
+
+# Part of `digest`: count up when the same turns come to give other ids, so that stored lengths are measured again.
+ENCODING_VERSION = 1
+_PLACEHOLDER = re.compile(r"<\|image_(\d+)\|>")
+
+
+class ExampleLength(NamedTuple):
+    """What an `Example` will cost, known before a pixel is read. crops: real ones, global views included."""
+
+    tokens: int
+    label_tokens: int
+    crops: int
+
+
+class Phi3VProcessor:
+    """Tokenizer, chat template and picture crops of Phi-3-vision. Threads may share it, but for calling it with text.
+
+    num_crops: the greatest number of local crops per picture (16 in Phi-3-vision's own file, 4 in Phi-3.5's).
+    stop_ids: ids at which generation stops: `<|end|>`, `<|endoftext|>`, `<|assistant|>`.
+    digest: hexadecimal, of everything that decides the result of `count`; other processors have another one.
+    """
+
+    def __init__(
+        self, tokenizer: PreTrainedTokenizerFast, num_crops: int, image_mean: Sequence[float], image_std: Sequence[float]
+    ):
+        """image_mean, image_std: of red, green and blue in 0..1. Errors as `from_pretrained`."""
+        if num_crops < 1:
+            raise ConfigError(f"num_crops is {num_crops}; a picture needs at least 1 local crop (16 and 4 are usual)")
+        self.tokenizer = tokenizer
+        self.num_crops = num_crops
+        self._mean = torch.tensor(image_mean, dtype=torch.float32).view(3, 1, 1)
+        self._std = torch.tensor(image_std, dtype=torch.float32).view(3, 1, 1)
+        self._chat = ChatTokenizer(tokenizer)
+        self.stop_ids = self._chat.stop_ids
+        decides_length = [ENCODING_VERSION, num_crops, tokenizer.backend_tokenizer.to_str()]
+        self.digest = hashlib.sha256(json.dumps(decides_length).encode()).hexdigest()
+
+    @classmethod
+    def from_pretrained(cls, folder: str | Path, num_crops: int | None = None) -> "Phi3VProcessor":
+        """Reads tokenizer.json, tokenizer_config.json and preprocessor_config.json of a model folder.
+
+        Args:
+            num_crops: None takes the number in preprocessor_config.json.
+
+        Raises:
+            CheckpointError: a file or one of its entries is missing, or the tokenizer is not of Phi-3's kind.
+            ConfigError: `num_crops` is less than 1.
+        """
+        folder = Path(folder)
+        names = ("tokenizer.json", "tokenizer_config.json", "preprocessor_config.json")
+        if missing := [name for name in names if not (folder / name).is_file()]:
+            raise CheckpointError(
+                f"cannot load the processor: {', '.join(missing)} not found in {folder}; "
+                "name a folder with the files of Phi-3-vision, or one of our exports"
+            )
+        path = folder / "preprocessor_config.json"
+        try:
+            settings = json.loads(path.read_text(encoding="utf-8"))
+            mean, std, default_num_crops = (settings[key] for key in ("image_mean", "image_std", "num_crops"))
+        except json.JSONDecodeError as error:
+            raise CheckpointError(f"cannot load the processor: {path} is not JSON ({error})") from error
+        except KeyError as error:
+            raise CheckpointError(f"cannot load the processor: {path} has no entry {error}") from error
+        tokenizer = PreTrainedTokenizerFast.from_pretrained(folder, local_files_only=True)
+        return cls(tokenizer, default_num_crops if num_crops is None else num_crops, mean, std)
+
+    def __call__(
+        self, text: str, images: Picture | Sequence[Picture] | None = None, return_tensors: str = "pt"
+    ) -> BatchFeature:
+        """The published processor's output for one prompt.
+
+        Args:
+            text: with `<|image_1|>` … `<|image_N|>`, in any order, where the pictures go.
+
+        Returns:
+            `input_ids` and `attention_mask` int64 [1, tokens]; with pictures also `pixel_values` fp32
+            [N, num_crops + 1, 3, 336, 336] (zeros after the real crops), `image_sizes` int64 [N, 2] (padded height,
+            width) and `num_img_tokens`, a list.
+
+        Raises:
+            DataError: placeholders and pictures do not match, or a picture cannot be cut.
+        """
+        if return_tensors != "pt":
+            raise ConfigError(f"return_tensors={return_tensors!r}: the processor makes PyTorch tensors only, use 'pt'")
+        pictures = [] if images is None else list(images) if isinstance(images, list | tuple) else [images]
+        chunks = _PLACEHOLDER.split(text)  # text, number, text, number, …, text
+        numbers = [int(number) for number in chunks[1::2]]
+        if sorted(numbers) != list(range(1, len(pictures) + 1)):
+            found = ", ".join(f"<|image_{number}|>" for number in numbers) or "none"
+            raise DataError(
+                f"the prompt's placeholders do not match its {len(pictures)} pictures: each of <|image_1|> to "
+                f"<|image_N|>, N the number of pictures, must stand in it once; found {found}"
+            )
+        layouts = [self._layout(picture) for picture in pictures]
+        ids: list[int] = list(self.tokenizer(chunks[0]).input_ids)
+        for number, chunk in zip(numbers, chunks[2::2], strict=True):
+            ids += [-number] * layouts[number - 1].num_tokens
+            ids += self.tokenizer(chunk).input_ids
+        input_ids = torch.tensor([ids])
+        output: dict[str, Any] = {"input_ids": input_ids, "attention_mask": torch.ones_like(input_ids)}
+        if pictures:
+            pixel_values = torch.zeros(len(pictures), self.num_crops + 1, 3, CROP_SIZE, CROP_SIZE)
+            for picture, layout, crops in zip(pictures, layouts, pixel_values, strict=True):
+                write_crops(picture, layout, self._mean, self._std, crops[: layout.num_crops])
+            output["pixel_values"] = pixel_values
+            output["image_sizes"] = torch.tensor([layout.padded_hw for layout in layouts])
+            output["num_img_tokens"] = [layout.num_tokens for layout in layouts]
+        return BatchFeature(output)
+
+    def encode(self, sample: Sample) -> Example:
+        """The whole conversation, every answer and the `<|end|>` after it learned.
+
+        Pictures are numbered as they are read; one that no turn shows is left out.
+
+        Raises:
+            BadSample: naming shard and key, for the reasons of `count`.
+        """
+        try:
+            return self._example(sample.sample_id, sample.messages, sample.images)
+        except DataError as error:
+            raise BadSample(sample.shard, sample.key, str(error)) from error
+
+    def encode_prompt(self, messages: Sequence[Message], images: Sequence[Picture], sample_id: int = -1) -> Example:
+        """What the model is given to answer: everything through the opening of the assistant's turn, no labels.
+
+        A final assistant turn is the answer asked for and is left out, so the prompt of a training conversation is the
+        beginning of its `encode`. sample_id: -1 for a prompt that comes from no shard. Raises DataError as `count`.
+        """
+        if messages and messages[-1].role == ANSWER_ROLE:
+            messages = messages[:-1]
+        example = self._example(sample_id, messages, images, prompt=True)
+        example.labels.fill_(IGNORE)  # answers of earlier turns
+        return example
+
+    def count(self, messages: Sequence[Message], image_sizes_wh: Sequence[tuple[int, int]]) -> ExampleLength:
+        """The length of `encode` of the same turns, from each picture's (width, height) alone.
+
+        Raises:
+            DataError: an unknown role, a picture that does not exist or cannot be cut, text that is not Unicode.
+        """
+        shown = _shown(messages, len(image_sizes_wh))
+        layouts = [CropLayout.of(*image_sizes_wh[index], self.num_crops) for index in shown]
+        ids, labels = self._chat.ids_and_labels(messages, [layout.num_tokens for layout in layouts])
+        label_tokens = len(labels) - labels.count(IGNORE)
+        return ExampleLength(len(ids), label_tokens, sum(layout.num_crops for layout in layouts))
+
+    def crops_of(self, image: Picture) -> tuple[Float[Tensor, "crops 3 height width"], tuple[int, int]]:
+        """Real crops (global view first, then row by row) and the padded picture's (height, width) in pixels."""
+        layout = self._layout(image)
+        return self._crops([image], [layout]), layout.padded_hw
+
+    def _example(
+        self, sample_id: int, messages: Sequence[Message], images: Sequence[Picture], prompt: bool = False
+    ) -> Example:
+        pictures = [images[index] for index in _shown(messages, len(images))]
+        layouts = [self._layout(picture) for picture in pictures]
+        ids, labels = self._chat.ids_and_labels(messages, [layout.num_tokens for layout in layouts], prompt)
+        return Example(
+            sample_id=sample_id,
+            input_ids=torch.tensor(ids),
+            labels=torch.tensor(labels),
+            pixel_values=self._crops(pictures, layouts),
+            image_sizes=torch.tensor([layout.padded_hw for layout in layouts], dtype=torch.int64).view(-1, 2),
+        )
+
+    def _layout(self, image: Picture) -> CropLayout:
+        width, height = image.size if isinstance(image, Image.Image) else (image.shape[1], image.shape[0])
+        return CropLayout.of(width, height, self.num_crops)
+
+    def _crops(
+        self, pictures: Sequence[Picture], layouts: Sequence[CropLayout]
+    ) -> Float[Tensor, "crops 3 height width"]:
+        num_crops = [layout.num_crops for layout in layouts]
+        pixel_values = torch.empty(sum(num_crops), 3, CROP_SIZE, CROP_SIZE)
+        for picture, layout, crops in zip(pictures, layouts, pixel_values.split(num_crops), strict=True):
+            write_crops(picture, layout, self._mean, self._std, crops)
+        return pixel_values
+
+
+def _shown(messages: Sequence[Message], num_images: int) -> list[int]:
+    """Indexes of the pictures in reading order."""
+    shown = [part for message in messages for part in message.parts if isinstance(part, int)]
+    if unknown := [index for index in shown if not 0 <= index < num_images]:
+        raise DataError(f"a turn shows picture {unknown[0]} (counted from 0), but the sample has {num_images} pictures")
+    return shown

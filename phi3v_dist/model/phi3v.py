@@ -1,0 +1,243 @@
+"""Phi-3-Vision: tokens and pictures → losses or logits.
+
+What comes in: a folder in the official layout, then batches. What goes out: per-token losses (training) or logits. The
+parts are transformers' own Phi-3 and CLIP layers under the official parameter names; the loop over them is ours.
+Surprise: neither `Phi3Model` nor its mask builder is called. Its initialisation fails under `zero.Init` when a padding id
+is set (transformers 5.23), its masks are dense, and it lets packed documents see each other unless asked just right.
+
+Every call takes one path: rows lose their padding, become one flat row of documents, and get it back at the end.
+"""
+
+import json
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+from transformers import Phi3Config
+from transformers.models.phi3.modeling_phi3 import Phi3DecoderLayer, Phi3RMSNorm
+from transformers.utils import ModelOutput
+
+from phi3v_dist.errors import CheckpointError
+from phi3v_dist.model.attention import BACKEND, Layout, choose_backend
+from phi3v_dist.model.cache import KeyValueCache
+from phi3v_dist.model.loss import Head
+from phi3v_dist.model.rope import LongRope
+from phi3v_dist.model.vision import ImageEmbedding, num_image_tokens
+
+LongRopeRule = Literal["document", "max_position", "key_length"]
+DEFAULT_PAD_ID = 32000  # the official class's default, which Phi-3-vision's config.json leaves unsaid
+
+
+@dataclass
+class Phi3VOutput(ModelOutput):
+    """loss: mean over label tokens. token_losses: fp32, one per label token, in order. logits: [rows, tokens, vocab]."""
+
+    loss: Tensor | None = None
+    token_losses: Tensor | None = None
+    logits: Tensor | None = None
+
+
+def read_config(folder: Path) -> dict[str, Any]:
+    """config.json of a model folder, as it is.
+
+    Raises:
+        CheckpointError: no such file, or not a Phi-3-V's.
+    """
+    path = Path(folder) / "config.json"
+    if not path.is_file():
+        raise CheckpointError(f"{path}: no such file; `model.path` must be a folder in the official layout")
+    try:
+        config = json.loads(path.read_text())
+    except ValueError as error:
+        raise CheckpointError(f"{path}: not JSON: {error}") from error
+    if config.get("model_type") != "phi3_v":
+        raise CheckpointError(f"{path}: model_type is {config.get('model_type')!r}, not 'phi3_v'; this is another model")
+    return config
+
+
+class Phi3VDecoder(nn.Module):
+    """`model`: embeddings of words and pictures, decoder layers, final norm."""
+
+    def __init__(self, config: dict[str, Any]):
+        super().__init__()
+        names = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads",
+                 "hidden_act", "rms_norm_eps", "attention_dropout", "resid_pdrop", "vocab_size")  # fmt: skip
+        fields = {name: config[name] for name in names if name in config}
+        no_ids = {"pad_token_id": None, "bos_token_id": None, "eos_token_id": None}
+        phi3 = Phi3Config(**fields, **no_ids, sliding_window=None)
+        phi3._attn_implementation = BACKEND
+        pad_id = config.get("pad_token_id", DEFAULT_PAD_ID)
+        self.embed_tokens = nn.Embedding(config["vocab_size"], config["hidden_size"], padding_idx=pad_id)
+        self.vision_embed_tokens = ImageEmbedding(config)
+        self.embed_dropout = nn.Dropout(config.get("embd_pdrop", 0.0))
+        self.layers = nn.ModuleList([Phi3DecoderLayer(phi3, i) for i in range(phi3.num_hidden_layers)])
+        self.norm = Phi3RMSNorm(phi3.hidden_size, eps=phi3.rms_norm_eps)
+        self.gradient_checkpointing = False
+
+    def embed(
+        self, input_ids: Int[Tensor, "rows tokens"], pixel_values: Tensor | None, image_sizes: Tensor | None
+    ) -> Float[Tensor, "rows tokens hidden"]:
+        """Words by table, negative ids by the pictures' features in order."""
+        embeds = self.embed_tokens(input_ids.clamp(min=0))
+        if pixel_values is not None and image_sizes is not None:
+            features = self.vision_embed_tokens(pixel_values, image_sizes)
+            num_placed = sum(num_image_tokens(height, width) for height, width in image_sizes.tolist())
+            placed, unplaced = features[:num_placed].to(embeds.dtype), features[num_placed:]
+            embeds = embeds.masked_scatter((input_ids < 0)[..., None], placed)
+            embeds = embeds + 0.0 * unplaced.sum()  # keeps the tower in every rank's graph, pictures or not
+        return self.embed_dropout(embeds)
+
+    def forward(
+        self,
+        embeds: Float[Tensor, "rows tokens hidden"],
+        rotation: tuple[Tensor, Tensor],
+        backend: str,
+        layout: Layout | None = None,
+        cache: KeyValueCache | None = None,
+    ) -> Float[Tensor, "rows tokens hidden"]:
+        """Through all layers and the final norm. `rotation` is cos and sin of every token."""
+        hidden = embeds
+        arguments = {"position_embeddings": rotation, "layout": layout, "backend": backend, "cache": cache}
+        for layer in self.layers:
+            if self.gradient_checkpointing and self.training:
+                hidden = checkpoint(layer, hidden, use_reentrant=False, **arguments)
+            else:
+                hidden = layer(hidden, **arguments)
+        return self.norm(hidden)
+
+
+class Phi3VForCausalLM(nn.Module):
+    """The whole model, parameters named as in the official safetensors.
+
+    Args:
+        config: the official config.json. `img_processor.clip_config` may hold CLIPVisionConfig fields of another tower.
+        longrope: which length chooses LongRoPE's factors; see `rope.py`.
+        attention: `auto`, `sdpa` or `flash`.
+    """
+
+    def __init__(self, config: dict[str, Any], longrope: LongRopeRule = "document", attention: str = "auto"):
+        super().__init__()
+        self.config, self.longrope, self.attention = config, longrope, attention
+        self.rope = LongRope(config)
+        self.model = Phi3VDecoder(config)
+        self.lm_head = Head(config["hidden_size"], config["vocab_size"], bias=False)
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        folder: Path | str,
+        longrope: LongRopeRule = "document",
+        attention: str = "auto",
+        dtype: torch.dtype | None = None,
+    ) -> "Phi3VForCausalLM":
+        """Read config.json and safetensors; `dtype` None keeps the files' type.
+
+        Raises:
+            CheckpointError: a file is missing, or names and shapes do not fit; all of them are listed.
+        """
+        from phi3v_dist.model.weights import OfficialFolder, load_weights
+
+        weights = OfficialFolder(Path(folder))
+        with torch.device("meta"):
+            model = cls(read_config(Path(folder)), longrope, attention)
+        model = model.to(dtype or weights.dtype).to_empty(device="cpu")
+        for tower in (model.model.vision_embed_tokens.img_processor.vision_model.embeddings,):
+            tower.position_ids = torch.arange(tower.num_positions)[None]  # a buffer, left empty by to_empty
+        load_weights(model, weights)
+        return model.eval()
+
+    def set_gradient_checkpointing(self, on: bool) -> None:
+        """Recompute decoder and vision layers in the backward pass."""
+        self.model.gradient_checkpointing = on
+        self.model.vision_embed_tokens.img_processor.gradient_checkpointing = on
+
+    def forward(
+        self,
+        input_ids: Int[Tensor, "rows tokens"],
+        pixel_values: Tensor | None = None,
+        image_sizes: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        labels: Tensor | None = None,
+        return_logits: bool = False,
+        layout: Layout | None = None,
+    ) -> Phi3VOutput:
+        """Losses for labels, logits when asked for or without labels.
+
+        Args:
+            input_ids: image positions are negative; pictures are placed in list order.
+            pixel_values: [images, num_crops + 1, 3, 336, 336] as the processor makes it, or flat real crops
+                [crops, 3, 336, 336], to which unplaced crops may be added at the end.
+            image_sizes: (height, width) of the padded pictures, on the CPU where speed matters.
+            attention_mask: 1 for real tokens, 0 for padding on either side.
+            position_ids: a new document begins where they return to 0; documents do not see each other.
+            labels: not shifted; -100 is ignored.
+            layout: instead of attention_mask and labels, for one flat row whose borders and labels are known.
+        """
+        num_rows, length = input_ids.shape
+        keep = None if attention_mask is None else attention_mask.bool()
+        if layout is None:
+            if position_ids is None:
+                position_ids = torch.arange(length, device=input_ids.device).expand(num_rows, length)
+            layout = self._lay_out(position_ids, keep, labels)
+            input_ids, position_ids = (_flatten(t, keep) for t in (input_ids, position_ids))
+        assert position_ids is not None  # a given layout comes with positions
+        if pixel_values is not None and pixel_values.dim() == 5:
+            pixel_values = _real_crops(pixel_values, image_sizes, input_ids)
+        embeds = self.model.embed(input_ids, pixel_values, image_sizes)
+        rotation = self.rope(position_ids, layout.rope_lengths[None], embeds.dtype)
+        hidden = self.model(embeds, rotation, choose_backend(self.attention, embeds.device), layout=layout)
+        output = Phi3VOutput()
+        if layout.num_targets or labels is not None or not return_logits and self.training:
+            losses = self.lm_head(hidden[0, layout.target_positions], layout.targets)
+            output.token_losses = losses
+            output.loss = losses.sum() / max(layout.num_targets, 1)
+        if return_logits or output.loss is None:
+            flat = self.lm_head(hidden)[0]
+            logits = flat.new_zeros(num_rows, length, flat.shape[-1])
+            mask = torch.ones_like(logits[..., 0], dtype=torch.bool) if keep is None else keep
+            output.logits = logits.masked_scatter(mask[..., None], flat)
+        return output
+
+    def _lay_out(self, position_ids: Tensor, keep: Tensor | None, labels: Tensor | None) -> Layout:
+        """Documents of padded rows: they begin with each row and wherever positions return to 0."""
+        starts = position_ids == 0
+        first = torch.zeros_like(starts) if keep is None else keep.int().argmax(1)[:, None] == _columns(starts)
+        starts = starts | (first if keep is not None else _columns(starts) == 0)
+        flat = _flatten(starts, keep)[0]
+        begins = flat.nonzero().flatten().tolist()
+        lengths = [end - begin for begin, end in zip(begins, [*begins[1:], len(flat)], strict=True)]
+        layout = Layout.of(lengths, None if labels is None else _flatten(labels, keep)[0].cpu()).to(position_ids.device)
+        if self.longrope == "document":
+            return layout
+        batch = position_ids.shape[1] if self.longrope == "key_length" else int(position_ids.max()) + 1
+        return replace(layout, rope_lengths=torch.full_like(layout.rope_lengths, batch))
+
+
+def _columns(like: Tensor) -> Tensor:
+    return torch.arange(like.shape[1], device=like.device).expand_as(like)
+
+
+def _flatten(values: Tensor, keep: Tensor | None) -> Tensor:
+    """[rows, tokens] → [1, real tokens]."""
+    return values.reshape(1, -1) if keep is None else values[keep][None]
+
+
+def _real_crops(pixel_values: Tensor, image_sizes: Tensor | None, input_ids: Tensor) -> Tensor:
+    """The processor's zero-padded crops without the padding.
+
+    Raises:
+        ValueError: the pictures do not fill exactly the negative positions.
+    """
+    if image_sizes is None or len(image_sizes) != len(pixel_values):
+        raise ValueError(f"{len(pixel_values)} pictures need as many image_sizes, found {image_sizes}")
+    sizes = image_sizes.tolist()
+    wanted, found = sum(num_image_tokens(h, w) for h, w in sizes), int((input_ids < 0).sum())
+    if wanted != found:
+        raise ValueError(f"pictures of sizes {sizes} give {wanted} image tokens, the text has {found} places for them")
+    real = [crops[: 1 + h * w // 336**2] for crops, (h, w) in zip(pixel_values, sizes, strict=True)]
+    return torch.cat(real)

@@ -1,0 +1,54 @@
+"""Position and document length → cos and sin, with LongRoPE's short or long factors chosen per document.
+
+What comes in: position ids and, per token, the length that decides. What goes out: cos and sin for every layer, made once
+per Batch. Surprise: the two official codes choose the factors for the whole *batch*, so a short document packed or batched
+with a long one gets other values than alone. Ours chooses per document (`longrope="document"`); the official rules remain
+selectable for parity (`max_position`: Phi-3-vision, largest position + 1; `key_length`: Phi-3.5, padded row length).
+
+Factors: Ding et al., "LongRoPE" (2024); inv_freq_i = 1 / (factor_i · theta^(2i/d)), and cos and sin are both multiplied by
+sqrt(1 + ln(max / original) / ln(original)), on the short branch too.
+"""
+
+import math
+from typing import Any
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+
+class LongRope:
+    """Holds both lists of inverse frequencies, in fp32, on every device they were used on.
+
+    A plain object, not a module: nothing may cast these numbers to bf16 or partition them.
+    """
+
+    def __init__(self, config: dict[str, Any]):
+        """`config`: official config.json; a config without rope_scaling gives plain RoPE on both branches."""
+        head_dim = config["hidden_size"] // config["num_attention_heads"]
+        exponent = torch.arange(0, head_dim, 2, dtype=torch.int64).float() / head_dim
+        base = config.get("rope_theta", 10000.0) ** exponent
+        self.original_length: int = config["original_max_position_embeddings"]
+        scaling = config.get("rope_scaling") or {}
+        ones = [1.0] * len(base)
+        factors = [torch.tensor(scaling.get(name, ones)) for name in ("short_factor", "long_factor")]
+        self._inv_freq = {torch.device("cpu"): torch.stack([1.0 / (factor * base) for factor in factors])}
+        stretch = config["max_position_embeddings"] / self.original_length
+        self.magnitude = math.sqrt(1 + math.log(stretch) / math.log(self.original_length)) if stretch > 1 else 1.0
+        if not scaling:
+            self.magnitude = 1.0
+
+    def __call__(
+        self, position_ids: Int[Tensor, "rows tokens"], lengths: Int[Tensor, "rows tokens"], dtype: torch.dtype
+    ) -> tuple[Float[Tensor, "rows tokens head_dim"], Float[Tensor, "rows tokens head_dim"]]:
+        """cos and sin for tokens at `position_ids` in documents of `lengths` (long factors above the original length)."""
+        inv_freq = self._on(position_ids.device)
+        chosen = inv_freq[(lengths > self.original_length).long()]  # [rows, tokens, head_dim / 2]
+        angles = position_ids[..., None].float() * chosen
+        angles = torch.cat((angles, angles), dim=-1)
+        return (angles.cos() * self.magnitude).to(dtype), (angles.sin() * self.magnitude).to(dtype)
+
+    def _on(self, device: torch.device) -> Tensor:
+        if device not in self._inv_freq:
+            self._inv_freq[device] = self._inv_freq[torch.device("cpu")].to(device)
+        return self._inv_freq[device]

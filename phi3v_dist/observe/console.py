@@ -1,0 +1,117 @@
+"""Rows of numbers → what a person sees while training runs: a line to grep every N steps, and a bar on a terminal.
+
+Surprise: while the bar is drawn, log handlers that write to the terminal are led through it, or every line that
+anything logs would tear it.
+"""
+
+import atexit
+import logging
+import sys
+import time
+from collections.abc import Mapping
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TaskID, TextColumn
+from rich.table import Table
+
+from phi3v_dist.observe.metrics import STEP, format_number, format_seconds, format_value
+from phi3v_dist.observe.tracker import Row, Tracker
+
+logger = logging.getLogger(__name__)
+
+LOSS, SPEED = "train/loss", "perf/tokens_per_s_per_gpu"
+LINE = (LOSS, "train/grad_norm", "train/lr/text", SPEED, "time/step_s", "time/data_s")
+
+
+class ConsoleTracker(Tracker):
+    """`step=120/600 loss=2.103 grad_norm=1.2 …` every N steps, one line per evaluation, a table at the end."""
+
+    def __init__(self, total_steps: int, every_n_steps: int = 10, console: Console | None = None):
+        self.total_steps = total_steps
+        self.every_n_steps = every_n_steps
+        self.console = console or Console()
+        self._bar: _Bar | None = None
+        self._first: tuple[float, float] | None = None  # (clock in seconds, step) of this attempt's first row
+
+    def start(self, config: Mapping[str, Any]) -> None:
+        if self.console.is_terminal:
+            self._bar = _Bar(self.console, self.total_steps)
+
+    def log(self, row: Row) -> None:
+        step = row[STEP]
+        eta = self._eta(step)
+        if LOSS in row and (step % self.every_n_steps == 0 or step in (1, self.total_steps)):
+            numbers = [f"{_short(name)}={format_number(row[name])}" for name in LINE if name in row]
+            logger.info(" ".join([f"step={step:.0f}/{self.total_steps}", *numbers, f"eta={eta.replace(' ', '')}"]))
+        if scores := [f"{name[5:]}={format_number(row[name])}" for name in row if name.startswith("eval/")]:
+            logger.info(" ".join([f"eval step={step:.0f}/{self.total_steps}", *scores]))
+        if self._bar:
+            self._bar.show(row, eta)
+
+    def finish(self, summary: Row) -> None:
+        if self._bar:
+            self._bar.close()
+        if summary:
+            self.console.print(_summary_table(summary))
+
+    def _eta(self, step: float) -> str:
+        """Time left at this attempt's pace so far, evaluations and checkpoints included."""
+        now = time.monotonic()
+        self._first = self._first or (now, step)
+        started, first_step = self._first
+        if step <= first_step:
+            return "?"
+        return format_seconds((now - started) / (step - first_step) * (self.total_steps - step))
+
+
+class _Bar:
+    """The live bar; restores the terminal and the log handlers when closed, at the latest when the process ends."""
+
+    def __init__(self, console: Console, total_steps: int):
+        self._progress = Progress(
+            TextColumn("step {task.completed:.0f}/{task.total:.0f}"),
+            BarColumn(),
+            TextColumn("loss {task.fields[loss]} · {task.fields[speed]} tokens/s · {task.fields[eta]} left"),
+            console=console,
+        )
+        self._task: TaskID = self._progress.add_task("train", total=total_steps, loss="?", speed="?", eta="?")
+        terminal = {sys.stdout: "stdout", sys.stderr: "stderr"}
+        self._adopted = [
+            (handler, handler.stream)
+            for handler in logging.getLogger().handlers
+            if isinstance(handler, logging.StreamHandler) and handler.stream in terminal
+        ]
+        self._progress.start()  # replaces sys.stdout and sys.stderr by proxies that print above the bar
+        for handler, stream in self._adopted:
+            handler.setStream(getattr(sys, terminal[stream]))
+        atexit.register(self.close)
+
+    def show(self, row: Row, eta: str) -> None:
+        fields = {
+            label: format_number(row[name]) for label, name in (("loss", LOSS), ("speed", SPEED)) if name in row
+        }
+        self._progress.update(self._task, completed=row[STEP], eta=eta, **fields)
+
+    def close(self) -> None:
+        for handler, stream in self._adopted:
+            handler.setStream(stream)
+        self._adopted = []
+        self._progress.stop()
+        atexit.unregister(self.close)
+
+
+def _short(name: str) -> str:
+    return "lr" if name.startswith("train/lr/") else name.rpartition("/")[2]
+
+
+def _summary_table(summary: Row) -> Table:
+    """The final numbers, an evaluation metric beside the same one of its blind control."""
+    table = Table("metric", "value", "blind control", title="summary")
+    for name, value in sorted(summary.items()):
+        if name.startswith("eval/blind/"):
+            continue
+        blind = f"eval/blind/{name.removeprefix('eval/')}"
+        control = format_value(blind, summary[blind]) if name.startswith("eval/") and blind in summary else ""
+        table.add_row(name, format_value(name, value), control)
+    return table

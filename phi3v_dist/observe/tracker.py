@@ -1,0 +1,152 @@
+"""Rows of numbers → the places a person looks: `metrics.jsonl` (the record) and its mirrors.
+
+What comes in: `{metric name: number}`, already reduced over the ranks, on rank 0 only. What goes out: one JSON line per
+row, and the same row to every mirror (console, W&B). Surprise: the sinks are not equals. The record may stop a run,
+since training that leaves no trace is worth little; a mirror never does: its first failure is a warning, and training
+goes on.
+"""
+
+import json
+import logging
+import math
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, TextIO
+
+from phi3v_dist.observe.metrics import ATTEMPT, STEP, check
+
+logger = logging.getLogger(__name__)
+
+RECORD_NAME = "metrics.jsonl"
+
+Row = Mapping[str, float]
+Prediction = Mapping[str, Any]  # one line of eval/step-XXXXXX/predictions.jsonl
+
+
+class Tracker:
+    """The seam between training and whoever watches it. A sink overrides the verbs that it has a use for."""
+
+    def start(self, config: Mapping[str, Any]) -> None:
+        """Open the sink. `config` is the resolved settings, without secrets."""
+
+    def log(self, row: Row) -> None:
+        """Take one row; it carries `train/step`, and its names are in the registry."""
+
+    def media(self, step: int, predictions: Sequence[Prediction], folder: Path) -> None:
+        """Take the answers of one evaluation; their thumbnails' paths are relative to `folder`."""
+
+    def finish(self, summary: Row) -> None:
+        """Close the sink with the run's final numbers."""
+
+
+class NoTracker(Tracker):
+    """What every rank but 0 holds."""
+
+
+class JsonlTracker(Tracker):
+    """The record: append-only over all attempts, one line per row, on disk before the next step starts."""
+
+    def __init__(self, run_folder: Path):
+        self.path = run_folder / RECORD_NAME
+        self.attempt = 1
+        self._file: TextIO | None = None
+
+    def start(self, config: Mapping[str, Any]) -> None:
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        _cut_torn_line(self.path)
+        self.attempt = 1 + max((int(row[ATTEMPT]) for row in _read_rows(self.path)), default=0)
+        self._file = self.path.open("a", encoding="utf-8")
+
+    def log(self, row: Row) -> None:
+        assert self._file is not None, "log() before start()"
+        assert STEP in row, f"a row needs {STEP!r}: {dict(row)}"
+        check(row)
+        numbers = {name: value if math.isfinite(value) else None for name, value in row.items()}  # strict JSON
+        line = {"time": round(time.time(), 3), ATTEMPT: self.attempt, **numbers}
+        self._file.write(json.dumps(line, allow_nan=False) + "\n")
+        self._file.flush()
+
+    def finish(self, summary: Row) -> None:
+        if self._file is not None:
+            self._file.close()
+            self._file = None
+
+
+class AllOf(Tracker):
+    """The record first, then every mirror, none of which can hurt the run or the other mirrors."""
+
+    def __init__(self, record: JsonlTracker, mirrors: Sequence[Tracker]):
+        self.record = record
+        self.mirrors = mirrors
+        self._warned: set[str] = set()
+
+    def start(self, config: Mapping[str, Any]) -> None:
+        self.record.start(config)
+        self._mirror(lambda mirror: mirror.start(config))
+
+    def log(self, row: Row) -> None:
+        self.record.log(row)
+        self._mirror(lambda mirror: mirror.log({ATTEMPT: self.record.attempt, **row}))
+
+    def media(self, step: int, predictions: Sequence[Prediction], folder: Path) -> None:
+        self._mirror(lambda mirror: mirror.media(step, predictions, folder))
+
+    def finish(self, summary: Row) -> None:
+        self.record.finish(summary)
+        self._mirror(lambda mirror: mirror.finish(summary))
+
+    def _mirror(self, tell: Callable[[Tracker], None]) -> None:
+        for mirror in self.mirrors:
+            name = type(mirror).__name__
+            try:
+                tell(mirror)
+            except Exception as error:  # a client may raise anything; see OBSERVABILITY.md §0.4 for how many do
+                if name not in self._warned:
+                    self._warned.add(name)
+                    logger.warning(
+                        "%s failed (%s: %s); training goes on, the record is %s, and this is said once",
+                        *(name, type(error).__name__, error, self.record.path),
+                    )
+
+
+def read_metrics(run_folder: Path) -> list[dict[str, float]]:
+    """The surviving history: one row per step, in order; what a later attempt trained again replaces the earlier.
+
+    An attempt that starts at step s makes everything after s that earlier attempts logged void, even steps that it has
+    not reached again yet. Rows of one step (training, then evaluation) are merged. Numbers that were not finite come
+    back as NaN. Each row keeps the columns `time` (unix seconds) and `run/attempt`.
+    """
+    history: dict[int, dict[str, float]] = {}
+    attempt = 0
+    for row in _read_rows(run_folder / RECORD_NAME):
+        step = int(row[STEP])
+        if row[ATTEMPT] > attempt:
+            attempt = int(row[ATTEMPT])
+            history = {earlier: kept for earlier, kept in history.items() if earlier <= step}
+        history[step] = {**history.get(step, {}), **row}
+    return [history[step] for step in sorted(history)]
+
+
+def _read_rows(path: Path) -> Iterator[dict[str, float]]:
+    """Every whole line of the record; a line that a kill left unfinished is not one."""
+    if not path.exists():
+        return
+    for number, line in enumerate(path.read_bytes().split(b"\n")[:-1], start=1):
+        try:
+            row = json.loads(line)
+            yield {name: math.nan if value is None else value for name, value in row.items()}
+        except (json.JSONDecodeError, UnicodeDecodeError, AttributeError):
+            logger.warning("%s line %d is damaged (%r…) and left out", path, number, line[:40])
+
+
+def _cut_torn_line(path: Path) -> None:
+    """Truncate the record to its last whole line, so that the next row does not continue a torn one."""
+    if not path.exists():
+        return
+    content = path.read_bytes()
+    whole_bytes = content.rfind(b"\n") + 1
+    if whole_bytes < len(content):
+        logger.warning("%s ended in the middle of a line (a kill); cut %d bytes", path, len(content) - whole_bytes)
+        with path.open("r+b") as file:
+            file.truncate(whole_bytes)

@@ -1,0 +1,272 @@
+"""A ZeRO-3 engine ↔ named pieces of flat tensors: the one module that reaches inside DeepSpeed.
+
+In: an engine between two optimizer steps. Out: for every parameter the elements this rank owns, of the fp32 master and
+of each optimizer state, under the parameter's name; and the way back, at any world size.
+
+Surprise: ZeRO-3 cuts every parameter by itself. Rank r of W owns elements [r*P, (r+1)*P) of the flattened tensor with
+P = ceil(numel / W), so a late rank may own nothing; what fills its share up to P is uninitialised memory, which must
+never be saved or hashed.
+"""
+
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from importlib.metadata import version
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from phi3v_dist.errors import CheckpointError
+
+TESTED_DEEPSPEED = "0.19.8"
+COUNTERS = ("global_steps", "global_samples", "skipped_steps", "micro_steps")
+LOSS_SCALE_NUMBERS = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")
+
+# (tensor name, state, start, length) → those elements of the flattened tensor
+ReadElements = Callable[[str, str, int, int], Tensor]
+
+
+@dataclass(frozen=True)
+class TensorSpec:
+    """A tensor of the model, whole.
+
+    role: "trained" (has a master and optimizer states), "frozen" (has neither) or "buffer".
+    dtypes: state → dtype as stored. "weight" is the master of a trained tensor; Adam adds "exp_avg" and "exp_avg_sq",
+        which do not exist before the first step.
+    """
+
+    shape: tuple[int, ...]
+    role: str
+    param_group: int | None
+    dtypes: dict[str, str]
+
+    @property
+    def numel(self) -> int:
+        return math.prod(self.shape)
+
+
+@dataclass(frozen=True)
+class Piece:
+    """Elements [start, start + length) of a flattened tensor: a view per state, without copy and without gradient."""
+
+    name: str
+    start: int
+    states: dict[str, Tensor]
+
+    @property
+    def length(self) -> int:
+        return self.states["weight"].numel()
+
+
+class Partitions:
+    """This rank's share of what an engine trains."""
+
+    def __init__(self, engine: Any):
+        _require_supported(engine)
+        self.engine = engine
+        self.zero = engine.optimizer
+        # Membership in a sub-group decides what is trained: requires_grad may have been switched off since.
+        self._place: dict[int, tuple[int, int]] = {}  # id of parameter → (sub-group, offset in its flat tensor)
+        for sub_group, params in enumerate(self.zero.fp16_groups):
+            offset = 0
+            for param in params:
+                self._place[id(param)] = (sub_group, offset)
+                offset += param.partition_numel()
+
+    def require_between_steps(self) -> None:
+        """Refuse inside an accumulation window: its gradients are in no checkpoint and would be lost."""
+        if self.zero.micro_step_id > 0 or self.zero._epilogue_ran_this_backward:
+            raise CheckpointError(
+                f"cannot save after global step {self.engine.global_steps}: gradients of the next step are already "
+                "accumulated and would be lost. Save right after the engine.step() that updated the weights."
+            )
+
+    def specs(self) -> dict[str, TensorSpec]:
+        specs = {}
+        for name, param in self.engine.module.named_parameters():
+            if id(param) in self._place:
+                sub_group, _ = self._place[id(param)]
+                dtypes = {state: _dtype_name(flat) for state, flat in self._flat_states(sub_group).items()}
+                group = self.zero.sub_group_to_group_id[sub_group]
+                specs[name] = TensorSpec(tuple(param.ds_shape), "trained", group, dtypes)
+            else:
+                specs[name] = TensorSpec(tuple(param.ds_shape), "frozen", None, {"weight": _dtype_name(param.ds_tensor)})
+        for name, buffer in self._buffers():
+            specs[name] = TensorSpec(tuple(buffer.shape), "buffer", None, {"weight": _dtype_name(buffer)})
+        return specs
+
+    def aliases(self) -> dict[str, str]:
+        """Second names of tied parameters → the name they are saved under."""
+        first = {id(param): name for name, param in self.engine.module.named_parameters()}
+        every = self.engine.module.named_parameters(remove_duplicate=False)
+        return {name: first[id(param)] for name, param in every if name != first[id(param)]}
+
+    def pieces(self) -> Iterator[Piece]:
+        """What this rank owns, an empty piece where it owns nothing; buffers are rank 0's."""
+        for name, param in self.engine.module.named_parameters():
+            start, length = _owned(param)
+            if id(param) in self._place:
+                sub_group, offset = self._place[id(param)]
+                flats = self._flat_states(sub_group)
+                yield Piece(name, start, {state: flat.narrow(0, offset, length) for state, flat in flats.items()})
+            else:
+                yield Piece(name, start, {"weight": param.ds_tensor.detach().flatten()[:length]})
+        for name, buffer in self._buffers():
+            elements = buffer.detach().flatten()
+            yield Piece(name, 0, {"weight": elements if self.engine.global_rank == 0 else elements[:0]})
+
+    def settings(self) -> dict[str, Any]:
+        """The engine's numbers, as JSON: counters, hyperparameters now in force, schedule, loss scale."""
+        groups = [{k: v for k, v in g.items() if k != "params"} for g in self.zero.optimizer.param_groups]
+        scalars: list[dict[str, Any]] = [{} for _ in groups]
+        for sub_group in range(len(self.zero.fp16_groups)):
+            scalars[self.zero.sub_group_to_group_id[sub_group]] = self._scalar_states(sub_group)
+        scheduler, scaler = self.engine.lr_scheduler, self.zero.loss_scaler
+        return {
+            "counters": {name: getattr(self.engine, name) for name in COUNTERS},
+            "param_groups": groups,
+            "optimizer_scalars": scalars,
+            "schedule": None if scheduler is None else scheduler.state_dict(),
+            "loss_scale": {name: getattr(scaler, name) for name in LOSS_SCALE_NUMBERS if hasattr(scaler, name)},
+        }
+
+    def differences(self, saved: dict[str, TensorSpec], settings: dict[str, Any]) -> list[str]:
+        """Why a checkpoint cannot be loaded into this engine, one line for each tensor; empty if it can."""
+        present, problems = self.specs(), []
+        for name in sorted(saved.keys() | present.keys()):
+            if name not in present:
+                problems.append(f"{name}: in the checkpoint, not in the model")
+            elif name not in saved:
+                problems.append(f"{name}: in the model, not in the checkpoint")
+            else:
+                there, here = saved[name], present[name]
+                for what in ("shape", "role", "param_group"):
+                    if getattr(there, what) != getattr(here, what):
+                        found = f"{what} {getattr(there, what)} in the checkpoint, {getattr(here, what)} in the model"
+                        problems.append(f"{name}: {found}")
+        num_saved, num_present = len(settings["param_groups"]), len(self.zero.optimizer.param_groups)
+        if num_saved != num_present:
+            problems.append(f"{num_saved} parameter groups in the checkpoint, {num_present} in the optimizer")
+        if (settings["schedule"] is None) != (self.engine.lr_scheduler is None):
+            problems.append("a learning-rate schedule is in only one of checkpoint and engine")
+        return problems
+
+    @torch.no_grad()
+    def restore(self, specs: dict[str, TensorSpec], settings: dict[str, Any], read: ReadElements) -> None:
+        """Set every weight, optimizer state and number. Collective. The order matters, in a live engine too."""
+        zero = self.zero
+        zero.checkpoint_event_prologue()  # drops gathered copies of the old weights
+        zero.zero_grad()
+        self._create_optimizer_states(specs, settings["optimizer_scalars"])
+        for name, param in self.engine.module.named_parameters():
+            start, length = _owned(param)
+            if id(param) in self._place:
+                sub_group, offset = self._place[id(param)]
+                for state, flat in self._flat_states(sub_group).items():
+                    _fill(flat.narrow(0, offset, param.partition_numel()), read(name, state, start, length))
+            else:
+                _fill(param.ds_tensor, read(name, "weight", start, length))
+        for name, buffer in self._buffers():
+            buffer.copy_(read(name, "weight", 0, buffer.numel()).view(buffer.shape))
+        for sub_group in range(len(zero.fp16_groups)):
+            zero._reassign_or_swap_out_partitioned_parameters(sub_group)  # masters → the weights that compute
+        zero.checkpoint_event_epilogue()  # gathers persistent parameters again, drops secondary (hpZ) copies
+        self._restore_settings(settings)
+
+    def _restore_settings(self, settings: dict[str, Any]) -> None:
+        for group, saved in zip(self.zero.optimizer.param_groups, settings["param_groups"], strict=True):
+            group.update({key: tuple(value) if isinstance(value, list) else value for key, value in saved.items()})
+        if settings["schedule"] is not None:
+            self.engine.lr_scheduler.load_state_dict(settings["schedule"])
+        for name, value in settings["loss_scale"].items():
+            setattr(self.zero.loss_scaler, name, value)
+        for name, value in settings["counters"].items():
+            setattr(self.engine, name, value)
+        # Another number of accumulation steps (other world size, same global batch) must start at a window's border.
+        accumulation_steps = self.engine.gradient_accumulation_steps()
+        if self.engine.micro_steps % accumulation_steps:
+            self.engine.micro_steps = self.engine.global_steps * accumulation_steps
+
+    def _create_optimizer_states(self, specs: dict[str, TensorSpec], scalars: list[dict[str, Any]]) -> None:
+        """A fresh optimizer has no states before its first step, so make them in the form they were saved in."""
+        names = {id(param): name for name, param in self.engine.module.named_parameters()}
+        for sub_group, params in enumerate(self.zero.fp16_groups):
+            flat = self.zero.fp32_partitioned_groups_flat[sub_group]
+            state: dict[str, Any] = {}
+            for key, scalar in scalars[self.zero.sub_group_to_group_id[sub_group]].items():
+                value, dtype = scalar["value"], scalar["tensor_dtype"]
+                state[key] = value if dtype is None else torch.tensor(value, dtype=getattr(torch, dtype))
+            for key, dtype in specs[names[id(params[0])]].dtypes.items():
+                if key != "weight":
+                    state[key] = torch.zeros_like(flat, dtype=getattr(torch, dtype))
+            self.zero.optimizer.state[flat] = state
+
+    def _flat_states(self, sub_group: int) -> dict[str, Tensor]:
+        """The flat tensors of a sub-group: its master and the optimizer states that have an element for each weight."""
+        master = self.zero.fp32_partitioned_groups_flat[sub_group]
+        states = self.zero.optimizer.state.get(master, {})
+        return {"weight": master.detach()} | {k: v for k, v in states.items() if _per_element(v, master)}
+
+    def _scalar_states(self, sub_group: int) -> dict[str, Any]:
+        """The rest of the optimizer's states, such as Adam's step: a tensor in torch's AdamW, an int in DeepSpeed's."""
+        master = self.zero.fp32_partitioned_groups_flat[sub_group]
+        scalars = {}
+        for key, value in self.zero.optimizer.state.get(master, {}).items():
+            if isinstance(value, Tensor) and value.numel() == 1:
+                scalars[key] = {"value": value.item(), "tensor_dtype": _dtype_name(value)}
+            elif isinstance(value, int | float):
+                scalars[key] = {"value": value, "tensor_dtype": None}
+            elif not _per_element(value, master):
+                raise CheckpointError(
+                    f"cannot save the optimizer state {key!r} of {type(self.zero.optimizer).__name__}: it is neither a "
+                    "number nor one value for each weight. Use AdamW."
+                )
+        return scalars
+
+    def _buffers(self) -> list[tuple[str, Tensor]]:
+        persistent = self.engine.module.state_dict(keep_vars=True).keys()
+        return [(name, buffer) for name, buffer in self.engine.module.named_buffers() if name in persistent]
+
+
+def _owned(param: Any) -> tuple[int, int]:
+    """Start and length of this rank's share of a flattened parameter, without padding."""
+    share = param.partition_numel()
+    start = min(param.ds_zero_partition_rank * share, param.ds_numel)
+    return start, min(share, param.ds_numel - start)
+
+
+def _fill(target: Tensor, elements: Tensor) -> None:
+    target[: elements.numel()].copy_(elements)
+    target[elements.numel() :].zero_()
+
+
+def _per_element(value: Any, master: Tensor) -> bool:
+    return isinstance(value, Tensor) and value.shape == master.shape
+
+
+def _dtype_name(tensor: Tensor) -> str:
+    return str(tensor.dtype).removeprefix("torch.")
+
+
+def _require_supported(engine: Any) -> None:
+    found = version("deepspeed")
+    if found != TESTED_DEEPSPEED:
+        raise CheckpointError(
+            f"saving and loading reach inside DeepSpeed and are tested with {TESTED_DEEPSPEED}; {found} is installed. "
+            f"Install deepspeed=={TESTED_DEEPSPEED}, or run tests/survive/test_checkpoint.py with the new version and, "
+            "when it passes, change TESTED_DEEPSPEED in phi3v_dist/parallel/partitions.py."
+        )
+    if engine.zero_optimization_stage() != 3:
+        stage = engine.zero_optimization_stage()
+        raise CheckpointError(f"checkpoints hold ZeRO-3 partitions; this engine runs stage {stage}. Set stage 3.")
+    zero = engine.optimizer
+    unsupported = {
+        "optimizer state on NVMe (offload_optimizer.device)": zero.swap_optimizer,
+        "parameters on NVMe (offload_param.device)": zero.params_in_nvme_and_cpu,
+        "partly offloaded optimizer (offload_optimizer.ratio below 1)": zero.offload_optimizer and zero.partial_offload != 1.0,
+        "ZenFlow": zero.zenflow,
+    }
+    problems = [f"cannot checkpoint an engine with {what}: switch it off" for what, used in unsupported.items() if used]
+    if problems:
+        raise CheckpointError(problems)

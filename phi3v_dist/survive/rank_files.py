@@ -1,0 +1,252 @@
+"""Bytes of a checkpoint: tensors ↔ one safetensors file per rank, and the manifest that names and hashes them.
+
+In: this rank's pieces, or the path of a committed checkpoint. Out: a file that was read back from the disk before it
+counts as written, or whole tensors assembled from all the pieces. The format is described in docs/checkpoint-format.md.
+
+Surprise: nothing here knows DeepSpeed or a process group, so that export and evaluation read a checkpoint of any world
+size in one process; nothing is unpickled, so that a file from elsewhere can hold wrong numbers but no code.
+"""
+
+import errno
+import json
+import math
+import os
+import re
+from collections.abc import Iterator, Mapping
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+import xxhash
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from phi3v_dist.errors import CheckpointError
+from phi3v_dist.parallel.partitions import TensorSpec
+
+FORMAT = "phi3v-dist checkpoint"
+FORMAT_VERSION = 1
+UPGRADE = (
+    "Version 1 is the first. A reader that finds a version it does not know must refuse; the release that introduces "
+    "version 2 names in docs/checkpoint-format.md the command that converts this one."
+)
+MANIFEST = "manifest.json"
+RANK_FILE = re.compile(r"rank-\d{5,}\.safetensors")
+BLOCK_BYTES = 8 * 2**20  # written and hashed at a time; large enough for any disk, small enough to share a processor
+SAFETENSORS_DTYPES = {
+    torch.float64: "F64",
+    torch.float32: "F32",
+    torch.bfloat16: "BF16",
+    torch.float16: "F16",
+    torch.int64: "I64",
+    torch.int32: "I32",
+    torch.int16: "I16",
+    torch.int8: "I8",
+    torch.uint8: "U8",
+    torch.bool: "BOOL",
+}
+
+
+class DamagedError(CheckpointError):
+    """This checkpoint cannot be trusted; an older one may be."""
+
+
+def rank_file_name(rank: int) -> str:
+    return f"rank-{rank:05d}.safetensors"
+
+
+def write_rank_file(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> dict[str, Any]:
+    """Write, flush to the disk, read back; returns the manifest's entry. Raises OSError."""
+    digest = xxhash.xxh3_128()
+    with path.open("xb") as file:
+        for block in _blocks(tensors, metadata):
+            file.write(block)
+            digest.update(block)
+        file.flush()
+        os.fsync(file.fileno())
+        # Forget the cached pages: what is read back then comes from the disk.
+        os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+    entry = {"size_bytes": path.stat().st_size, "xxh3_128": digest.hexdigest()}
+    if hash_file(path) != entry["xxh3_128"]:
+        raise OSError(errno.EIO, "the disk returned other bytes than were written", str(path))
+    fsync_folder(path.parent)
+    return entry
+
+
+def _blocks(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> Iterator[bytes | memoryview]:
+    """The file in order: header length, header, elements. Wide types first, so that every tensor is aligned."""
+    ordered = sorted(tensors.items(), key=lambda item: -item[1].element_size())
+    header: dict[str, Any] = {"__metadata__": dict(metadata)}
+    end = 0
+    for key, tensor in ordered:
+        begin, end = end, end + tensor.numel() * tensor.element_size()
+        dtype = SAFETENSORS_DTYPES[tensor.dtype]
+        header[key] = {"dtype": dtype, "shape": list(tensor.shape), "data_offsets": [begin, end]}
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)
+    yield len(text).to_bytes(8, "little") + text
+    for _, tensor in ordered:
+        elements = memoryview(tensor.detach().cpu().contiguous().view(torch.uint8).numpy())
+        for begin in range(0, len(elements), BLOCK_BYTES):
+            yield elements[begin : begin + BLOCK_BYTES]
+
+
+def hash_file(path: Path) -> str:
+    digest = xxhash.xxh3_128()
+    with path.open("rb", buffering=0) as file:
+        while block := file.read(BLOCK_BYTES):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def write_manifest(folder: Path, manifest: dict[str, Any]) -> None:
+    """Appears whole or not at all, also after a power cut."""
+    temporary = folder / f"{MANIFEST}.tmp"
+    with temporary.open("w") as file:
+        json.dump(manifest, file, indent=1)
+        file.flush()
+        os.fsync(file.fileno())
+    temporary.rename(folder / MANIFEST)
+    fsync_folder(folder)
+
+
+def fsync_folder(folder: Path) -> None:
+    """Make the names in a folder durable, not only the contents of its files."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def read_manifest(folder: Path) -> dict[str, Any]:
+    path = folder / MANIFEST
+    try:
+        manifest = json.loads(path.read_text())
+    except FileNotFoundError as error:
+        raise DamagedError(f"{path} is missing: the checkpoint was never committed, or files were deleted") from error
+    except (OSError, ValueError) as error:
+        raise DamagedError(f"{path} cannot be read: {error}") from error
+    if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
+        raise DamagedError(f"{path} is not the manifest of a {FORMAT}")
+    if manifest["version"] != FORMAT_VERSION:
+        raise CheckpointError(
+            f"{path} has format version {manifest['version']}, this program reads version {FORMAT_VERSION}. Use the "
+            f"release that wrote it; its note on upgrading: {manifest.get('upgrade')}"
+        )
+    strangers = [name for name in manifest["files"] if not RANK_FILE.fullmatch(name)]
+    if strangers:
+        raise DamagedError(f"{path} names files that no rank writes: {', '.join(strangers)}")
+    return manifest
+
+
+def damage(folder: Path, share: int = 0, num_shares: int = 1) -> list[str]:
+    """What is wrong with a checkpoint, empty if nothing; hashes every `num_shares`-th file, beginning at `share`."""
+    try:
+        files = read_manifest(folder)["files"]
+        sizes = _wrong_sizes(folder, files)
+        if sizes:
+            return sizes
+        problems = []
+        for name in list(files)[share::num_shares]:
+            found, expected = hash_file(folder / name), files[name]["xxh3_128"]
+            if found != expected:
+                problems.append(f"{name}: its bytes changed (xxh3-128 {found}, {expected} when it was written)")
+        return problems
+    except DamagedError as error:
+        return error.problems
+    except OSError as error:
+        return [str(error)]
+
+
+def _wrong_sizes(folder: Path, files: dict[str, Any]) -> list[str]:
+    problems = []
+    for name, entry in files.items():
+        path = folder / name
+        if path.is_symlink() or not path.is_file():
+            problems.append(f"{name}: missing, or not a plain file")
+        elif path.stat().st_size != entry["size_bytes"]:
+            problems.append(f"{name}: {path.stat().st_size} bytes, {entry['size_bytes']} when it was written")
+    return problems
+
+
+class TensorReader:
+    """The tensors of a committed checkpoint, read when asked for: of every rank, in any process, without an engine."""
+
+    def __init__(self, path: Path):
+        self.path = path
+        self.manifest = read_manifest(path)
+        sizes = _wrong_sizes(path, self.manifest["files"])
+        if sizes:
+            raise DamagedError([f"{path / problem}" for problem in sizes])
+        self.specs = {
+            name: TensorSpec(tuple(spec["shape"]), spec["role"], spec["param_group"], spec["dtypes"])
+            for name, spec in self.manifest["tensors"].items()
+        }
+        self.aliases: dict[str, str] = self.manifest["aliases"]
+
+    @property
+    def names(self) -> list[str]:
+        """Official names, in the model's order; a tied tensor comes once, its other names are in `aliases`."""
+        return list(self.specs)
+
+    @property
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        return {name: spec.shape for name, spec in self.specs.items()}
+
+    @property
+    def dtypes(self) -> dict[str, str]:
+        """As stored: float32 for masters, the type of computation for frozen tensors."""
+        return {name: spec.dtypes["weight"] for name, spec in self.specs.items()}
+
+    def get(self, name: str, state: str = "weight") -> Tensor:
+        """A whole tensor on the CPU, fp32 if it is a floating one; `state` may name an optimizer state."""
+        spec = self.specs[self.aliases.get(name, name)]
+        tensor = self.read(self.aliases.get(name, name), state, 0, math.prod(spec.shape)).view(spec.shape)
+        return tensor.float() if tensor.is_floating_point() else tensor
+
+    def read(self, name: str, state: str, start: int, length: int) -> Tensor:
+        """Elements [start, start + length) of the flattened tensor, from however many ranks wrote them."""
+        elements = torch.empty(length, dtype=getattr(torch, self.specs[name].dtypes[state]))
+        num_found = 0
+        for file, piece_start, piece_length in self._pieces.get(name, []):
+            begin, end = max(start, piece_start), min(start + length, piece_start + piece_length)
+            if begin < end:
+                stored = self._open(file).get_slice(f"{state}/{name}")
+                elements[begin - start : end - start] = stored[begin - piece_start : end - piece_start]
+                num_found += end - begin
+        if num_found != length:
+            where = f"elements {start} to {start + length} of {state}/{name}"
+            raise DamagedError(f"{self.path}: {num_found} of {length} found for {where}: use another checkpoint")
+        return elements
+
+    def random_state(self, rank: int) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        """What `random_state.capture` returned on that rank."""
+        file = self._open(rank_file_name(rank))
+        prefix = "random/"
+        tensors = {key.removeprefix(prefix): file.get_tensor(key) for key in file.keys() if key.startswith(prefix)}
+        return tensors, json.loads(file.metadata()["random"])
+
+    @cached_property
+    def _pieces(self) -> dict[str, list[tuple[str, int, int]]]:
+        """Tensor name → (file, start, length) of every piece that is not empty."""
+        pieces: dict[str, list[tuple[str, int, int]]] = {name: [] for name in self.specs}
+        for file in self.manifest["files"]:
+            for name, (start, length) in json.loads(self._open(file).metadata()["pieces"]).items():
+                if length:
+                    pieces[name].append((file, start, length))
+        return pieces
+
+    @cached_property
+    def _files(self) -> dict[str, Any]:
+        return {}
+
+    def _open(self, name: str) -> Any:
+        """Mapped into memory on first use and kept: a page is read when one of its elements is."""
+        if name not in self._files:
+            try:
+                self._files[name] = safe_open(self.path / name, framework="pt")
+            except (OSError, SafetensorError) as error:
+                raise DamagedError(f"{self.path / name} cannot be read: {error}") from error
+        return self._files[name]
