@@ -160,6 +160,8 @@ class EvalSettings(Section):
     blind: bool = True
     """Also ask every question with pictures exchanged among samples of the same shape: what can be said without seeing."""
     fields: dict[str, FieldSettings] = {}
+    reference: Path | None = None
+    """JSON with figures to show beside the scores, such as `best_price_mae`; the sample catalogue writes one."""
 
 
 class ObserveSettings(Section):

@@ -70,7 +70,7 @@ class Batch:
         no position, but keeps every rank making the same calls).
     image_sizes: one (height, width) per placed picture.
     layout: document borders and label positions, worked out on the CPU.
-    plan: the step this batch belongs to; the same on every rank.
+    plan: the step this batch belongs to, the same on every rank; None outside training.
     quarantined: samples of this batch that could not be used.
     """
 
@@ -80,7 +80,7 @@ class Batch:
     pixel_values: Float[Tensor, "crops 3 height width"]
     image_sizes: Int[Tensor, "images 2"]
     layout: Layout
-    plan: PlannedStep
+    plan: PlannedStep | None = None
     quarantined: tuple[Filling, ...] = ()
 
     @property
@@ -98,7 +98,7 @@ class Batch:
         }
 
 
-def collate(row: Row, plan: PlannedStep, pad_id: int) -> Batch:
+def collate(row: Row, pad_id: int, plan: PlannedStep | None = None) -> Batch:
     """Lay a row's parts one after another."""
     ids, labels, lengths, pixels, sizes = [], [], [], [], []
     for part in row.parts:

@@ -45,10 +45,11 @@ class ChatTokenizer:
     def __init__(self, tokenizer: PreTrainedTokenizerFast):
         """Raises CheckpointError when the tokenizer's special tokens do not work as Phi-3's do."""
         _check_special_tokens(tokenizer)
-        self.stop_ids: tuple[int, ...] = tuple(tokenizer.convert_tokens_to_ids(list(STOP_TOKENS)))
+        special_ids: dict[str, int] = tokenizer.get_added_vocab()
+        self.stop_ids = tuple(special_ids[text] for text in STOP_TOKENS)
         self._bos_id: int = tokenizer.bos_token_id
-        self._end_id = self.stop_ids[STOP_TOKENS.index(END_TOKEN)]
-        self._role_ids = {role: tokenizer.convert_tokens_to_ids(f"<|{role}|>") for role in ROLES}
+        self._end_id = special_ids[END_TOKEN]
+        self._role_ids = {role: special_ids[f"<|{role}|>"] for role in ROLES}
         self._words = _without_special_tokens(tokenizer)
         self._newline_ids = self._tokenize(["\n"])[0]
 

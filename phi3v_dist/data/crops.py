@@ -19,12 +19,12 @@ from torch import Tensor
 from torch.nn import functional
 
 from phi3v_dist.errors import DataError
+from phi3v_dist.model import vision
 from phi3v_dist.model.vision import CROP_SIZE
 
-TOKENS_PER_CROP_SIDE = 12  # CLIP's 24 x 24 patches of 14 px, merged 2 x 2
 WHITE = 255
 
-Picture = Image.Image | UInt8[np.ndarray, "height width 3"]
+Picture = Image.Image | UInt8[np.ndarray, "_height _width 3"]
 
 
 @dataclass(frozen=True)
@@ -55,8 +55,8 @@ class CropLayout:
         short_px = int(long_px / ratio)
         if short_px == 0:
             raise DataError(
-                f"a picture of {width} x {height} px cannot be cut into crops: with num_crops={num_crops} its long side "
-                f"becomes {long_px} px and its short side less than 1 px; crop the picture, or leave the sample out"
+                f"a picture of {width} x {height} px cannot be cut into crops: with num_crops={num_crops} its long "
+                f"side becomes {long_px} px and its short side less than 1 px; trim the picture, or leave it out"
             )
         padded_short_px = math.ceil(short_px / CROP_SIZE) * CROP_SIZE
         if width < height:
@@ -72,18 +72,12 @@ class CropLayout:
     @property
     def num_crops(self) -> int:
         """Crops the picture really has, the global view included."""
-        rows, columns = self.grid
-        return 1 + rows * columns
+        return vision.num_crops_of(*self.padded_hw)
 
     @property
     def num_tokens(self) -> int:
-        """Positions the picture takes in `input_ids`: local rows, a separator, 12 global rows.
-
-        Every row of tokens ends with one newline separator (MODEL.md §4: "sub_glb" order).
-        """
-        side = TOKENS_PER_CROP_SIDE
-        rows, columns = self.grid
-        return side * rows * (side * columns + 1) + 1 + side * (side + 1)
+        """Positions the picture takes in `input_ids`."""
+        return vision.num_image_tokens(*self.padded_hw)
 
 
 def num_image_tokens(width: int, height: int, num_crops: int) -> int:
@@ -96,7 +90,7 @@ def write_crops(
     layout: CropLayout,
     mean: Float[Tensor, "3 1 1"],
     std: Float[Tensor, "3 1 1"],
-    out: Float[Tensor, "crops 3 height width"],
+    out: Float[Tensor, "crops 3 336 336"],
 ) -> None:
     """Fills `out` (contiguous, `layout.num_crops` crops): global view first, then local crops row by row.
 
@@ -123,7 +117,9 @@ def _resize(picture: Image.Image, layout: CropLayout) -> UInt8[np.ndarray, "heig
     return np.asarray(picture.resize((width, height), Image.Resampling.BILINEAR))
 
 
-def _pad(pixels: UInt8[np.ndarray, "h w 3"], layout: CropLayout) -> UInt8[np.ndarray, "3 height width"]:
+def _pad(
+    pixels: UInt8[np.ndarray, "height width 3"], layout: CropLayout
+) -> UInt8[np.ndarray, "3 padded_height padded_width"]:
     """Channels first, white on both sides of the short side; the odd pixel goes below, or to the right."""
     height, width = pixels.shape[:2]
     top, left = (layout.padded_hw[0] - height) // 2, (layout.padded_hw[1] - width) // 2

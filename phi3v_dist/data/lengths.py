@@ -13,34 +13,18 @@ import hashlib
 import json
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
 from phi3v_dist.data.fetch import Fetcher
+from phi3v_dist.data.plan import Lengths
 from phi3v_dist.data.processor import Phi3VProcessor
 from phi3v_dist.data.samples import BadSample, read_messages
 from phi3v_dist.data.shards import ShardTable, load_sidecar, save_sidecar, sidecar
 from phi3v_dist.errors import DataError
 
 LENGTHS_FORMAT = "1"
-
-
-@dataclass(frozen=True)
-class Lengths:
-    """Per sample id: tokens of the whole example, tokens that are trained, crops through the vision tower.
-
-    bad: sample id → reason, for samples of length 0 that no row will hold.
-    """
-
-    tokens: np.ndarray
-    label_tokens: np.ndarray
-    crops: np.ndarray
-    bad: dict[int, str]
-
-    def __len__(self) -> int:
-        return len(self.tokens)
 
 
 def measure(
@@ -81,7 +65,10 @@ def _measure_shard(
         try:
             sizes = index.image_sizes(number)
             messages = read_messages(fetcher.fetch(first + number), list(sizes), source)
-            return processor.count(messages, list(sizes.values()))
+            length = processor.count(messages, list(sizes.values()))
+            if not length.label_tokens:
+                raise ValueError("no assistant turn with words, so there is nothing to learn or to compare with")
+            return length
         except BadSample as error:
             bad[number] = error.reason
         except (ValueError, DataError) as error:

@@ -10,18 +10,34 @@ into it, so that a restart plans one window again and reads no data.
 """
 
 import bisect
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+import copy
+import itertools
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
-
-from phi3v_dist.data.lengths import Lengths
 
 FULL_FRAC = 0.99
 MAX_CARRIES = 4
 
 SampleIds = Callable[[int, int], np.ndarray]  # (begin, end) → ids at these positions of the run
+
+
+@dataclass(frozen=True)
+class Lengths:
+    """Per sample id: tokens of the whole example, tokens that are trained, crops through the vision tower.
+
+    bad: sample id → reason, for samples of length 0 that no row will hold.
+    """
+
+    tokens: np.ndarray
+    label_tokens: np.ndarray
+    crops: np.ndarray
+    bad: dict[int, str]
+
+    def __len__(self) -> int:
+        return len(self.tokens)
 
 
 @dataclass(frozen=True)
@@ -39,7 +55,6 @@ class PlannedStep:
     """One optimizer step of the whole job.
 
     label_tokens: what the loss is divided by.
-    position: samples of the stream that were planned up to and with this step's window.
     state: hand it to `Planner` to go on with the step after this one.
     """
 
@@ -70,6 +85,12 @@ class Planner:
         self.rows_per_step, self.row_length_tokens = rows_per_step, row_length_tokens
         self.window_samples, self.packing, self.seed, self.end = window_samples, packing, seed, end
         self._state = state or {"step": 0, "window": 0, "rows_used": 0, "carry": []}
+
+    def resume(self, state: dict[str, Any]) -> "Planner":
+        """The same plan from the step after the one that left this state."""
+        other = copy.copy(self)
+        other._state = state
+        return other
 
     def __iter__(self) -> Iterator[PlannedStep]:
         number, window, rows_used = (self._state[k] for k in ("step", "window", "rows_used"))
@@ -146,7 +167,18 @@ def pack(sample_ids: Sequence[int], tokens: np.ndarray, capacity: int) -> list[l
     return bins
 
 
-def assign(step: PlannedStep, num_consumers: int) -> list[list[PlannedRow | None]]:
+def accumulation(rows_per_step: int, num_consumers: int) -> int:
+    """Micro-steps in a step: every consumer takes one row in each."""
+    return -(-rows_per_step // num_consumers)
+
+
+def overfit(planner: Iterable[PlannedStep]) -> Iterator[PlannedStep]:
+    """The first step again and again, under new numbers."""
+    first = next(iter(planner))
+    return (replace(first, number=n, state=first.state | {"step": n}) for n in itertools.count(first.number))
+
+
+def assign(step: PlannedStep, num_consumers: int, micro_steps: int) -> list[list[PlannedRow | None]]:
     """Deal the rows of a step to consumers: [micro-step][consumer], None where a consumer gets an empty row.
 
     ZeRO-3 keeps ranks together in every micro-step, so rows of like size share one: sorted, then cut in slices, with
@@ -154,7 +186,7 @@ def assign(step: PlannedStep, num_consumers: int) -> list[list[PlannedRow | None
     """
     rows = sorted(step.rows, key=lambda row: (-row.tokens, -row.crops, row.sample_ids))
     table: list[list[PlannedRow | None]] = []
-    for begin in range(0, len(rows), num_consumers):
+    for begin in range(0, micro_steps * num_consumers, num_consumers):
         slice_: list[PlannedRow | None] = list(rows[begin : begin + num_consumers])
         slice_ += [None] * (num_consumers - len(slice_))
         turn = (step.number + len(table)) % num_consumers

@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from jaxtyping import Float
 from PIL import Image
@@ -49,7 +50,11 @@ class Phi3VProcessor:
     """
 
     def __init__(
-        self, tokenizer: PreTrainedTokenizerFast, num_crops: int, image_mean: Sequence[float], image_std: Sequence[float]
+        self,
+        tokenizer: PreTrainedTokenizerFast,
+        num_crops: int,
+        image_mean: Sequence[float],
+        image_std: Sequence[float],
     ):
         """image_mean, image_std: of red, green and blue in 0..1. Errors as `from_pretrained`."""
         if num_crops < 1:
@@ -110,7 +115,10 @@ class Phi3VProcessor:
         """
         if return_tensors != "pt":
             raise ConfigError(f"return_tensors={return_tensors!r}: the processor makes PyTorch tensors only, use 'pt'")
-        pictures = [] if images is None else list(images) if isinstance(images, list | tuple) else [images]
+        if images is None:
+            pictures: list[Picture] = []
+        else:
+            pictures = [images] if isinstance(images, Image.Image | np.ndarray) else list(images)
         chunks = _PLACEHOLDER.split(text)  # text, number, text, number, …, text
         numbers = [int(number) for number in chunks[1::2]]
         if sorted(numbers) != list(range(1, len(pictures) + 1)):
@@ -172,7 +180,7 @@ class Phi3VProcessor:
         label_tokens = len(labels) - labels.count(IGNORE)
         return ExampleLength(len(ids), label_tokens, sum(layout.num_crops for layout in layouts))
 
-    def crops_of(self, image: Picture) -> tuple[Float[Tensor, "crops 3 height width"], tuple[int, int]]:
+    def crops_of(self, image: Picture) -> tuple[Float[Tensor, "crops 3 336 336"], tuple[int, int]]:
         """Real crops (global view first, then row by row) and the padded picture's (height, width) in pixels."""
         layout = self._layout(image)
         return self._crops([image], [layout]), layout.padded_hw
@@ -195,9 +203,7 @@ class Phi3VProcessor:
         width, height = image.size if isinstance(image, Image.Image) else (image.shape[1], image.shape[0])
         return CropLayout.of(width, height, self.num_crops)
 
-    def _crops(
-        self, pictures: Sequence[Picture], layouts: Sequence[CropLayout]
-    ) -> Float[Tensor, "crops 3 height width"]:
+    def _crops(self, pictures: Sequence[Picture], layouts: Sequence[CropLayout]) -> Float[Tensor, "crops 3 336 336"]:
         num_crops = [layout.num_crops for layout in layouts]
         pixel_values = torch.empty(sum(num_crops), 3, CROP_SIZE, CROP_SIZE)
         for picture, layout, crops in zip(pictures, layouts, pixel_values.split(num_crops), strict=True):

@@ -26,7 +26,8 @@ from phi3v_dist.model.attention import BACKEND, Layout, choose_backend
 from phi3v_dist.model.cache import KeyValueCache
 from phi3v_dist.model.loss import Head
 from phi3v_dist.model.rope import LongRope
-from phi3v_dist.model.vision import ImageEmbedding, num_image_tokens
+from phi3v_dist.model.vision import ImageEmbedding, num_crops_of, num_image_tokens
+from phi3v_dist.model.weights import OfficialFolder, check_names
 
 LongRopeRule = Literal["document", "max_position", "key_length"]
 DEFAULT_PAD_ID = 32000  # the official class's default, which Phi-3-vision's config.json leaves unsaid
@@ -139,16 +140,26 @@ class Phi3VForCausalLM(nn.Module):
         Raises:
             CheckpointError: a file is missing, or names and shapes do not fit; all of them are listed.
         """
-        from phi3v_dist.model.weights import OfficialFolder, load_weights
-
         weights = OfficialFolder(Path(folder))
+        model = cls.without_weights(read_config(Path(folder)), longrope, attention)
+        check_names({name: tuple(p.shape) for name, p in model.named_parameters()}, weights)
+        return model.take({name: weights.get(name).to(dtype) for name, _ in model.named_parameters()})
+
+    @classmethod
+    def without_weights(
+        cls, config: dict[str, Any], longrope: LongRopeRule = "document", attention: str = "auto"
+    ) -> "Phi3VForCausalLM":
+        """The modules alone, their parameters on the meta device until `take`."""
         with torch.device("meta"):
-            model = cls(read_config(Path(folder)), longrope, attention)
-        model = model.to(dtype or weights.dtype).to_empty(device="cpu")
-        for tower in (model.model.vision_embed_tokens.img_processor.vision_model.embeddings,):
-            tower.position_ids = torch.arange(tower.num_positions)[None]  # a buffer, left empty by to_empty
-        load_weights(model, weights)
-        return model.eval()
+            model = cls(config, longrope, attention)
+        embeddings = model.model.vision_embed_tokens.img_processor.vision_model.embeddings
+        embeddings.position_ids = torch.arange(embeddings.num_positions)[None]  # a buffer, in no file
+        return model
+
+    def take(self, tensors: dict[str, Tensor]) -> "Phi3VForCausalLM":
+        """Make these tensors, all on one device, the parameters; nothing is copied."""
+        self.load_state_dict(tensors, assign=True)
+        return self.to(next(iter(tensors.values())).device).eval()
 
     def set_gradient_checkpointing(self, on: bool) -> None:
         """Recompute decoder and vision layers in the backward pass."""
@@ -239,5 +250,5 @@ def _real_crops(pixel_values: Tensor, image_sizes: Tensor | None, input_ids: Ten
     wanted, found = sum(num_image_tokens(h, w) for h, w in sizes), int((input_ids < 0).sum())
     if wanted != found:
         raise ValueError(f"pictures of sizes {sizes} give {wanted} image tokens, the text has {found} places for them")
-    real = [crops[: 1 + h * w // 336**2] for crops, (h, w) in zip(pixel_values, sizes, strict=True)]
+    real = [crops[: num_crops_of(h, w)] for crops, (h, w) in zip(pixel_values, sizes, strict=True)]
     return torch.cat(real)

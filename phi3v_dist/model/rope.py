@@ -26,13 +26,15 @@ class LongRope:
     def __init__(self, config: dict[str, Any]):
         """`config`: official config.json; a config without rope_scaling gives plain RoPE on both branches."""
         head_dim = config["hidden_size"] // config["num_attention_heads"]
-        exponent = torch.arange(0, head_dim, 2, dtype=torch.int64).float() / head_dim
-        base = config.get("rope_theta", 10000.0) ** exponent
         self.original_length: int = config["original_max_position_embeddings"]
         scaling = config.get("rope_scaling") or {}
-        ones = [1.0] * len(base)
-        factors = [torch.tensor(scaling.get(name, ones)) for name in ("short_factor", "long_factor")]
-        self._inv_freq = {torch.device("cpu"): torch.stack([1.0 / (factor * base) for factor in factors])}
+        cpu = torch.device("cpu")
+        with cpu:  # also when the model is built on the meta device or under zero.Init
+            exponent = torch.arange(0, head_dim, 2, dtype=torch.int64).float() / head_dim
+            base = config.get("rope_theta", 10000.0) ** exponent
+            ones = [1.0] * len(base)
+            factors = [torch.tensor(scaling.get(name, ones)) for name in ("short_factor", "long_factor")]
+            self._inv_freq = {cpu: torch.stack([1.0 / (factor * base) for factor in factors])}
         stretch = config["max_position_embeddings"] / self.original_length
         self.magnitude = math.sqrt(1 + math.log(stretch) / math.log(self.original_length)) if stretch > 1 else 1.0
         if not scaling:

@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TaskID, TextColumn
+from rich.progress import BarColumn, Progress, TextColumn
 from rich.table import Table
 
 from phi3v_dist.observe.metrics import STEP, format_number, format_seconds, format_value
@@ -42,9 +42,9 @@ class ConsoleTracker(Tracker):
         step = row[STEP]
         eta = self._eta(step)
         if LOSS in row and (step % self.every_n_steps == 0 or step in (1, self.total_steps)):
-            numbers = [f"{_short(name)}={format_number(row[name])}" for name in LINE if name in row]
+            numbers = [f"{_short(name)}={_plain(row[name])}" for name in LINE if name in row]
             logger.info(" ".join([f"step={step:.0f}/{self.total_steps}", *numbers, f"eta={eta.replace(' ', '')}"]))
-        if scores := [f"{name[5:]}={format_number(row[name])}" for name in row if name.startswith("eval/")]:
+        if scores := [f"{name.removeprefix('eval/')}={_plain(row[name])}" for name in row if name.startswith("eval/")]:
             logger.info(" ".join([f"eval step={step:.0f}/{self.total_steps}", *scores]))
         if self._bar:
             self._bar.show(row, eta)
@@ -62,7 +62,7 @@ class ConsoleTracker(Tracker):
         started, first_step = self._first
         if step <= first_step:
             return "?"
-        return format_seconds((now - started) / (step - first_step) * (self.total_steps - step))
+        return format_seconds(round((now - started) / (step - first_step) * (self.total_steps - step)))
 
 
 class _Bar:
@@ -75,7 +75,7 @@ class _Bar:
             TextColumn("loss {task.fields[loss]} · {task.fields[speed]} tokens/s · {task.fields[eta]} left"),
             console=console,
         )
-        self._task: TaskID = self._progress.add_task("train", total=total_steps, loss="?", speed="?", eta="?")
+        self._progress.add_task("train", total=total_steps, loss="?", speed="?", eta="?")
         terminal = {sys.stdout: "stdout", sys.stderr: "stderr"}
         self._adopted = [
             (handler, handler.stream)
@@ -88,10 +88,11 @@ class _Bar:
         atexit.register(self.close)
 
     def show(self, row: Row, eta: str) -> None:
-        fields = {
-            label: format_number(row[name]) for label, name in (("loss", LOSS), ("speed", SPEED)) if name in row
-        }
-        self._progress.update(self._task, completed=row[STEP], eta=eta, **fields)
+        task = self._progress.tasks[0]
+        for field, name in (("loss", LOSS), ("speed", SPEED)):
+            if name in row:
+                task.fields[field] = format_number(row[name])
+        self._progress.update(task.id, completed=row[STEP], eta=eta)
 
     def close(self) -> None:
         for handler, stream in self._adopted:
@@ -99,6 +100,10 @@ class _Bar:
         self._adopted = []
         self._progress.stop()
         atexit.unregister(self.close)
+
+
+def _plain(number: float) -> str:
+    return format_number(number).replace(",", "")  # a line made for grep and awk
 
 
 def _short(name: str) -> str:

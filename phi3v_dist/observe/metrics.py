@@ -9,10 +9,13 @@ in which the pictures were exchanged among the questions.
 import difflib
 import math
 import re
+import resource
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import cache
 from typing import Literal
+
+from phi3v_dist.train.step import StepResult
 
 STEP = "train/step"  # the x axis everywhere; never a sink's own row counter
 ATTEMPT = "run/attempt"
@@ -84,7 +87,10 @@ REGISTRY: tuple[Metric, ...] = (
     Metric("eval/predictions", "table", None, "questions, answers and truth of one evaluation (W&B only)", None),
     Metric("eval/images", "images", None, "the pictures of that table (W&B only)", None),
     *(replace(metric, name=f"eval/{metric.name}") for metric in _EVALUATION),
-    *(replace(metric, name=f"eval/blind/{metric.name}", help=f"{metric.help}; blind control") for metric in _EVALUATION),
+    *(
+        replace(metric, name=f"eval/blind/{metric.name}", help=f"{metric.help}; blind control")
+        for metric in _EVALUATION
+    ),
 )
 
 _EXACT = {metric.name: metric for metric in REGISTRY if FIELD not in metric.name}
@@ -139,7 +145,7 @@ def format_value(name: str, value: float) -> str:
     if unit == "s":
         return format_seconds(value)
     if unit in ("frac", "pct"):
-        return f"{format_number(100 * value if unit == 'frac' else value)} %"
+        return f"{100 * value if unit == 'frac' else value:.1f} %"
     return format_number(value)
 
 
@@ -156,3 +162,21 @@ def format_seconds(seconds: float) -> str:
     if minutes < 60:
         return f"{minutes} min {rest_s:02d} s"
     return f"{minutes // 60} h {minutes % 60:02d} min"
+
+
+def step_row(result: StepResult, row_length_tokens: int, world_size: int) -> dict[str, float]:
+    """The registered numbers of one optimizer step."""
+    step_s = sum(result.seconds.values())
+    return {
+        STEP: result.step,
+        "train/loss": result.loss,
+        "train/grad_norm": result.grad_norm,
+        **{f"train/lr/{part}": rate for part, rate in result.learning_rates.items()},
+        "train/label_token_frac": result.label_tokens / result.tokens,
+        "perf/tokens_per_s_per_gpu": result.tokens / step_s / world_size,
+        "perf/images_per_s_per_gpu": result.images / step_s / world_size,
+        "time/step_s": step_s,
+        **{f"time/{part}_s": seconds for part, seconds in result.seconds.items()},
+        "data/pack_efficiency": result.tokens / (result.rows * row_length_tokens),
+        "mem/host_rss_gib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20,
+    }

@@ -27,6 +27,8 @@ Prediction = Mapping[str, Any]  # one line of eval/step-XXXXXX/predictions.jsonl
 class Tracker:
     """The seam between training and whoever watches it. A sink overrides the verbs that it has a use for."""
 
+    attempt = 1
+
     def start(self, config: Mapping[str, Any]) -> None:
         """Open the sink. `config` is the resolved settings, without secrets."""
 
@@ -83,6 +85,7 @@ class AllOf(Tracker):
 
     def start(self, config: Mapping[str, Any]) -> None:
         self.record.start(config)
+        self.attempt = self.record.attempt
         self._mirror(lambda mirror: mirror.start(config))
 
     def log(self, row: Row) -> None:

@@ -45,7 +45,7 @@ class WandbTracker(Tracker):
         if self.mode == "disabled":
             return
         wandb = self._client()
-        mode = self.mode
+        mode: Mode = self.mode
         if mode == "online" and (obstacle := _why_not_online(wandb)):
             logger.warning("W&B: %s; logging offline, `wandb sync` uploads it later", obstacle)
             mode = "offline"
@@ -55,10 +55,11 @@ class WandbTracker(Tracker):
             if mode == "offline":
                 raise
             logger.warning("W&B did not start online (%s); logging offline, `wandb sync` uploads it later", error)
-            self._run = self._init(wandb, "offline", config)
+            mode = "offline"
+            self._run = self._init(wandb, mode, config)
         self._run.define_metric(STEP, hidden=True)
         self._run.define_metric("*", step_metric=STEP)
-        logger.info("W&B: %s", self._run.url or f"offline in {self._run.dir}")
+        logger.info("W&B: %s", self._run.url if mode == "online" else f"offline in {self._run.dir}")
 
     def log(self, row: Row) -> None:
         if self._run:
@@ -141,8 +142,9 @@ def _why_not_online(wandb: ModuleType) -> str | None:
     direct = urllib.request.proxy_bypass(server.hostname or "")
     proxy = None if direct else urllib.request.getproxies().get(server.scheme)
     target = urlsplit(proxy) if proxy else server
+    port = target.port or {"https": 443}.get(target.scheme, 80)
     try:
-        socket.create_connection((target.hostname, target.port or 443), timeout=CONNECT_TIMEOUT_S).close()
+        socket.create_connection((target.hostname, port), timeout=CONNECT_TIMEOUT_S).close()
     except OSError as error:
         return f"{target.geturl()} cannot be reached ({error})"
     return None

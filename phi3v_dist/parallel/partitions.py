@@ -91,7 +91,8 @@ class Partitions:
                 group = self.zero.sub_group_to_group_id[sub_group]
                 specs[name] = TensorSpec(tuple(param.ds_shape), "trained", group, dtypes)
             else:
-                specs[name] = TensorSpec(tuple(param.ds_shape), "frozen", None, {"weight": _dtype_name(param.ds_tensor)})
+                dtypes = {"weight": _dtype_name(param.ds_tensor)}
+                specs[name] = TensorSpec(tuple(param.ds_shape), "frozen", None, dtypes)
         for name, buffer in self._buffers():
             specs[name] = TensorSpec(tuple(buffer.shape), "buffer", None, {"weight": _dtype_name(buffer)})
         return specs
@@ -145,6 +146,7 @@ class Partitions:
                     if getattr(there, what) != getattr(here, what):
                         found = f"{what} {getattr(there, what)} in the checkpoint, {getattr(here, what)} in the model"
                         problems.append(f"{name}: {found}")
+                        break
         num_saved, num_present = len(settings["param_groups"]), len(self.zero.optimizer.param_groups)
         if num_saved != num_present:
             problems.append(f"{num_saved} parameter groups in the checkpoint, {num_present} in the optimizer")
@@ -167,11 +169,12 @@ class Partitions:
                     _fill(flat.narrow(0, offset, param.partition_numel()), read(name, state, start, length))
             else:
                 _fill(param.ds_tensor, read(name, "weight", start, length))
+                param.ds_secondary_tensor = None  # hpZ: DeepSpeed drops the copies of trained parameters only
         for name, buffer in self._buffers():
             buffer.copy_(read(name, "weight", 0, buffer.numel()).view(buffer.shape))
         for sub_group in range(len(zero.fp16_groups)):
             zero._reassign_or_swap_out_partitioned_parameters(sub_group)  # masters → the weights that compute
-        zero.checkpoint_event_epilogue()  # gathers persistent parameters again, drops secondary (hpZ) copies
+        zero.checkpoint_event_epilogue()  # drops secondary (hpZ) copies, gathers persistent parameters again
         self._restore_settings(settings)
 
     def _restore_settings(self, settings: dict[str, Any]) -> None:
@@ -211,7 +214,7 @@ class Partitions:
     def _scalar_states(self, sub_group: int) -> dict[str, Any]:
         """The rest of the optimizer's states, such as Adam's step: a tensor in torch's AdamW, an int in DeepSpeed's."""
         master = self.zero.fp32_partitioned_groups_flat[sub_group]
-        scalars = {}
+        scalars: dict[str, Any] = {}
         for key, value in self.zero.optimizer.state.get(master, {}).items():
             if isinstance(value, Tensor) and value.numel() == 1:
                 scalars[key] = {"value": value.item(), "tensor_dtype": _dtype_name(value)}
@@ -250,7 +253,7 @@ def _dtype_name(tensor: Tensor) -> str:
 
 
 def _require_supported(engine: Any) -> None:
-    found = version("deepspeed")
+    found = version("deepspeed").split("+")[0]  # a local build adds +<commit>
     if found != TESTED_DEEPSPEED:
         raise CheckpointError(
             f"saving and loading reach inside DeepSpeed and are tested with {TESTED_DEEPSPEED}; {found} is installed. "
@@ -261,10 +264,11 @@ def _require_supported(engine: Any) -> None:
         stage = engine.zero_optimization_stage()
         raise CheckpointError(f"checkpoints hold ZeRO-3 partitions; this engine runs stage {stage}. Set stage 3.")
     zero = engine.optimizer
+    split_optimizer = zero.offload_optimizer and zero.partial_offload != 1
     unsupported = {
-        "optimizer state on NVMe (offload_optimizer.device)": zero.swap_optimizer,
-        "parameters on NVMe (offload_param.device)": zero.params_in_nvme_and_cpu,
-        "partly offloaded optimizer (offload_optimizer.ratio below 1)": zero.offload_optimizer and zero.partial_offload != 1.0,
+        "its optimizer state on NVMe (offload_optimizer.device)": zero.swap_optimizer,
+        "its parameters on NVMe (offload_param.device)": zero.params_in_nvme_and_cpu,
+        "an optimizer offloaded in part (offload_optimizer.ratio)": split_optimizer,
         "ZenFlow": zero.zenflow,
     }
     problems = [f"cannot checkpoint an engine with {what}: switch it off" for what, used in unsupported.items() if used]

@@ -9,7 +9,6 @@ is exchanged first, so that one rank's full disk fails the save on every rank an
 
 import json
 import logging
-import os
 import platform
 import re
 import secrets
@@ -26,24 +25,22 @@ from torch import Tensor
 from phi3v_dist.errors import CheckpointError
 from phi3v_dist.parallel.partitions import Partitions
 from phi3v_dist.survive import random_state
-from phi3v_dist.survive.rank_files import (
+from phi3v_dist.survive.manifest import (
     FORMAT,
     FORMAT_VERSION,
+    TEMPORARY,
     UPGRADE,
     DamagedError,
-    TensorReader,
+    commit,
     damage,
-    fsync_folder,
     rank_file_name,
-    read_manifest,
-    write_manifest,
-    write_rank_file,
+    remove,
 )
+from phi3v_dist.survive.rank_files import TensorReader, write_rank_file
 
 log = logging.getLogger(__name__)
 
 STEP_FOLDER = re.compile(r"step-(\d{8,})(\.replaced)?")
-TEMPORARY = ".tmp-"
 SLOWEST_RANK_TIMEOUT_S = 3600  # how long ranks that have written their share wait for the last one
 T = TypeVar("T")
 
@@ -90,6 +87,7 @@ class Checkpoints:
         self.folder = folder
         self.keep = keep
         self._verified: set[Path] = set()
+        self._damaged: set[Path] = set()
         self._swept = False
         self._group: Any = None
 
@@ -154,7 +152,7 @@ class Checkpoints:
         if _rank() == 0:
             if not failures:
                 files = {rank_file_name(rank): outcome for rank, outcome in enumerate(outcomes)}
-                failures = _commit(temporary, final, snapshot.manifest | {"files": files})
+                failures = commit(temporary, final, snapshot.manifest | {"files": files})
             if failures:
                 shutil.rmtree(temporary, ignore_errors=True)
             else:
@@ -164,6 +162,7 @@ class Checkpoints:
             head = f"cannot save step {snapshot.step} to {final}; older checkpoints are untouched"
             raise CheckpointError([head, *failures])
         self._verified.add(final)
+        self._damaged.discard(final)
         return final
 
     def _committed(self) -> list[Path]:
@@ -176,8 +175,7 @@ class Checkpoints:
         """Every rank hashes its share of the files; all get the same answer."""
         shares = self._everyone(damage(path, _rank(), _world_size()))
         problems = list(dict.fromkeys(problem for share in shares for problem in share))
-        if not problems:
-            self._verified.add(path)
+        (self._damaged if problems else self._verified).add(path)
         return problems
 
     def _sweep(self, keep: Path) -> None:
@@ -189,15 +187,15 @@ class Checkpoints:
         self._swept = True
 
     def _prune(self, saved: Path) -> None:
-        """Remove all that is older than the `keep` newest whole ones. A damaged one does not count as kept."""
-        committed = self._committed()
-        whole = [saved] + [path for path in committed if path != saved and _is_whole(path)]
-        newest_first = [path for path in committed if path in whole]
-        kept = {saved, *newest_first[: self.keep]}
-        oldest_kept = max(committed.index(path) for path in kept)
-        for path in committed[oldest_kept + 1 :]:
-            if path not in kept:
-                _remove(path)
+        """Keep the one just saved and the newest others up to `keep`; a damaged one does not count as kept."""
+        num_kept = 1
+        for path in self._committed():
+            if path == saved:
+                continue
+            if num_kept >= self.keep:
+                remove(path)
+            elif path not in self._damaged and _is_whole(path):
+                num_kept += 1
 
     def _everyone(self, value: T) -> list[T]:
         """Every rank's value, on every rank. Over gloo, apart from training's own collectives."""
@@ -253,39 +251,12 @@ def _snapshot(partitions: Partitions, position: Position) -> Snapshot:
 
 def _write_share(temporary: Path, snapshot: Snapshot) -> dict[str, Any] | str:
     """The manifest's entry of this rank's file, or why there is none."""
+    path = temporary / rank_file_name(_rank())
     try:
         temporary.mkdir(parents=True, exist_ok=True)
-        return write_rank_file(temporary / rank_file_name(_rank()), snapshot.tensors, snapshot.metadata)
+        return write_rank_file(path, snapshot.tensors, snapshot.metadata)
     except OSError as error:
-        return f"rank {_rank()} on {platform.node()}: {error}"
-
-
-def _commit(temporary: Path, final: Path, manifest: dict[str, Any]) -> list[str]:
-    """Manifest, then the name. A checkpoint of the same step (a rerun) stays readable until the new one has its name."""
-    try:
-        write_manifest(temporary, manifest)
-        replaced = final.with_name(f"{final.name}.replaced")
-        if final.exists():
-            _remove(replaced)
-            final.rename(replaced)
-        temporary.rename(final)
-        fsync_folder(final.parent)
-        _remove(replaced)
-        return []
-    except OSError as error:
-        return [f"rank 0 on {platform.node()}, committing: {error}"]
-
-
-def _remove(path: Path) -> None:
-    """Take a checkpoint's name away first, so that half of one is never taken for one. Failing costs only disk space."""
-    if not path.exists():
-        return
-    try:
-        doomed = path.with_name(f"{TEMPORARY}removed-{path.name}-{secrets.token_hex(4)}")
-        os.rename(path, doomed)
-        shutil.rmtree(doomed)
-    except OSError as error:
-        log.warning("old checkpoint %s could not be removed: %s", path, error)
+        return f"rank {_rank()} on {platform.node()}, writing {path}: {error}"
 
 
 def _is_whole(path: Path) -> bool:

@@ -1,17 +1,15 @@
-"""Bytes of a checkpoint: tensors ↔ one safetensors file per rank, and the manifest that names and hashes them.
+"""Bytes of a checkpoint: one rank's pieces → a safetensors file, and the files of all ranks → whole tensors.
 
 In: this rank's pieces, or the path of a committed checkpoint. Out: a file that was read back from the disk before it
-counts as written, or whole tensors assembled from all the pieces. The format is described in docs/checkpoint-format.md.
+counts as written, or any part of any tensor, assembled from the pieces of all ranks.
 
 Surprise: nothing here knows DeepSpeed or a process group, so that export and evaluation read a checkpoint of any world
-size in one process; nothing is unpickled, so that a file from elsewhere can hold wrong numbers but no code.
+size in one process.
 """
 
 import errno
 import json
-import math
 import os
-import re
 from collections.abc import Iterator, Mapping
 from functools import cached_property
 from pathlib import Path
@@ -22,18 +20,17 @@ import xxhash
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from phi3v_dist.errors import CheckpointError
 from phi3v_dist.parallel.partitions import TensorSpec
-
-FORMAT = "phi3v-dist checkpoint"
-FORMAT_VERSION = 1
-UPGRADE = (
-    "Version 1 is the first. A reader that finds a version it does not know must refuse; the release that introduces "
-    "version 2 names in docs/checkpoint-format.md the command that converts this one."
+from phi3v_dist.survive.manifest import (
+    BLOCK_BYTES,
+    DamagedError,
+    fsync_folder,
+    hash_file,
+    rank_file_name,
+    read_manifest,
+    wrong_sizes,
 )
-MANIFEST = "manifest.json"
-RANK_FILE = re.compile(r"rank-\d{5,}\.safetensors")
-BLOCK_BYTES = 8 * 2**20  # written and hashed at a time; large enough for any disk, small enough to share a processor
+
 SAFETENSORS_DTYPES = {
     torch.float64: "F64",
     torch.float32: "F32",
@@ -46,14 +43,6 @@ SAFETENSORS_DTYPES = {
     torch.uint8: "U8",
     torch.bool: "BOOL",
 }
-
-
-class DamagedError(CheckpointError):
-    """This checkpoint cannot be trusted; an older one may be."""
-
-
-def rank_file_name(rank: int) -> str:
-    return f"rank-{rank:05d}.safetensors"
 
 
 def write_rank_file(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> dict[str, Any]:
@@ -87,88 +76,9 @@ def _blocks(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> Itera
     text += b" " * (-len(text) % 8)
     yield len(text).to_bytes(8, "little") + text
     for _, tensor in ordered:
-        elements = memoryview(tensor.detach().cpu().contiguous().view(torch.uint8).numpy())
+        elements = tensor.detach().cpu().contiguous().view(torch.uint8).numpy().data
         for begin in range(0, len(elements), BLOCK_BYTES):
             yield elements[begin : begin + BLOCK_BYTES]
-
-
-def hash_file(path: Path) -> str:
-    digest = xxhash.xxh3_128()
-    with path.open("rb", buffering=0) as file:
-        while block := file.read(BLOCK_BYTES):
-            digest.update(block)
-    return digest.hexdigest()
-
-
-def write_manifest(folder: Path, manifest: dict[str, Any]) -> None:
-    """Appears whole or not at all, also after a power cut."""
-    temporary = folder / f"{MANIFEST}.tmp"
-    with temporary.open("w") as file:
-        json.dump(manifest, file, indent=1)
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.rename(folder / MANIFEST)
-    fsync_folder(folder)
-
-
-def fsync_folder(folder: Path) -> None:
-    """Make the names in a folder durable, not only the contents of its files."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def read_manifest(folder: Path) -> dict[str, Any]:
-    path = folder / MANIFEST
-    try:
-        manifest = json.loads(path.read_text())
-    except FileNotFoundError as error:
-        raise DamagedError(f"{path} is missing: the checkpoint was never committed, or files were deleted") from error
-    except (OSError, ValueError) as error:
-        raise DamagedError(f"{path} cannot be read: {error}") from error
-    if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
-        raise DamagedError(f"{path} is not the manifest of a {FORMAT}")
-    if manifest["version"] != FORMAT_VERSION:
-        raise CheckpointError(
-            f"{path} has format version {manifest['version']}, this program reads version {FORMAT_VERSION}. Use the "
-            f"release that wrote it; its note on upgrading: {manifest.get('upgrade')}"
-        )
-    strangers = [name for name in manifest["files"] if not RANK_FILE.fullmatch(name)]
-    if strangers:
-        raise DamagedError(f"{path} names files that no rank writes: {', '.join(strangers)}")
-    return manifest
-
-
-def damage(folder: Path, share: int = 0, num_shares: int = 1) -> list[str]:
-    """What is wrong with a checkpoint, empty if nothing; hashes every `num_shares`-th file, beginning at `share`."""
-    try:
-        files = read_manifest(folder)["files"]
-        sizes = _wrong_sizes(folder, files)
-        if sizes:
-            return sizes
-        problems = []
-        for name in list(files)[share::num_shares]:
-            found, expected = hash_file(folder / name), files[name]["xxh3_128"]
-            if found != expected:
-                problems.append(f"{name}: its bytes changed (xxh3-128 {found}, {expected} when it was written)")
-        return problems
-    except DamagedError as error:
-        return error.problems
-    except OSError as error:
-        return [str(error)]
-
-
-def _wrong_sizes(folder: Path, files: dict[str, Any]) -> list[str]:
-    problems = []
-    for name, entry in files.items():
-        path = folder / name
-        if path.is_symlink() or not path.is_file():
-            problems.append(f"{name}: missing, or not a plain file")
-        elif path.stat().st_size != entry["size_bytes"]:
-            problems.append(f"{name}: {path.stat().st_size} bytes, {entry['size_bytes']} when it was written")
-    return problems
 
 
 class TensorReader:
@@ -177,7 +87,7 @@ class TensorReader:
     def __init__(self, path: Path):
         self.path = path
         self.manifest = read_manifest(path)
-        sizes = _wrong_sizes(path, self.manifest["files"])
+        sizes = wrong_sizes(path, self.manifest["files"])
         if sizes:
             raise DamagedError([f"{path / problem}" for problem in sizes])
         self.specs = {
@@ -203,7 +113,7 @@ class TensorReader:
     def get(self, name: str, state: str = "weight") -> Tensor:
         """A whole tensor on the CPU, fp32 if it is a floating one; `state` may name an optimizer state."""
         spec = self.specs[self.aliases.get(name, name)]
-        tensor = self.read(self.aliases.get(name, name), state, 0, math.prod(spec.shape)).view(spec.shape)
+        tensor = self.read(self.aliases.get(name, name), state, 0, spec.numel).view(spec.shape)
         return tensor.float() if tensor.is_floating_point() else tensor
 
     def read(self, name: str, state: str, start: int, length: int) -> Tensor:
@@ -224,8 +134,8 @@ class TensorReader:
     def random_state(self, rank: int) -> tuple[dict[str, Tensor], dict[str, Any]]:
         """What `random_state.capture` returned on that rank."""
         file = self._open(rank_file_name(rank))
-        prefix = "random/"
-        tensors = {key.removeprefix(prefix): file.get_tensor(key) for key in file.keys() if key.startswith(prefix)}
+        keys, prefix = file.keys(), "random/"
+        tensors = {key.removeprefix(prefix): file.get_tensor(key) for key in keys if key.startswith(prefix)}
         return tensors, json.loads(file.metadata()["random"])
 
     @cached_property

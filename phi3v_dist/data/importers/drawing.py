@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 import numpy as np
 from jaxtyping import Float
-from PIL import Image, ImageDraw, ImageFilter
+from PIL import Image, ImageChops, ImageDraw, ImageFilter
 
 from phi3v_dist.data.importers.garments import COLOURS, GARMENTS, PATTERNS, TRIMS, Colour, Garment, Look, Path
 
@@ -17,7 +17,7 @@ SUPERSAMPLING = 2
 LEATHER, GOLD, GOLD_EDGE = (92, 58, 38), (224, 176, 62), (92, 62, 16)
 RIBBON, RIBBON_EDGE = (255, 252, 246), (60, 52, 60)
 BACKGROUNDS: tuple[Colour, ...] = (
-    (240, 238, 234), (226, 232, 238), (238, 228, 220), (224, 234, 226), (236, 228, 236), (214, 216, 220),
+    (250, 248, 244), (232, 240, 248), (250, 238, 226), (230, 244, 232), (246, 234, 246), (226, 228, 232),
 )  # fmt: skip
 
 
@@ -32,7 +32,7 @@ class View:
     def random(cls, rng: np.random.Generator, width: int, height: int) -> "View":
         """Turned by up to 10 degrees, sheared, narrowed (seen from the side), mirrored half of the time, moved."""
         angle, shear = rng.uniform(-0.17, 0.17), rng.uniform(-0.08, 0.08)
-        half_side = 0.5 * min(width, height) * rng.uniform(0.84, 0.98)
+        half_side = 0.5 * min(width, height) * rng.uniform(0.82, 0.95)
         narrowed = rng.uniform(0.88, 1.0) * rng.choice((-1.0, 1.0))
         turn = np.array([[np.cos(angle), -np.sin(angle)], [np.sin(angle), np.cos(angle)]])
         matrix = half_side * turn @ np.array([[narrowed, shear], [0.0, 1.0]])
@@ -53,7 +53,8 @@ class Pen:
         self.draw.polygon(self.points(path), fill=colour)
 
     def stroke(self, path: Path, colour: Colour | int, width: float) -> None:
-        self.draw.line(self.points(path), fill=colour, width=max(1, round(width * self.scale)), joint="curve")
+        joint = "curve" if width > 0.05 else None  # a thin line's gaps at its bends cannot be seen, and filling costs
+        self.draw.line(self.points(path), fill=colour, width=max(1, round(width * self.scale)), joint=joint)
 
     def outline(self, path: Path, colour: Colour | int, width: float) -> None:
         self.stroke(np.concatenate([path, path[:2]]), colour, width)
@@ -78,13 +79,14 @@ def draw_photo(look: Look, rng: np.random.Generator, width: int, height: int) ->
     garment, view = GARMENTS[look.category], View.random(rng, *canvas)
     fabric, ink = COLOURS[look.colour]
     fabric = shade(fabric, rng.uniform(0.93, 1.05))
-    image = draw_background(rng, canvas)
     mask = fabric_mask(garment, view, canvas)
-    cast_shadow(image, mask, rng)
+    image = draw_background(mask, rng, width, height).resize(canvas, Image.Resampling.NEAREST)
     pen = Pen(image, view)
     for strap in garment.straps:
         pen.stroke(strap, LEATHER, 0.11)
-    image.paste(weave(look.pattern, fabric, ink, view, rng, canvas), mask=mask)
+    box = mask.getbbox()
+    assert box is not None, f"no cloth of {look} in the picture"
+    image.paste(weave(look.pattern, fabric, ink, view, rng, canvas).crop(box), box, mask.crop(box))
     draw_details(pen, garment, shade(fabric, 0.55))
     if look.trim == "gold":
         for hem in garment.hems:
@@ -94,16 +96,6 @@ def draw_photo(look: Look, rng: np.random.Generator, width: int, height: int) ->
         draw_bow(pen, garment.bow)
     draw_tag(pen, garment.tag, look.limited)
     return light_and_noise(image.reduce(SUPERSAMPLING), rng)
-
-
-def draw_background(rng: np.random.Generator, canvas: tuple[int, int]) -> Image.Image:
-    """A pale wall, half of the time with a floor."""
-    wall = BACKGROUNDS[rng.integers(len(BACKGROUNDS))]
-    image = Image.new("RGB", canvas, wall)
-    if rng.random() < 0.5:
-        horizon = canvas[1] * rng.uniform(0.66, 0.86)
-        ImageDraw.Draw(image).rectangle((0, horizon, *canvas), fill=shade(wall, rng.uniform(0.88, 0.95)))
-    return image
 
 
 def fabric_mask(garment: Garment, view: View, canvas: tuple[int, int]) -> Image.Image:
@@ -117,12 +109,18 @@ def fabric_mask(garment: Garment, view: View, canvas: tuple[int, int]) -> Image.
     return mask
 
 
-def cast_shadow(image: Image.Image, mask: Image.Image, rng: np.random.Generator) -> None:
-    """A soft shadow beside the product, blurred at an eighth of the size because it has no detail."""
-    small = mask.reduce(8).point(lambda value: value * 0.4)
-    soft = small.filter(ImageFilter.GaussianBlur(small.width / 50)).resize(image.size, Image.Resampling.BILINEAR)
-    offset = (rng.uniform(-0.03, 0.03, size=2) * image.width + (0, 0.02 * image.height)).astype(int)
-    image.paste((70, 66, 80), (int(offset[0]), int(offset[1])), soft)
+def draw_background(mask: Image.Image, rng: np.random.Generator, width: int, height: int) -> Image.Image:
+    """A pale wall, half of the time with a floor, and the product's soft shadow (blurred small: it has no detail)."""
+    wall = BACKGROUNDS[rng.integers(len(BACKGROUNDS))]
+    image = Image.new("RGB", (width, height), wall)
+    if rng.random() < 0.5:
+        horizon = height * rng.uniform(0.66, 0.86)
+        ImageDraw.Draw(image).rectangle((0, horizon, width, height), fill=shade(wall, rng.uniform(0.88, 0.95)))
+    small = mask.reduce(8).point([round(0.4 * value) for value in range(256)])
+    soft = small.filter(ImageFilter.GaussianBlur(small.width / 50)).resize((width, height), Image.Resampling.BILINEAR)
+    side, down = rng.uniform(-0.03, 0.03) * width, rng.uniform(-0.01, 0.05) * height
+    image.paste((70, 66, 80), (round(side), round(down)), soft)
+    return image
 
 
 def weave(
@@ -137,8 +135,7 @@ def weave(
         for y in grid:
             pen.fill(band(y, 0.4 * period), ink)
     if pattern == "check":
-        half_ink, width = mix(fabric, ink), 0.42 * period * 1.4
-        grid = grid[::1] 
+        half_ink, width = mix(fabric, ink), 0.45 * period
         for position in grid:
             pen.fill(band(position, width), half_ink)
             pen.fill(band(position, width)[:, ::-1], half_ink)
@@ -193,13 +190,12 @@ def draw_tag(pen: Pen, knot: tuple[float, float], limited: bool) -> None:
 
 
 def light_and_noise(image: Image.Image, rng: np.random.Generator) -> Image.Image:
-    """Exposure, colour of the light, one side darker than the other, and the noise of a sensor."""
-    width, height = image.size
-    slope_x, slope_y = rng.uniform(-0.1, 0.1, size=2)
-    ramp = 1 + np.linspace(-slope_x, slope_x, width)[None] + np.linspace(-slope_y, slope_y, height)[:, None]
-    tint = rng.uniform(0.9, 1.06) * rng.uniform(0.97, 1.03, size=3)
-    noise = rng.standard_normal((height, width), dtype=np.float32) * rng.uniform(2, 6)
-    pixels = np.asarray(image, dtype=np.float32) * (ramp[..., None] * tint).astype(np.float32) + noise[..., None]
+    """The light's strength and colour, corners that get less of it, and the noise of a sensor."""
+    tint = rng.uniform(0.94, 1.0) * rng.uniform(0.96, 1.0, size=3)
+    corners = rng.uniform(0.9, 1.0, size=(2, 2, 1)) * tint
+    light = Image.fromarray((255 * corners).astype(np.uint8)).resize(image.size, Image.Resampling.BICUBIC)
+    grain = rng.standard_normal(image.size[::-1], dtype=np.float32) * rng.uniform(2, 6)
+    pixels = np.asarray(ImageChops.multiply(image, light), dtype=np.int16) + grain.astype(np.int16)[..., None]
     return Image.fromarray(pixels.clip(0, 255).astype(np.uint8))
 
 

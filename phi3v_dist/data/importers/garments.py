@@ -14,7 +14,7 @@ from jaxtyping import Float
 Path = Float[np.ndarray, "points 2"]
 Colour = tuple[int, int, int]
 
-CREAM, CHARCOAL, WINE = (252, 246, 232), (48, 44, 50), (126, 22, 72)
+CREAM, CHARCOAL = (252, 246, 232), (48, 44, 50)
 
 # Name → (fabric, ink of the pattern). Hues far enough apart to survive the light of `drawing.light_and_noise`.
 COLOURS: dict[str, tuple[Colour, Colour]] = {
@@ -24,7 +24,7 @@ COLOURS: dict[str, tuple[Colour, Colour]] = {
     "Green": ((26, 146, 74), CREAM),
     "Blue": ((34, 92, 212), CREAM),
     "Purple": ((120, 54, 168), CREAM),
-    "Pink": ((250, 146, 192), WINE),
+    "Pink": ((250, 112, 178), CREAM),
     "Black": ((38, 38, 44), CREAM),
 }
 PATTERNS = {"plain": "", "stripes": "Striped", "dots": "Dotted", "check": "Check"}  # pattern → its word in a title
@@ -32,9 +32,9 @@ TRIMS = {"none": "", "bow": "with Bow", "gold": "with Gold Trim"}
 
 
 def smooth(points: Sequence[tuple[float, float]], closed: bool = True) -> Path:
-    """Rounds corners by cutting them three times (Chaikin 1974); a point given twice stays a corner."""
+    """Rounds corners by cutting them twice (Chaikin 1974); a point given twice stays a corner."""
     path = np.asarray(points, dtype=np.float64)
-    for _ in range(3):
+    for _ in range(2):
         following = np.roll(path, -1, axis=0) if closed else path[1:]
         current = path if closed else path[:-1]
         cut = np.stack([0.75 * current + 0.25 * following, 0.25 * current + 0.75 * following], axis=1).reshape(-1, 2)
@@ -45,6 +45,15 @@ def smooth(points: Sequence[tuple[float, float]], closed: bool = True) -> Path:
 def symmetric(right_half: Sequence[tuple[float, float]]) -> Path:
     """A closed outline from its right half, given from the top of the middle axis to its bottom."""
     return smooth([*right_half, *((-x, y) for x, y in reversed(right_half))])
+
+
+def fringe(start: tuple[float, float], end: tuple[float, float], teeth: int = 5) -> list[tuple[float, float]]:
+    """The zigzag from `start` to `end` at the end of a scarf, pointing to the left of that direction."""
+    first, last = np.array(start), np.array(end)
+    outward = np.array([(last - first)[1], -(last - first)[0]]) * 0.26
+    places = np.linspace(first, last, 2 * teeth + 1)
+    places[1::2] += outward
+    return [(x, y) for x, y in places.repeat(2, axis=0).tolist()]
 
 
 def line(*points: tuple[float, float]) -> Path:
@@ -156,15 +165,16 @@ GARMENTS: dict[str, Garment] = {
     "SCARVES": Garment(
         noun="Scarf",
         fabric=(
-            smooth([(-0.56, -0.6), (-0.3, -0.94), (0.3, -0.94), (0.56, -0.6), (0.5, -0.1), (0.2, 0.08), (-0.2, 0.08), (-0.5, -0.1)]),
-            smooth([(-0.22, -0.16), (0.14, -0.1), (0.1, 0.3), (-0.06, 0.84), (-0.06, 0.84), (-0.62, 0.84), (-0.62, 0.84)]),
-            smooth([(0.22, -0.16), (-0.1, -0.1), (0.1, 0.2), (0.34, 0.7), (0.34, 0.7), (0.8, 0.5), (0.8, 0.5)]),
+            smooth([(0.0, -0.36), (0.4, -0.4), (0.4, -0.4), (0.6, 0.1), *fringe((0.8, 0.56), (0.36, 0.66)), (0.2, 0.1)]),
+            smooth([(-0.36, -0.36), (0.1, -0.36), (0.1, -0.36), (0.06, 0.2), *fringe((0.04, 0.82), (-0.56, 0.82)), (-0.5, 0.2)]),
+            smooth([(-0.5, -0.36), (-0.8, -0.7), (-0.5, -0.98), (0.5, -0.98), (0.8, -0.7), (0.5, -0.36), (0, -0.26)]),
+            smooth([(-0.24, -0.6), (0.2, -0.62), (0.26, -0.2), (0.1, -0.1), (-0.1, -0.1), (-0.28, -0.2)]),
         ),
-        hems=(line((-0.62, 0.72), (-0.03, 0.72)), line((0.29, 0.6), (0.76, 0.4))),
-        bow=(0, -0.02),
-        tag=(0.74, -0.4),
-        openings=(smooth([(-0.26, -0.56), (0, -0.72), (0.26, -0.56), (0.2, -0.3), (0, -0.24), (-0.2, -0.3)]),),
-        seams=(line((-0.2, 0.1), (-0.1, 0.4)), line((-0.46, -0.14), (0, 0.02), (0.46, -0.14))),
+        hems=(line((-0.55, 0.7), (0.04, 0.7)), line((0.34, 0.54), (0.76, 0.45))),
+        bow=(0, -0.34),
+        tag=(0.72, -0.5),
+        openings=(smooth([(-0.5, -0.8), (-0.2, -0.9), (0.2, -0.9), (0.5, -0.8), (0.2, -0.7), (-0.2, -0.7)]),),
+        seams=both_sides(line((0.66, -0.8), (0.5, -0.56), (0.26, -0.5))),
     ),
     "HATS": Garment(
         noun="Hat",

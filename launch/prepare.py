@@ -1,0 +1,51 @@
+"""Prepare data and models before a run.
+
+    python launch/prepare.py sample --out data/catalogue            draw a product catalogue and index it
+    python launch/prepare.py tiny --out data/tiny-phi3v             a small Phi-3-V in the official layout
+    python launch/prepare.py index 'shards/train-*.tar'             index tars written elsewhere
+"""
+
+import argparse
+import logging
+from pathlib import Path
+
+from phi3v_dist.cli import run_script
+from phi3v_dist.config import SourceSettings
+from phi3v_dist.data.shards import ShardTable
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+    tiny = commands.add_parser("tiny", help="write a small random Phi-3-V, tokenizer included")
+    tiny.add_argument("--out", type=Path, required=True)
+    tiny.add_argument("--seed", type=int, default=0)
+    tiny.set_defaults(run=write_tiny_model)
+    index = commands.add_parser("index", help="index tar shards and name what is wrong with them")
+    index.add_argument("shards", nargs="+")
+    index.set_defaults(run=index_shards)
+    arguments = parser.parse_args()
+    arguments.run(arguments)
+
+
+def write_tiny_model(arguments: argparse.Namespace) -> None:
+    from phi3v_dist.data.importers.sample import vocabulary_text
+    from phi3v_dist.model.tiny import write_tiny
+
+    if (arguments.out / "model.safetensors").exists():
+        logging.info("%s is there already", arguments.out)
+        return
+    num_parameters = write_tiny(arguments.out, vocabulary_text(), arguments.seed)
+    logging.info("%s: a Phi-3-V of %s parameters, randomly initialised", arguments.out, f"{num_parameters:,}")
+
+
+def index_shards(arguments: argparse.Namespace) -> None:
+    table = ShardTable.open([SourceSettings(shards=arguments.shards)], lambda shard: logging.info("indexing %s", shard))
+    bad = [(shard, number, why) for shard in range(len(table.shards)) for number, why in table.index(shard).bad.items()]
+    for shard, number, why in bad:
+        logging.warning("%s: sample %r: %s", table.shards[shard], table.index(shard).key(number), why)
+    logging.info("%d samples in %d shards, %d of them unusable", len(table), len(table.shards), len(bad))
+
+
+if __name__ == "__main__":
+    run_script(main)

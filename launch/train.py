@@ -1,0 +1,38 @@
+"""Train: one YAML, `key=value` overrides, any launcher.
+
+    deepspeed --num_accelerators 2 launch/train.py --config launch/configs/quickstart.yaml train.steps=100
+    torchrun --nproc_per_node 8 launch/train.py --config …
+    srun python launch/train.py --config …          (one task per rank)
+
+Started again with the same words, a run goes on from its last checkpoint; a finished one says so and ends.
+"""
+
+import argparse
+import logging
+
+from phi3v_dist import config, run
+from phi3v_dist.cli import run_script
+from phi3v_dist.parallel.topology import Topology
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--config", required=True, help="a YAML file of launch/configs/")
+    parser.add_argument("--local_rank", help=argparse.SUPPRESS)  # some launchers add it; the environment has it too
+    parser.add_argument("overrides", nargs="*", help="settings as key=value")
+    arguments = parser.parse_args()
+    topology = Topology.from_environment()
+    check = (lambda settings: run.problems(settings, topology.world_size)) if topology.is_main else None
+    settings = config.load(arguments.config, arguments.overrides, check)
+    if run.is_finished(settings):
+        logging.info("%s is finished; for more steps raise train.steps, for another run change run.name", settings.run.folder)
+        return
+    from phi3v_dist.train.loop import fit
+
+    topology.start(settings.parallel.timeout_s)
+    fit(run.build(settings, topology))
+    topology.stop()
+
+
+if __name__ == "__main__":
+    run_script(main)

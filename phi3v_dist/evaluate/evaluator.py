@@ -1,0 +1,150 @@
+"""Validation samples → answers → scores, with a blind control beside every figure.
+
+What comes in: a model and validation data. What goes out: metrics, and records for people. Surprise: the blind control is
+not a text-only run; it asks every question with another sample's pictures of the same crop grid, so that token counts and
+everything else stay, and only what is seen is wrong.
+
+Batches, not samples, are the unit of work: they are cut in sample order before they are dealt to the ranks, so that each
+answer is made in the same company whatever the number of ranks.
+"""
+
+from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from phi3v_dist.config import EvalSettings
+from phi3v_dist.data.batch import Example, Row, collate
+from phi3v_dist.data.crops import CropLayout
+from phi3v_dist.data.loader import Decoder
+from phi3v_dist.data.samples import Message, Sample
+from phi3v_dist.evaluate.generate import generate, local_copy, plain_linear
+from phi3v_dist.evaluate.records import thumbnail, write_records
+from phi3v_dist.evaluate.score import AnswerScore, score_answer, summarize
+from phi3v_dist.model.phi3v import Phi3VForCausalLM
+from phi3v_dist.parallel.topology import Topology
+
+MIN_PARTNERS = 2
+
+
+@dataclass(frozen=True)
+class Evaluator:
+    """Asks a model the validation questions.
+
+    sample_ids: usable validation samples, in the fixed order in which they are asked.
+    """
+
+    decoder: Decoder
+    sample_ids: tuple[int, ...]
+    settings: EvalSettings
+    topology: Topology
+
+    def run(
+        self, model: Phi3VForCausalLM, folder: Path | None, num_samples: int | None = None
+    ) -> dict[str, float]:
+        """Ask the first `num_samples` questions (None: all) and score the answers; all ranks call this together.
+
+        Args:
+            model: may be partitioned by ZeRO-3.
+            folder: where rank 0 writes records; None: nowhere.
+        """
+        copy = local_copy(model)
+        sample_ids = self.sample_ids[:num_samples]
+        place = {sample_id: i for i, sample_id in enumerate(sample_ids)}
+        partners = self._partners(sample_ids) if self.settings.blind else {}
+        size = self.settings.batch_samples
+        batches = [sample_ids[i : i + size] for i in range(0, len(sample_ids), size)]
+        rows, loss_sum, label_tokens = [], 0.0, 0
+        for batch in batches[self.topology.rank :: self.topology.world_size]:
+            batch_rows, batch_loss, batch_labels = self._ask(copy, batch, partners)
+            rows += batch_rows
+            loss_sum += batch_loss
+            label_tokens += batch_labels
+        del copy
+        loss_sum, labels = self.topology.sum([loss_sum, float(label_tokens)])
+        rows = sorted((row for part in self.topology.gather(rows) for row in part), key=lambda r: place[r["sample_id"]])
+        metrics = {"eval/loss": loss_sum / labels} | summarize([row.pop("score") for row in rows])
+        blind = [row.pop("blind_score") for row in rows]
+        metrics |= summarize([score for score in blind if score], "eval/blind")
+        if folder is not None and self.topology.is_main:
+            write_records(folder, rows, metrics)
+        self.topology.barrier()
+        return metrics
+
+    @torch.inference_mode()
+    def _ask(
+        self, model: Phi3VForCausalLM, sample_ids: Sequence[int], partners: dict[int, int]
+    ) -> tuple[list[dict[str, Any]], float, int]:
+        """Answers of one batch as rows, and the summed loss and number of its label tokens."""
+        processor, device = self.decoder.processor, model.lm_head.weight.device
+        samples = [self.decoder.sample(sample_id) for sample_id in sample_ids]
+        examples = [processor.encode(sample) for sample in samples]
+        batch = collate(Row(tuple(examples)), processor.tokenizer.pad_token_id)
+        with plain_linear():
+            loss_sum = model(**batch.inputs(device)).token_losses.sum().item()
+        prompts = [processor.encode_prompt(s.messages, s.images, s.sample_id) for s in samples]
+        scores, texts = self._answers(model, samples, prompts)
+        seen = [i for i, sample_id in enumerate(sample_ids) if sample_id in partners]
+        others = [self.decoder.sample(partners[sample_ids[i]]) for i in seen]
+        exchanged = [_exchange(prompts[i], processor.encode(other)) for i, other in zip(seen, others, strict=True)]
+        blind_scores, blind_texts = self._answers(model, [samples[i] for i in seen], exchanged) if seen else ([], [])
+        blind = {i: (score, text) for i, score, text in zip(seen, blind_scores, blind_texts, strict=True)}
+        rows = []
+        for i, (sample, score, text) in enumerate(zip(samples, scores, texts, strict=True)):
+            blind_score, blind_text = blind.get(i, (None, None))
+            control = {"prediction": blind_text} | asdict(blind_score) if blind_score else None
+            rows.append(
+                {
+                    "sample_id": sample.sample_id, "shard": sample.shard, "key": sample.key, "source": sample.source,
+                    "prompt": _question(sample.messages), "target": _truth(sample.messages), "prediction": text,
+                    **asdict(score), "thumbnail": thumbnail(sample.images[0]) if sample.images else None,
+                    "blind": control, "score": score, "blind_score": blind_score,
+                }
+            )  # fmt: skip
+        return rows, loss_sum, batch.label_tokens
+
+    def _answers(
+        self, model: Phi3VForCausalLM, samples: Sequence[Sample], prompts: Sequence[Example]
+    ) -> tuple[list[AnswerScore], list[str]]:
+        processor = self.decoder.processor
+        answers = generate(model, prompts, self.settings.max_new_tokens, processor.stop_ids)
+        texts = [processor.tokenizer.decode(answer.ids).strip() for answer in answers]
+        scores = [
+            score_answer(text, _truth(sample.messages), self.settings.fields, answer.stopped, len(answer.ids))
+            for sample, answer, text in zip(samples, answers, texts, strict=True)
+        ]
+        return scores, texts
+
+    def _partners(self, sample_ids: Sequence[int]) -> dict[int, int]:
+        """Sample → another one whose pictures have the same crop grids, half a turn away in its group."""
+        table, num_crops = self.decoder.table, self.decoder.processor.num_crops
+        groups: dict[tuple[tuple[int, int], ...], list[int]] = defaultdict(list)
+        for sample_id in sample_ids:
+            shard, number = table.locate(sample_id)
+            sizes = table.index(shard).image_sizes(number).values()
+            groups[tuple(CropLayout.of(*size, num_crops).padded_hw for size in sizes)].append(sample_id)
+        partners = {}
+        for grids, group in groups.items():
+            if grids and len(group) >= MIN_PARTNERS:
+                half = len(group) // 2
+                partners |= dict(zip(group, group[half:] + group[:half], strict=True))
+        return partners
+
+
+def _exchange(prompt: Example, other: Example) -> Example:
+    return replace(prompt, pixel_values=other.pixel_values)
+
+
+def _question(messages: Sequence[Message]) -> str:
+    """The words of the last user turn."""
+    turns = [message for message in messages if message.role == "user"]
+    return " ".join(part for part in turns[-1].parts if isinstance(part, str)) if turns else ""
+
+
+def _truth(messages: Sequence[Message]) -> str:
+    """The words of the last assistant turn."""
+    turns = [message for message in messages if message.role == "assistant"]
+    return "".join(part for part in turns[-1].parts if isinstance(part, str)).strip() if turns else ""

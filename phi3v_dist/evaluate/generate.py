@@ -1,0 +1,136 @@
+"""Prompts → answers, on a copy of the weights that no ZeRO-3 hook watches.
+
+What comes in: encoded prompts. What goes out: the ids each prompt was answered with. Surprise: while training goes on
+under ZeRO-3, every rank fills a plain model from the partitions once and then generates at its own pace; through the
+hooked model each token would gather all weights again, and a rank with a shorter answer would have to keep step. The copy
+is the same class as an exported folder's model, so scores do not depend on where they are taken.
+
+LongRoPE: a row whose length passes the original context is prefilled again from its kept embeddings, because its keys and
+values were made with the short factors (both are stale: deeper layers saw short-factor attention).
+"""
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from phi3v_dist.data.batch import Example
+from phi3v_dist.model.attention import Layout
+from phi3v_dist.model.cache import KeyValueCache
+from phi3v_dist.model.phi3v import Phi3VForCausalLM
+from phi3v_dist.model.weights import gathered
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What one prompt was answered with. stopped: a stop id came before the limit; it is not among the ids."""
+
+    ids: tuple[int, ...]
+    stopped: bool
+
+
+def local_copy(model: Phi3VForCausalLM) -> Phi3VForCausalLM:
+    """A plain model with the weights of one that may be partitioned; then all ranks must call this together."""
+    tensors = {}
+    for name, parameter in model.named_parameters():
+        with gathered(parameter), torch.no_grad():
+            tensors[name] = parameter.detach().clone()
+    return Phi3VForCausalLM.without_weights(model.config, model.longrope, model.attention).take(tensors)
+
+
+@contextmanager
+def plain_linear() -> Iterator[None]:
+    """torch's own `linear` for the length of a `with`.
+
+    DeepSpeed replaces it for the whole process (`memory_efficient_linear`); in bf16 the answers then differ from those
+    of an exported folder.
+    """
+    replaced = torch.nn.functional.linear
+    torch.nn.functional.linear = torch._C._nn.linear
+    try:
+        yield
+    finally:
+        torch.nn.functional.linear = replaced
+
+
+class _Rows:
+    """Rows under generation: their embeddings so far, their cache, and which prompts they answer."""
+
+    def __init__(self, model: Phi3VForCausalLM, prompts: Sequence[Example], max_new_tokens: int):
+        self.model, self.device = model, model.lm_head.weight.device
+        self.embeds = [self._embed(prompt) for prompt in prompts]  # kept: a crossing row is prefilled again from these
+        self.lengths = [len(embeds) for embeds in self.embeds]
+        self.answers: list[list[int]] = [[] for _ in prompts]
+        self.cache = KeyValueCache(len(prompts), max(self.lengths) + max_new_tokens)
+        self.active = list(range(len(prompts)))  # prompt number of each row of the cache
+
+    def _embed(self, prompt: Example) -> Tensor:
+        pixels = prompt.pixel_values.to(self.device) if len(prompt.pixel_values) else None
+        return self.model.model.embed(prompt.input_ids[None].to(self.device), pixels, prompt.image_sizes)[0]
+
+    def prefill(self, rows: Sequence[int]) -> Tensor:
+        """Run these rows' whole texts as documents of one flat row; the hidden state at each one's end."""
+        numbers = [self.active[row] for row in rows]
+        lengths = [self.lengths[number] for number in numbers]
+        layout = Layout.of(lengths).to(self.device)
+        positions = torch.cat([torch.arange(n) for n in lengths])[None].to(self.device)
+        embeds = torch.cat([self.embeds[number] for number in numbers])[None]
+        self.cache.begin_prefill(rows, lengths)
+        hidden = self._run(embeds, positions, layout.rope_lengths[None])
+        return hidden[0, layout.cu_seqlens[1:].long() - 1]
+
+    def decode(self, ids: Tensor) -> Tensor:
+        """One more token for every active row; the hidden state at it."""
+        embeds = self.model.model.embed_tokens(ids.to(self.device))  # [rows, hidden]
+        for row, number in enumerate(self.active):
+            self.embeds[number] = torch.cat([self.embeds[number], embeds[row : row + 1]])
+            self.lengths[number] += 1
+        lengths = torch.tensor([self.lengths[number] for number in self.active])
+        self.cache.begin_decode()
+        positions = (lengths - 1)[:, None].to(self.device)
+        hidden = self._run(embeds[:, None], positions, lengths[:, None].to(self.device))[:, 0]
+        crossing = [row for row, n in enumerate(lengths.tolist()) if n == self.model.rope.original_length + 1]
+        if crossing:
+            hidden[crossing] = self.prefill(crossing)
+        return hidden
+
+    def _run(self, embeds: Tensor, positions: Tensor, rope_lengths: Tensor) -> Tensor:
+        rotation = self.model.rope(positions, rope_lengths, embeds.dtype)
+        return self.model.model(embeds, rotation, backend="sdpa", cache=self.cache)
+
+    def keep(self, rows: list[int]) -> None:
+        """Go on with these rows only."""
+        if len(rows) < len(self.active):
+            self.cache.keep(torch.tensor(rows, dtype=torch.int64))
+            self.active = [self.active[row] for row in rows]
+
+
+@torch.inference_mode()
+def generate(
+    model: Phi3VForCausalLM, prompts: Sequence[Example], max_new_tokens: int, stop_ids: Sequence[int]
+) -> list[Answer]:
+    """Greedy answers to all prompts, as one batch.
+
+    The same prompt gets the same answer in any batch (fp32; in bf16 rounding may differ with the batch).
+    """
+    stopped = [False] * len(prompts)
+    with plain_linear():
+        rows = _Rows(model, prompts, max_new_tokens)
+        hidden = rows.prefill(range(len(prompts)))
+        for _ in range(max_new_tokens):
+            chosen = model.lm_head(hidden).argmax(-1).tolist()
+            going = []
+            for row, (number, token) in enumerate(zip(rows.active, chosen, strict=True)):
+                if token in stop_ids:
+                    stopped[number] = True
+                    continue
+                rows.answers[number].append(token)
+                if len(rows.answers[number]) < max_new_tokens:
+                    going.append(row)
+            if not going:
+                break
+            rows.keep(going)
+            hidden = rows.decode(torch.tensor([chosen[row] for row in going]))
+    return [Answer(tuple(ids), stop) for ids, stop in zip(rows.answers, stopped, strict=True)]

@@ -1,0 +1,105 @@
+"""ds_configs/*.json and the settings → a DeepSpeed engine.
+
+What comes in: a DeepSpeed JSON in which every number that has a home in the YAML says "auto". What goes out: the engine.
+Surprise: a number given in both places is an error even when they agree; one number, one home. DeepSpeed itself clips at
+1.0 unless told otherwise, and opens its own W&B run if asked; both are decided here.
+"""
+
+import difflib
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from phi3v_dist.config import Settings
+from phi3v_dist.data.plan import accumulation
+from phi3v_dist.errors import ConfigError
+
+HOMES = {  # DeepSpeed key → the setting that owns it
+    "train_batch_size": "train.rows_per_step",
+    "train_micro_batch_size_per_gpu": "one row per forward, always",
+    "gradient_accumulation_steps": "train.gradient_accumulation_steps",
+    "gradient_clipping": "train.grad_clip",
+    "bf16.enabled": "model.dtype",
+}
+REFUSED = {
+    "optimizer": "learning rates and weight decay are in `train`",
+    "scheduler": "warmup and decay are in `train`",
+    "fp16": "use bf16 or fp32 (`model.dtype`)",
+    "wandb": "`observe.wandb`",
+    "tensorboard": "`observe`",
+}
+
+
+def read(path: Path) -> dict[str, Any]:
+    """The JSON as it is.
+
+    Raises:
+        ConfigError: no such file, or not JSON.
+    """
+    if not path.is_file():
+        near = difflib.get_close_matches(path.name, [p.name for p in path.parent.glob("*.json")], n=1)
+        hint = f"; did you mean {path.parent / near[0]}?" if near else ""
+        raise ConfigError(f"`parallel.deepspeed` {path}: no such file{hint}")
+    try:
+        return json.loads(path.read_text())
+    except ValueError as error:
+        raise ConfigError(f"`parallel.deepspeed` {path}: not JSON: {error}") from error
+
+
+def problems(settings: Settings, world_size: int) -> list[str]:
+    """What in the JSON or the batch arithmetic contradicts the settings; one message each."""
+    path = settings.parallel.deepspeed
+    try:
+        config = read(path)
+    except ConfigError as error:
+        return error.problems
+    found = [f"{path}: `{key}` does not belong here: {where}" for key, where in REFUSED.items() if key in config]
+    for key, home in HOMES.items():
+        value: Any = config
+        for part in key.split("."):
+            value = value.get(part, "auto") if isinstance(value, dict) else "auto"
+        if value != "auto":
+            found.append(f'{path}: `{key}` is {value}; write "auto", its home is {home}')
+    stage = config.get("zero_optimization", {}).get("stage")
+    if stage != 3:
+        found.append(f"{path}: `zero_optimization.stage` is {stage}; this harness shards weights, so it must be 3")
+    train = settings.train
+    given, needed = train.gradient_accumulation_steps, accumulation(train.rows_per_step, world_size)
+    if given is not None and given * world_size != train.rows_per_step:
+        found.append(
+            f"`train.gradient_accumulation_steps` {given} x {world_size} ranks = {given * world_size} rows, but "
+            f"`train.rows_per_step` is {train.rows_per_step}: leave the former out (then {needed} each) or change one"
+        )
+    return found
+
+
+def resolve(settings: Settings, world_size: int, dtype: torch.dtype, hidden_size: int) -> dict[str, Any]:
+    """The JSON with every "auto" filled in, ready for DeepSpeed."""
+    config = read(settings.parallel.deepspeed)
+    micro_steps = accumulation(settings.train.rows_per_step, world_size)
+    config |= {
+        "train_batch_size": micro_steps * world_size,
+        "train_micro_batch_size_per_gpu": 1,
+        "gradient_accumulation_steps": micro_steps,
+        "gradient_clipping": settings.train.grad_clip,
+        "bf16": {"enabled": dtype == torch.bfloat16},
+    }
+    zero = config["zero_optimization"]
+    sizes = {  # elements; the choice of transformers' DeepSpeed integration
+        "reduce_bucket_size": hidden_size**2,
+        "stage3_prefetch_bucket_size": hidden_size**2 * 9 // 10,
+        "stage3_param_persistence_threshold": 10 * hidden_size,
+    }
+    config["zero_optimization"] = zero | {key: size for key, size in sizes.items() if zero.get(key) == "auto"}
+    return config
+
+
+def initialize(model: nn.Module, optimizer: torch.optim.Optimizer, config: dict[str, Any]) -> Any:
+    """A DeepSpeed engine around a model whose parameters may already be partitioned."""
+    import deepspeed
+
+    engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=config, dist_init_required=False)
+    return engine

@@ -1,0 +1,281 @@
+"""The page to read first: `build` names every part of a run once, in the order in which data flows.
+
+    shards → order → plan → loader → model → engine → checkpoints → evaluator → tracker
+
+What comes in: `Settings` and a `Topology`. What goes out: a `Run`, which `train/loop.py` drives. Surprise: everything that
+can be wrong with settings, files and arithmetic is found by `problems`, before the first process group or weight exists.
+"""
+
+import hashlib
+import importlib.metadata
+import json
+import logging
+import subprocess
+import uuid
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+
+from phi3v_dist import config
+from phi3v_dist.config import Settings, SourceSettings
+from phi3v_dist.data.fetch import Fetcher
+from phi3v_dist.data.lengths import measure
+from phi3v_dist.data.loader import Decoder, Loader
+from phi3v_dist.data.order import Order, permute
+from phi3v_dist.data.plan import Lengths, Planner, accumulation, overfit
+from phi3v_dist.data.processor import Phi3VProcessor
+from phi3v_dist.data.shards import ShardTable
+from phi3v_dist.errors import DataError, Phi3VError
+from phi3v_dist.evaluate.evaluator import Evaluator
+from phi3v_dist.model.attention import choose_backend
+from phi3v_dist.model.phi3v import Phi3VForCausalLM, read_config
+from phi3v_dist.model.weights import OfficialFolder, load_weights
+from phi3v_dist.observe.console import ConsoleTracker
+from phi3v_dist.observe.tracker import AllOf, JsonlTracker, NoTracker, Tracker
+from phi3v_dist.observe.wandb_tracker import WandbTracker
+from phi3v_dist.parallel import zero
+from phi3v_dist.parallel.topology import Topology
+from phi3v_dist.survive.checkpoint import Checkpoints
+from phi3v_dist.train.optim import build_optimizer
+
+PACKAGES = ("torch", "transformers", "deepspeed", "webdataset", "wandb", "phi3v-dist")
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Data:
+    """One side of the data, ready to be read: shards, how long each sample is, and how to decode one."""
+
+    table: ShardTable
+    lengths: Lengths
+    decoder: Decoder
+
+    @classmethod
+    def open(cls, sources: list[SourceSettings], settings: Settings) -> "Data":
+        """Find, index and measure the shards of some sources. Raises DataError naming every shard that is wrong."""
+        table = ShardTable.open(sources, lambda shard: log.info("indexing %s", shard))
+        processor = Phi3VProcessor.from_pretrained(settings.model.path, settings.data.num_crops)
+        lengths = measure(table, processor, settings.data.num_workers, lambda shard: log.info("measuring %s", shard))
+        return cls(table, lengths, Decoder(table, Fetcher(table), processor))
+
+    def usable(self, limit_tokens: int) -> int:
+        """Number of samples that fit into a row."""
+        return int(((self.lengths.tokens > 0) & (self.lengths.tokens <= limit_tokens)).sum())
+
+
+@dataclass(frozen=True)
+class Run:
+    """All parts of a run, and the few facts that the loop needs beside them."""
+
+    settings: Settings
+    topology: Topology
+    train: Data
+    planner: Planner
+    num_steps: int
+    engine: Any
+    checkpoints: Checkpoints
+    evaluator: Evaluator | None
+    tracker: Tracker
+    run_id: str
+    resolved: dict[str, Any]
+    reference: dict[str, float]
+
+    @property
+    def folder(self) -> Path:
+        return self.settings.run.folder
+
+    @property
+    def config_digest(self) -> str:
+        return hashlib.sha256(json.dumps(self.resolved, sort_keys=True).encode()).hexdigest()[:16]
+
+    def loader(self, state: dict[str, Any] | None) -> Loader:
+        """Batches from where `state` says the run goes on; None: from the beginning."""
+        data, topology = self.settings.data, self.topology
+        planner = self.planner.resume(state) if state else self.planner
+        return Loader(
+            steps=overfit(planner) if self.settings.train.overfit_one_batch else planner,
+            decoder=self.train.decoder, lengths=self.train.lengths, consumer=topology.rank,
+            num_consumers=topology.world_size, num_workers=data.num_workers, prefetch_rows=data.prefetch_rows,
+            micro_steps=accumulation(self.settings.train.rows_per_step, topology.world_size),
+        )  # fmt: skip
+
+
+def problems(settings: Settings, world_size: int) -> list[str]:
+    """Everything wrong with the files and numbers that the settings name; one message each. Builds missing indexes."""
+    found = zero.problems(settings, world_size)
+    for source in [*settings.data.train, *settings.data.validation]:
+        try:
+            ShardTable.open([source], lambda shard: log.info("indexing %s", shard))
+        except DataError as error:
+            found += error.problems
+    try:
+        read_config(settings.model.path)
+        OfficialFolder(settings.model.path)
+        Phi3VProcessor.from_pretrained(settings.model.path, settings.data.num_crops)
+        choose_backend(settings.model.attention, Topology.from_environment().device)
+    except Phi3VError as error:
+        found += error.problems
+    if settings.eval.reference and not settings.eval.reference.is_file():
+        found.append(f"`eval.reference` {settings.eval.reference}: no such file")
+    if not found:
+        sides = {"train": settings.data.train, "validation": settings.data.validation}
+        for side, sources in sides.items():
+            data = Data.open(sources, settings) if sources else None
+            if data and not data.usable(settings.data.row_length_tokens):
+                found.append(f"`data.{side}` is empty: {_why_unusable(data, settings.data.row_length_tokens)}")
+    return found
+
+
+def build(settings: Settings, topology: Topology) -> Run:
+    """Put a run together. Rank 0 has looked at everything through `problems` before."""
+    torch.manual_seed(settings.run.seed)
+    topology.barrier()  # rank 0 may still be writing indexes
+    train = Data.open(settings.data.train, settings)
+    planner, num_steps = _plan(settings, train)
+    device = topology.device
+    engine = _engine(settings, topology, device)
+    evaluator = None
+    if settings.data.validation:
+        validation = Data.open(settings.data.validation, settings)
+        sample_ids = _fixed_order(validation.lengths, settings.data.row_length_tokens)
+        evaluator = Evaluator(validation.decoder, sample_ids, settings.eval, topology)
+    resolved = config.dump(settings)
+    tracker: Tracker = NoTracker()
+    if topology.is_main:
+        mirrors: list[Tracker] = [ConsoleTracker(num_steps, settings.observe.log_every_steps)]
+        if settings.observe.wandb != "disabled":
+            watch = settings.observe
+            mirrors.append(WandbTracker(settings.run.folder, watch.wandb, watch.wandb_project, watch.wandb_entity))
+        tracker = AllOf(JsonlTracker(settings.run.folder), mirrors)
+    run = Run(
+        settings=settings, topology=topology, train=train, planner=planner, num_steps=num_steps, engine=engine,
+        checkpoints=Checkpoints(settings.run.folder / "checkpoints", settings.checkpoint.keep), evaluator=evaluator,
+        tracker=tracker, run_id=topology.broadcast(_run_id(settings.run.folder) if topology.is_main else ""),
+        resolved=resolved, reference=_reference(settings.eval.reference),
+    )  # fmt: skip
+    if topology.is_main:
+        _write_config(run, resolved)
+        _banner(run)
+    return run
+
+
+def _plan(settings: Settings, train: Data) -> tuple[Planner, int]:
+    """The planner, and the number of steps it or the settings give."""
+    order = Order(train.table, settings.run.seed)
+    epochs = settings.train.epochs
+    planner = Planner(
+        order.sample_ids, train.lengths, rows_per_step=settings.train.rows_per_step,
+        row_length_tokens=settings.data.row_length_tokens, packing=settings.data.packing, seed=settings.run.seed,
+        window_samples=min(settings.data.window_samples, order.num_samples),
+        end=round(epochs * order.num_samples) if epochs else None,
+    )  # fmt: skip
+    num_steps = settings.train.steps or sum(1 for _ in planner)
+    if not settings.train.steps and settings.train.warmup_steps >= num_steps:
+        raise DataError(
+            f"{epochs} epochs give only {num_steps} steps, but `train.warmup_steps` is {settings.train.warmup_steps}"
+        )
+    return planner, num_steps
+
+
+def _engine(settings: Settings, topology: Topology, device: torch.device) -> Any:
+    """The model, its weights read straight into ZeRO-3's partitions, and DeepSpeed around it."""
+    import deepspeed
+
+    dtype = _dtype(settings.model.dtype, device)
+    model_config = read_config(settings.model.path)
+    ds_config = zero.resolve(settings, topology.world_size, dtype, model_config["hidden_size"])
+    with deepspeed.zero.Init(config_dict_or_path=ds_config):  # its `dtype=` is ignored on a CPU (0.19.8): bf16 there
+        model = Phi3VForCausalLM(model_config, settings.model.longrope, settings.model.attention)
+    load_weights(model, OfficialFolder(settings.model.path), topology.rank)
+    model.set_gradient_checkpointing(settings.model.gradient_checkpointing)
+    return zero.initialize(model, build_optimizer(model, settings.train), ds_config)
+
+
+def _dtype(wanted: str, device: torch.device) -> torch.dtype:
+    has_bf16 = device.type == "cuda" and torch.cuda.is_bf16_supported()
+    return torch.bfloat16 if wanted == "bf16" or wanted == "auto" and has_bf16 else torch.float32
+
+
+def _fixed_order(lengths: Lengths, limit_tokens: int) -> tuple[int, ...]:
+    """Usable sample ids in an order that mixes shards and is the same in every run."""
+    ids = permute(torch.arange(len(lengths)).numpy(), len(lengths), key=0)
+    return tuple(int(i) for i in ids if 0 < lengths.tokens[i] <= limit_tokens)
+
+
+def _why_unusable(data: Data, limit_tokens: int) -> str:
+    reasons = [f"{len(data.table)} samples in {len(data.table.shards)} shards"]
+    too_long = int((data.lengths.tokens > limit_tokens).sum())
+    if too_long:
+        reasons.append(f"{too_long} longer than `data.row_length_tokens` {limit_tokens}")
+    if data.lengths.bad:
+        sample_id, reason = next(iter(data.lengths.bad.items()))
+        shard, number = data.table.locate(sample_id)
+        key = data.table.index(shard).key(number)
+        reasons.append(f"{len(data.lengths.bad)} unusable, for example {data.table.shards[shard]}:{key}: {reason}")
+    return "; ".join(reasons)
+
+
+def _run_id(folder: Path) -> str:
+    """The run's name for other systems; drawn once, kept over all attempts."""
+    path = folder / "run-id"
+    if not path.exists():
+        folder.mkdir(parents=True, exist_ok=True)
+        path.write_text(uuid.uuid4().hex[:12])
+    return path.read_text().strip()
+
+
+def _reference(path: Path | None) -> dict[str, float]:
+    """The `best_…` figures of `eval.reference`, as metrics to stand beside the scores."""
+    figures = json.loads(path.read_text()) if path else {}
+    return {f"eval/{name}": float(value) for name, value in figures.items() if name.startswith("best_")}
+
+
+def is_finished(settings: Settings) -> bool:
+    """Whether this run's summary is written and nobody asks for more steps since."""
+    path = settings.run.folder / "summary.json"
+    return path.is_file() and json.loads(path.read_text())["train/step"] >= (settings.train.steps or 0)
+
+
+def _write_config(run: Run, resolved: dict[str, Any]) -> None:
+    """config.yaml: the resolved settings and what they ran with."""
+    run.folder.mkdir(parents=True, exist_ok=True)
+    versions = {}
+    for package in PACKAGES:
+        try:
+            versions[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            versions[package] = "not installed"
+    git = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, cwd=Path(__file__).parent)
+    environment = {"versions": versions, "commit": git.stdout.strip() or "unknown", "world_size": run.topology.world_size}
+    (run.folder / "config.yaml").write_text(yaml.safe_dump(resolved | {"environment": environment}, sort_keys=False))
+
+
+def _banner(run: Run) -> None:
+    """What is about to happen, as sums a person can check."""
+    settings, train, world = run.settings, run.train, run.topology.world_size
+    data, rows = settings.data, settings.train.rows_per_step
+    micro_steps = accumulation(rows, world)
+    empty = micro_steps * world - rows
+    usable = train.usable(data.row_length_tokens)
+    lines = [
+        f"run      {run.folder} · {run.num_steps} steps · seed {settings.run.seed}",
+        f"model    {settings.model.path} · {_num_parameters(run.engine.module):,} parameters · "
+        f"{run.engine.module.lm_head.weight.dtype} · LongRoPE by {settings.model.longrope}",
+        f"data     {usable:,} of {len(train.table):,} samples in {len(train.table.shards)} shards",
+        f"batch    {rows} rows of up to {data.row_length_tokens:,} tokens = {world} ranks x {micro_steps} micro-steps"
+        + (f" - {empty} empty" if empty else ""),
+    ]
+    if usable < len(train.table):
+        lines.append(f"left out {_why_unusable(train, data.row_length_tokens)}")
+    if settings.train.overfit_one_batch:
+        lines.append("overfit  the first step's rows again and again: the loss must go to about 0")
+    for line in lines:
+        log.info(line)
+
+
+def _num_parameters(model: torch.nn.Module) -> int:
+    return sum(getattr(p, "ds_numel", p.numel()) for p in model.parameters())

@@ -1,0 +1,155 @@
+"""What makes a folder a checkpoint: a manifest that names and hashes every file, and the rename that commits it.
+
+In: a folder of rank files and what rank 0 knows about them. Out: a committed checkpoint, or the list of what is wrong
+with one. The format is described in docs/checkpoint-format.md.
+
+Surprise: nothing is unpickled anywhere, so a file from elsewhere may hold wrong numbers but never code; the hash finds
+accidents, it is no defence against a forger.
+"""
+
+import json
+import logging
+import os
+import platform
+import re
+import secrets
+import shutil
+from pathlib import Path
+from typing import Any
+
+import xxhash
+
+from phi3v_dist.errors import CheckpointError
+
+log = logging.getLogger(__name__)
+
+FORMAT = "phi3v-dist checkpoint"
+FORMAT_VERSION = 1
+UPGRADE = (
+    "Version 1 is the first. A reader that finds a version it does not know must refuse; the release that introduces "
+    "version 2 names in docs/checkpoint-format.md the command that converts this one."
+)
+MANIFEST = "manifest.json"
+RANK_FILE = re.compile(r"rank-\d{5,}\.safetensors")
+TEMPORARY = ".tmp-"  # begins the name of every folder that is no checkpoint: being written, or being removed
+BLOCK_BYTES = 8 * 2**20  # read, written and hashed at a time
+
+
+class DamagedError(CheckpointError):
+    """This checkpoint cannot be trusted; an older one may be."""
+
+
+def rank_file_name(rank: int) -> str:
+    return f"rank-{rank:05d}.safetensors"
+
+
+def commit(temporary: Path, final: Path, manifest: dict[str, Any]) -> list[str]:
+    """Manifest, then the name; returns why not. One of the same step (a rerun) stays readable until that moment."""
+    try:
+        write_manifest(temporary, manifest)
+        replaced = final.with_name(f"{final.name}.replaced")
+        if final.exists():
+            remove(replaced)
+            final.rename(replaced)
+        temporary.rename(final)
+        fsync_folder(final.parent)
+        remove(replaced)
+        return []
+    except OSError as error:
+        return [f"rank 0 on {platform.node()}, committing: {error}"]
+
+
+def remove(path: Path) -> None:
+    """Take the name away first, so that half a checkpoint never passes for a whole one. Failing costs only space."""
+    if not path.exists():
+        return
+    try:
+        doomed = path.with_name(f"{TEMPORARY}removed-{path.name}-{secrets.token_hex(4)}")
+        os.rename(path, doomed)
+        shutil.rmtree(doomed)
+    except OSError as error:
+        log.warning("old checkpoint %s could not be removed: %s", path, error)
+
+
+def write_manifest(folder: Path, manifest: dict[str, Any]) -> None:
+    """Appears whole or not at all, also after a power cut."""
+    temporary = folder / f"{MANIFEST}.tmp"
+    with temporary.open("w") as file:
+        json.dump(manifest | {"checksum": _checksum(manifest)}, file, indent=1)
+        file.flush()
+        os.fsync(file.fileno())
+    temporary.rename(folder / MANIFEST)
+    fsync_folder(folder)
+
+
+def fsync_folder(folder: Path) -> None:
+    """Make the names in a folder durable, not only the contents of its files."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def read_manifest(folder: Path) -> dict[str, Any]:
+    path = folder / MANIFEST
+    try:
+        manifest = json.loads(path.read_text())
+    except FileNotFoundError as error:
+        raise DamagedError(f"{path} is missing: the checkpoint was never committed, or files were deleted") from error
+    except (OSError, ValueError) as error:
+        raise DamagedError(f"{path} cannot be read: {error}") from error
+    if not isinstance(manifest, dict) or manifest.pop("checksum", None) != _checksum(manifest):
+        raise DamagedError(f"{path} was changed after it was written, or is no manifest: its checksum does not fit")
+    if manifest["version"] != FORMAT_VERSION:
+        raise CheckpointError(
+            f"{path} has format version {manifest['version']}, this program reads version {FORMAT_VERSION}. Use the "
+            f"release that wrote it; its note on upgrading: {manifest.get('upgrade')}"
+        )
+    strangers = [name for name in manifest["files"] if not RANK_FILE.fullmatch(name)]
+    if strangers:
+        raise DamagedError(f"{path} names files that no rank writes: {', '.join(strangers)}")
+    return manifest
+
+
+def damage(folder: Path, share: int = 0, num_shares: int = 1) -> list[str]:
+    """What is wrong with a checkpoint, empty if nothing; hashes every `num_shares`-th file, beginning at `share`."""
+    try:
+        files = read_manifest(folder)["files"]
+        sizes = wrong_sizes(folder, files)
+        if sizes:
+            return sizes
+        problems = []
+        for name in list(files)[share::num_shares]:
+            found, expected = hash_file(folder / name), files[name]["xxh3_128"]
+            if found != expected:
+                problems.append(f"{name}: its bytes changed (xxh3-128 {found}, {expected} when it was written)")
+        return problems
+    except DamagedError as error:
+        return error.problems
+    except OSError as error:
+        return [str(error)]
+
+
+def wrong_sizes(folder: Path, files: dict[str, Any]) -> list[str]:
+    problems = []
+    for name, entry in files.items():
+        path = folder / name
+        if path.is_symlink() or not path.is_file():
+            problems.append(f"{name}: missing, or not a plain file")
+        elif path.stat().st_size != entry["size_bytes"]:
+            problems.append(f"{name}: {path.stat().st_size} bytes, {entry['size_bytes']} when it was written")
+    return problems
+
+
+def _checksum(manifest: dict[str, Any]) -> str:
+    """Of the content, not of the bytes: the manifest may be indented anew, and holds its own checksum."""
+    return xxhash.xxh3_128_hexdigest(json.dumps(manifest, sort_keys=True).encode())
+
+
+def hash_file(path: Path) -> str:
+    digest = xxhash.xxh3_128()
+    with path.open("rb", buffering=0) as file:
+        while block := file.read(BLOCK_BYTES):
+            digest.update(block)
+    return digest.hexdigest()

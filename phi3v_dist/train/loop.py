@@ -1,0 +1,145 @@
+"""The training loop: for each step train, observe; every N steps evaluate and save; at the end, sum up.
+
+What comes in: a built `Run`. What goes out: a finished run folder. Surprise: this is the only file in which the world
+changes. Observers get numbers and cannot change anything; the order of effects is the order of lines below.
+"""
+
+import json
+import logging
+import time
+from collections.abc import Iterable, Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from phi3v_dist.data.batch import Batch
+from phi3v_dist.errors import DataError
+from phi3v_dist.observe.metrics import step_row
+from phi3v_dist.run import Run
+from phi3v_dist.survive.checkpoint import Position
+from phi3v_dist.train.optim import learning_rates
+from phi3v_dist.train.step import StepResult, train_step
+
+SUMMARY_NAME = "summary.json"
+
+log = logging.getLogger(__name__)
+
+
+def fit(run: Run) -> dict[str, float]:
+    """Train to the last step, from the newest checkpoint if there is one; returns the summary."""
+    totals, state = _start(run)
+    for batches, data_s in _timed(run.loader(state)) if totals.step < run.num_steps else ():
+        rates = learning_rates(totals.step + 1, run.num_steps, run.settings.train)
+        result = train_step(run.engine, batches, rates, run.topology, data_s)
+        totals.add(result)
+        run.tracker.log(step_row(result, run.settings.data.row_length_tokens, run.topology.world_size) | totals.row(run))
+        _refuse_bad_data(run, totals)
+        last = totals.step == run.num_steps
+        if last or totals.step % run.settings.checkpoint.every_steps == 0:
+            _save(run, totals, batches)
+        if last:
+            break
+        if run.settings.eval.every_steps and totals.step % run.settings.eval.every_steps == 0:
+            _evaluate(run, totals.step, run.settings.eval.samples)
+    return _finish(run, totals)
+
+
+@dataclass
+class Totals:
+    """What a run has done so far, over all attempts; saved with every checkpoint."""
+
+    step: int = 0
+    tokens: int = 0
+    samples: int = 0
+    quarantined: int = 0
+    trained_s: float = 0.0
+
+    def add(self, result: StepResult) -> None:
+        self.step = result.step
+        self.tokens += result.tokens
+        self.samples += result.samples
+        self.quarantined += result.quarantined
+        self.trained_s += sum(result.seconds.values())
+
+    def row(self, run: Run) -> dict[str, float]:
+        return {
+            "train/tokens": self.tokens,
+            "train/samples": self.samples,
+            "train/epoch": self.samples / max(1, run.train.usable(run.settings.data.row_length_tokens)),
+            "data/quarantined": self.quarantined,
+            "run/wall_s": self.trained_s,
+            "run/world_size": run.topology.world_size,
+        }
+
+
+def _start(run: Run) -> tuple[Totals, dict[str, Any] | None]:
+    """Open the sinks and go back to the newest checkpoint: what was done, and where the data goes on."""
+    run.tracker.start(run.resolved)
+    newest = run.checkpoints.newest()
+    if newest is None:
+        return Totals(), None
+    position = run.checkpoints.load(run.engine, newest)
+    log.info("continuing from %s, step %d of %d", newest, position.step, run.num_steps)
+    if position.config_digest != run.config_digest:
+        log.warning("the settings are not those that %s was saved with; compare %s", newest, run.folder / "config.yaml")
+    return Totals(**position.extra), position.loader
+
+
+def _timed(loader: Iterable[list[Batch]]) -> Iterator[tuple[list[Batch], float]]:
+    """Each step's Batches, and the seconds that training waited for them."""
+    began = time.perf_counter()
+    for batches in loader:
+        yield batches, time.perf_counter() - began
+        began = time.perf_counter()
+
+
+def _refuse_bad_data(run: Run, totals: Totals) -> None:
+    limit = run.settings.data.max_bad_frac
+    if totals.quarantined > max(1, limit * totals.samples):
+        raise DataError(
+            f"step {totals.step}: {totals.quarantined} of {totals.samples} samples could not be used, more than "
+            f"`data.max_bad_frac` {limit}; each is named in a warning above. Mend the shards, or raise the limit"
+        )
+
+
+def _save(run: Run, totals: Totals, batches: list[Batch]) -> None:
+    began = time.perf_counter()
+    plan = batches[0].plan
+    assert plan is not None  # the loader's batches have one
+    position = Position(
+        step=totals.step, run_id=run.run_id, loader=plan.state, attempt=run.tracker.attempt, seed=run.settings.run.seed,
+        config_digest=run.config_digest, extra=asdict(totals),
+    )  # fmt: skip
+    run.checkpoints.save(run.engine, position)
+    seconds = time.perf_counter() - began
+    run.tracker.log({"train/step": totals.step, "ckpt/save_s": seconds, "time/ckpt_s": seconds})
+
+
+def _evaluate(run: Run, step: int, num_samples: int | None) -> dict[str, float]:
+    if run.evaluator is None:
+        return {}
+    began = time.perf_counter()
+    folder = run.folder / "eval" / f"step-{step:06d}"
+    metrics = run.evaluator.run(run.engine.module, folder, num_samples)
+    run.tracker.log({"train/step": step, "time/eval_s": time.perf_counter() - began} | metrics)
+    if run.topology.is_main:
+        rows = [json.loads(line) for line in (folder / "predictions.jsonl").read_text().splitlines()]
+        run.tracker.media(step, rows, folder)
+    return metrics
+
+
+def _finish(run: Run, totals: Totals) -> dict[str, float]:
+    """The last evaluation, and summary.json, whose presence says that the run is complete."""
+    metrics = _evaluate(run, totals.step, run.settings.eval.final_samples)
+    summary = {"train/step": totals.step} | totals.row(run) | metrics | run.reference
+    run.tracker.finish(summary)
+    if run.topology.is_main:
+        _write_atomically(run.folder / SUMMARY_NAME, json.dumps(summary, indent=2) + "\n")
+    run.topology.barrier()
+    return summary
+
+
+def _write_atomically(path: Path, text: str) -> None:
+    partial = path.with_suffix(".partial")
+    partial.write_text(text)
+    partial.rename(path)

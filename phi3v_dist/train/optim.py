@@ -1,0 +1,52 @@
+"""Parameters → AdamW groups by part of the model, and the learning rate of a step.
+
+What comes in: the model's named parameters and `train.learning_rate`. What goes out: an AdamW with a group per part, with
+and without weight decay. Surprise: the schedule is a pure function of the step, so there is nothing to save or restore.
+"""
+
+import math
+
+import torch
+from torch import nn
+
+from phi3v_dist.config import TrainSettings
+
+VISION = "model.vision_embed_tokens.img_processor."
+PROJECTOR = "model.vision_embed_tokens."
+NOT_DECAYED = ("norm", "layrnorm", "_GN", "class_embedding", "position_embedding", "bias")
+
+
+def part_of(name: str) -> str:
+    """Official parameter name → `vision`, `projector` or `text`. Separators belong to the projector."""
+    return "vision" if name.startswith(VISION) else "projector" if name.startswith(PROJECTOR) else "text"
+
+
+def is_decayed(name: str) -> bool:
+    """Weight decay is for matrices and word embeddings only."""
+    return not any(word in name.split(".")[-1] or word in name.split(".")[-2] for word in NOT_DECAYED)
+
+
+def build_optimizer(model: nn.Module, train: TrainSettings) -> torch.optim.AdamW:
+    """torch's AdamW (no compiled extension) over trainable parameters, grouped as (part, decayed)."""
+    groups: dict[tuple[str, bool], list[nn.Parameter]] = {}
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            groups.setdefault((part_of(name), is_decayed(name)), []).append(parameter)
+    return torch.optim.AdamW(
+        [
+            {"params": parameters, "part": part, "lr": 0.0, "weight_decay": train.weight_decay if decayed else 0.0}
+            for (part, decayed), parameters in groups.items()
+        ],
+        betas=train.betas,
+        eps=train.eps,
+    )
+
+
+def learning_rates(step: int, num_steps: int, train: TrainSettings) -> dict[str, float]:
+    """Learning rate per part in step 1 … num_steps: linear warmup, then a cosine to `min_lr_frac` of the peak."""
+    if step <= train.warmup_steps:
+        factor = step / train.warmup_steps
+    else:
+        progress = (step - train.warmup_steps) / max(1, num_steps - train.warmup_steps)
+        factor = train.min_lr_frac + (1 - train.min_lr_frac) * 0.5 * (1 + math.cos(math.pi * min(1.0, progress)))
+    return {part: peak * factor for part, peak in train.learning_rate.model_dump().items()}

@@ -1,0 +1,100 @@
+"""One optimizer step: Batches in, `StepResult` out.
+
+What comes in: this rank's Batches of one planned step. What goes out: numbers already summed over all ranks. Surprise: the
+loss is the sum over label tokens divided by the label tokens of the *whole* step. ZeRO-3 divides gradients by the world
+size, so each micro-step's sum is multiplied by world / planned tokens and nothing else is scaled; ranks, accumulation and
+packing then cannot change the result beyond the order of a sum.
+"""
+
+import math
+import time
+from dataclasses import dataclass, field
+from typing import Any
+
+from phi3v_dist.data.batch import Batch
+from phi3v_dist.data.plan import PlannedStep
+from phi3v_dist.errors import DataError, DivergedError
+from phi3v_dist.parallel.topology import Topology
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """What one optimizer step did, over all ranks.
+
+    loss: mean over label tokens, in nats. grad_norm: before clipping.
+    label_tokens: really trained; fewer than planned when samples were quarantined.
+    tokens: of all rows, without filling. padding_frac: share of the rows' capacity left empty.
+    seconds: by part of the step (data, fwd, bwd, opt), this rank's clock.
+    """
+
+    step: int
+    loss: float
+    grad_norm: float
+    learning_rates: dict[str, float]
+    label_tokens: int
+    tokens: int
+    images: int
+    samples: int
+    quarantined: int
+    sample_ids: tuple[int, ...]
+    rows: int
+    seconds: dict[str, float] = field(default_factory=dict)
+
+
+def train_step(
+    engine: Any, batches: list[Batch], rates: dict[str, float], topology: Topology, data_s: float = 0.0
+) -> StepResult:
+    """Forward and backward of every Batch, then one update.
+
+    Raises:
+        DivergedError: the loss is not finite; the weights are then unchanged.
+        DataError: every sample of the step was quarantined.
+    """
+    plan = batches[0].plan
+    assert plan is not None  # the loader's batches have one
+    seconds = {"data": data_s, "fwd": 0.0, "bwd": 0.0, "opt": 0.0}
+    loss_sum = 0.0
+    for group in engine.optimizer.param_groups:
+        group["lr"] = rates[group["part"]]
+    for batch in batches:
+        began = time.perf_counter()
+        losses = engine(**batch.inputs(engine.device)).token_losses.sum()
+        forward = time.perf_counter()
+        engine.backward(losses * (topology.world_size / plan.label_tokens), scale_wrt_gas=False)
+        loss_sum += losses.item()
+        backward = time.perf_counter()
+        seconds["fwd"] += forward - began
+        seconds["bwd"] += backward - forward
+        if batch is not batches[-1]:
+            engine.step()
+    began = time.perf_counter()
+    loss_sum, label_tokens, images, quarantined = topology.sum(
+        [loss_sum, *(float(sum(column)) for column in zip(*map(_counts, batches), strict=True))]
+    )
+    _update(engine, plan, loss_sum, int(label_tokens))
+    seconds["opt"] = time.perf_counter() - began
+    return StepResult(
+        step=plan.number, loss=loss_sum / label_tokens, grad_norm=float(engine.get_global_grad_norm()),
+        learning_rates=rates, label_tokens=int(label_tokens), tokens=plan.tokens, images=int(images),
+        samples=len(plan.sample_ids), quarantined=int(quarantined), sample_ids=plan.sample_ids, rows=len(plan.rows),
+        seconds=seconds,
+    )  # fmt: skip
+
+
+def _counts(batch: Batch) -> tuple[int, int, int]:
+    return batch.label_tokens, len(batch.image_sizes), len(batch.quarantined)
+
+
+def _update(engine: Any, plan: PlannedStep, loss_sum: float, label_tokens: int) -> None:
+    """The boundary step. Gradients were divided by the planned tokens; the loss scale makes up for quarantined ones."""
+    if not math.isfinite(loss_sum):
+        raise DivergedError(
+            f"step {plan.number}: the loss is {loss_sum}. Samples of the step: {list(plan.sample_ids)[:20]}. "
+            "Lower `train.learning_rate` or raise `train.warmup_steps`, and start again from the last checkpoint"
+        )
+    if label_tokens == 0:
+        raise DataError(f"step {plan.number}: all {len(plan.sample_ids)} samples were quarantined; see the warnings above")
+    if label_tokens != plan.label_tokens:
+        engine.optimizer.loss_scale = label_tokens / plan.label_tokens
+    engine.step()
+    engine.optimizer.loss_scale = 1.0
