@@ -1,8 +1,8 @@
 """Prepare data and models before a run.
 
-    python launch/prepare.py sample --out data/catalogue            draw a product catalogue and index it
-    python launch/prepare.py tiny --out data/tiny-phi3v             a small Phi-3-V in the official layout
-    python launch/prepare.py index 'shards/train-*.tar'             index tars written elsewhere
+python launch/prepare.py sample --out data/catalogue            draw a product catalogue and index it
+python launch/prepare.py tiny --out data/tiny-phi3v             a small Phi-3-V in the official layout
+python launch/prepare.py index 'shards/train-*.tar'             index tars written elsewhere
 """
 
 import argparse
@@ -30,6 +30,7 @@ def main() -> None:
 
 def write_tiny_model(arguments: argparse.Namespace) -> None:
     from phi3v_dist.data.importers.sample import vocabulary_text
+
     from phi3v_dist.model.tiny import write_tiny
 
     if (arguments.out / "model.safetensors").exists():
@@ -47,5 +48,10 @@ def index_shards(arguments: argparse.Namespace) -> None:
     logging.info("%d samples in %d shards, %d of them unusable", len(table), len(table.shards), len(bad))
 
 
-if __name__ == "__main__":
+def cli() -> None:
+    """Entry point of the installed command."""
     run_script(main)
+
+
+if __name__ == "__main__":
+    cli()

@@ -12,7 +12,9 @@ from phi3v_dist.observe.report import write_report
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description="Write report.html into each run folder, from what the run left there.")
+    parser = argparse.ArgumentParser(
+        description="Write report.html into each run folder, from what the run left there."
+    )
     parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="a run folder, e.g. runs/quickstart")
     exit_code = 0
     for run in parser.parse_args().runs:

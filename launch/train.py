@@ -25,7 +25,9 @@ def main() -> None:
     check = (lambda settings: run.problems(settings, topology.world_size)) if topology.is_main else None
     settings = config.load(arguments.config, arguments.overrides, check)
     if run.is_finished(settings):
-        logging.info("%s is finished; for more steps raise train.steps, for another run change run.name", settings.run.folder)
+        logging.info(
+            "%s is finished; for more steps raise train.steps, for another run change run.name", settings.run.folder
+        )
         return
     from phi3v_dist.train.loop import fit
 
@@ -34,5 +36,10 @@ def main() -> None:
     topology.stop()
 
 
-if __name__ == "__main__":
+def cli() -> None:
+    """Entry point of the installed command."""
     run_script(main)
+
+
+if __name__ == "__main__":
+    cli()

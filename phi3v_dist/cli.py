@@ -1,7 +1,7 @@
 """What every launch script shares: logging with the rank in front, and errors for people as text and exit code.
 
-What comes in: a script's `main`. What goes out: its exit code. Surprise: ranks other than 0 wait before they leave with an
-error, because a launcher kills the others at the first exit, and it is rank 0 that has the message.
+What comes in: a script's `main`. What goes out: its exit code. Surprise: ranks other than 0 wait before they leave
+with an error, because a launcher kills the others at the first exit, and it is rank 0 that has the message.
 """
 
 import logging

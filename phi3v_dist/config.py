@@ -42,7 +42,8 @@ class ModelSettings(Section):
     path: Path
     """Folder in the official layout: config.json, *.safetensors, tokenizer and preprocessor files."""
     longrope: Literal["document", "max_position", "key_length"] = "document"
-    """Which length chooses LongRoPE's short or long factors: each document's own (default), or an official batch rule."""
+    """Which length chooses LongRoPE's short or long factors: each document's own (default), or an official batch
+    rule."""
     attention: Literal["auto", "sdpa", "flash"] = "auto"
     """`flash` needs a GPU and flash-attn; `auto` takes it when both are there."""
     dtype: Literal["auto", "bf16", "fp32"] = "auto"
@@ -63,9 +64,11 @@ class SourceSettings(Section):
     name: str | None = None
     """Shown in metrics and predictions; default: taken from the first shard's name."""
     weight: float | None = Field(None, gt=0)
-    """Share in the mix, relative to the other sources; default: number of samples, so that each is seen once an epoch."""
+    """Share in the mix, relative to the other sources; default: number of samples, so that each is seen once an
+    epoch."""
     prompt: str | None = None
-    """For shards without `messages`: Jinja template over the JSON's fields (`.txt` is `{{ text }}`); pictures go first."""
+    """For shards without `messages`: Jinja template over the JSON's fields (`.txt` is `{{ text }}`); pictures go
+    first."""
     answer: str | None = None
     """As `prompt`, for what the model should say."""
     system: str | None = None
@@ -158,7 +161,8 @@ class EvalSettings(Section):
     """Answers generated together on one rank."""
     max_new_tokens: int = Field(64, ge=1)
     blind: bool = True
-    """Also ask every question with pictures exchanged among samples of the same shape: what can be said without seeing."""
+    """Also ask every question with pictures exchanged among samples of the same shape: what can be said without
+    seeing."""
     fields: dict[str, FieldSettings] = {}
     reference: Path | None = None
     """JSON with figures to show beside the scores, such as `best_price_mae`; the sample catalogue writes one."""
@@ -303,7 +307,7 @@ def _contradictions(settings: Settings) -> list[str]:
     if train.gradient_accumulation_steps is not None and train.rows_per_step % train.gradient_accumulation_steps:
         problems.append(
             f"`train.rows_per_step` {train.rows_per_step} is not a multiple of "
-            f"`train.gradient_accumulation_steps` {train.gradient_accumulation_steps}: leave the latter out to derive it"
+            f"`train.gradient_accumulation_steps` {train.gradient_accumulation_steps}: leave the latter out"
         )
     if settings.eval.every_steps and not settings.data.validation:
         problems.append("`eval.every_steps` is set but `data.validation` names no shards")

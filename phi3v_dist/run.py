@@ -2,8 +2,9 @@
 
     shards → order → plan → loader → model → engine → checkpoints → evaluator → tracker
 
-What comes in: `Settings` and a `Topology`. What goes out: a `Run`, which `train/loop.py` drives. Surprise: everything that
-can be wrong with settings, files and arithmetic is found by `problems`, before the first process group or weight exists.
+What comes in: `Settings` and a `Topology`. What goes out: a `Run`, which `train/loop.py` drives. Surprise: everything
+that can be wrong with settings, files and arithmetic is found by `problems`, before the first process group or weight
+exists.
 """
 
 import hashlib
@@ -135,13 +136,13 @@ def build(settings: Settings, topology: Topology) -> Run:
     torch.manual_seed(settings.run.seed)
     topology.barrier()  # rank 0 may still be writing indexes
     train = Data.open(settings.data.train, settings)
-    planner, num_steps = _plan(settings, train)
+    planner, num_steps = plan(settings, train)
     device = topology.device
     engine = _engine(settings, topology, device)
     evaluator = None
     if settings.data.validation:
         validation = Data.open(settings.data.validation, settings)
-        sample_ids = _fixed_order(validation.lengths, settings.data.row_length_tokens)
+        sample_ids = fixed_order(validation.lengths, settings.data.row_length_tokens)
         evaluator = Evaluator(validation.decoder, sample_ids, settings.eval, topology)
     resolved = config.dump(settings)
     tracker: Tracker = NoTracker()
@@ -159,11 +160,18 @@ def build(settings: Settings, topology: Topology) -> Run:
     )  # fmt: skip
     if topology.is_main:
         _write_config(run, resolved)
-        _banner(run)
+        model = engine.module
+        log.info(
+            "model    %s · %s parameters · %s on %d x %s · LongRoPE by %s",
+            settings.model.path, f"{_num_parameters(model):,}", str(model.lm_head.weight.dtype).removeprefix("torch."),
+            topology.world_size, device.type, settings.model.longrope,
+        )  # fmt: skip
+        for line in describe(settings, train, num_steps, topology.world_size):
+            log.info(line)
     return run
 
 
-def _plan(settings: Settings, train: Data) -> tuple[Planner, int]:
+def plan(settings: Settings, train: Data) -> tuple[Planner, int]:
     """The planner, and the number of steps it or the settings give."""
     order = Order(train.table, settings.run.seed)
     epochs = settings.train.epochs
@@ -200,7 +208,7 @@ def _dtype(wanted: str, device: torch.device) -> torch.dtype:
     return torch.bfloat16 if wanted == "bf16" or wanted == "auto" and has_bf16 else torch.float32
 
 
-def _fixed_order(lengths: Lengths, limit_tokens: int) -> tuple[int, ...]:
+def fixed_order(lengths: Lengths, limit_tokens: int) -> tuple[int, ...]:
     """Usable sample ids in an order that mixes shards and is the same in every run."""
     ids = permute(torch.arange(len(lengths)).numpy(), len(lengths), key=0)
     return tuple(int(i) for i in ids if 0 < lengths.tokens[i] <= limit_tokens)
@@ -250,31 +258,31 @@ def _write_config(run: Run, resolved: dict[str, Any]) -> None:
         except importlib.metadata.PackageNotFoundError:
             versions[package] = "not installed"
     git = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, cwd=Path(__file__).parent)
-    environment = {"versions": versions, "commit": git.stdout.strip() or "unknown", "world_size": run.topology.world_size}
+    environment = {
+        "versions": versions,
+        "commit": git.stdout.strip() or "unknown",
+        "world_size": run.topology.world_size,
+    }
     (run.folder / "config.yaml").write_text(yaml.safe_dump(resolved | {"environment": environment}, sort_keys=False))
 
 
-def _banner(run: Run) -> None:
+def describe(settings: Settings, train: Data, num_steps: int, world_size: int) -> list[str]:
     """What is about to happen, as sums a person can check."""
-    settings, train, world = run.settings, run.train, run.topology.world_size
     data, rows = settings.data, settings.train.rows_per_step
-    micro_steps = accumulation(rows, world)
-    empty = micro_steps * world - rows
+    micro_steps = accumulation(rows, world_size)
+    empty = micro_steps * world_size - rows
     usable = train.usable(data.row_length_tokens)
     lines = [
-        f"run      {run.folder} · {run.num_steps} steps · seed {settings.run.seed}",
-        f"model    {settings.model.path} · {_num_parameters(run.engine.module):,} parameters · "
-        f"{run.engine.module.lm_head.weight.dtype} · LongRoPE by {settings.model.longrope}",
-        f"data     {usable:,} of {len(train.table):,} samples in {len(train.table.shards)} shards",
-        f"batch    {rows} rows of up to {data.row_length_tokens:,} tokens = {world} ranks x {micro_steps} micro-steps"
-        + (f" - {empty} empty" if empty else ""),
+        f"run      {settings.run.folder} · {num_steps:,} steps · seed {settings.run.seed}",
+        f"data     {usable:,} of {len(train.table):,} samples in {len(train.table.shards):,} shards",
+        f"batch    {rows} rows of up to {data.row_length_tokens:,} tokens = {world_size} ranks x {micro_steps} "
+        f"micro-steps{f' - {empty} empty' if empty else ''}",
     ]
     if usable < len(train.table):
         lines.append(f"left out {_why_unusable(train, data.row_length_tokens)}")
     if settings.train.overfit_one_batch:
         lines.append("overfit  the first step's rows again and again: the loss must go to about 0")
-    for line in lines:
-        log.info(line)
+    return lines
 
 
 def _num_parameters(model: torch.nn.Module) -> int:

@@ -1,11 +1,34 @@
-"""Fixtures for all tests."""
+"""Fixtures for all tests: golden numbers, real tokenizer files, and a tiny world (model, shards, settings).
 
+Shapes declared with jaxtyping are checked by beartype while tests run; production pays nothing.
+"""
+
+import io
+import json
 import os
+import sys
 from pathlib import Path
 
-import pytest
+from jaxtyping import install_import_hook
+
+install_import_hook("phi3v_dist", "beartype.beartype")  # before the first import of the package
+
+import numpy as np  # noqa: E402
+import pytest  # noqa: E402
+import webdataset  # noqa: E402
+import yaml  # noqa: E402
+from PIL import Image  # noqa: E402
 
 TESTS = Path(__file__).parent
+REPOSITORY = TESTS.parent
+TINY_SIZES = {
+    "clip": {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2},
+    "decoder": {
+        "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 2,
+        "num_key_value_heads": 2,
+    },
+}  # fmt: skip
+COLOURS = ("red", "green", "blue", "white")
 
 
 @pytest.fixture(scope="session")
@@ -21,3 +44,88 @@ def assets_folder() -> Path:
     if not folder.is_dir():
         pytest.skip(f"no Phi-3-vision tokenizer files at {folder}; set PHI3V_ASSETS to their folder")
     return folder
+
+
+@pytest.fixture(scope="session")
+def tiny_model(tmp_path_factory) -> Path:
+    """A Phi-3-V of 0.2 million parameters in the official layout."""
+    from phi3v_dist.model.tiny import write_tiny
+
+    folder = tmp_path_factory.mktemp("tiny") / "model"
+    sentences = [f"A {colour} square, Price: 0123456789. What is it? Say hello." for colour in COLOURS]
+    write_tiny(folder, sentences, **TINY_SIZES)
+    return folder
+
+
+def picture(colour: str, width: int, height: int, file_format: str = "JPEG") -> bytes:
+    buffer = io.BytesIO()
+    Image.new("RGB", (width, height), colour).save(buffer, file_format)
+    return buffer.getvalue()
+
+
+def write_samples(path: Path, numbers: range) -> Path:
+    """A tar of samples through the plain webdataset writer: every fourth is text only, pictures differ in shape."""
+    rng = np.random.default_rng(numbers.start)
+    with webdataset.TarWriter(str(path), mtime=0) as tar:
+        for n in numbers:
+            colour, price = COLOURS[n % 4], int(rng.integers(10, 990))
+            question = [{"type": "text", "text": "What is it?"}]
+            sample = {"__key__": f"{n:05d}"}
+            if n % 4 != 3:
+                sample["0.jpg"] = picture(colour, 400 if n % 3 else 300, 300)
+                question.insert(0, {"type": "image", "image": "0.jpg"})
+            answer = f"A {colour} square, Price: {price}" + " hello" * (n % 5)
+            turns = [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
+            tar.write(sample | {"json": json.dumps({"messages": turns}).encode()})
+    return path
+
+
+@pytest.fixture(scope="session")
+def shards(tmp_path_factory) -> Path:
+    """Two train shards of unequal size and one for validation."""
+    folder = tmp_path_factory.mktemp("shards")
+    write_samples(folder / "train-000.tar", range(0, 17))
+    write_samples(folder / "train-001.tar", range(100, 123))
+    write_samples(folder / "validation-000.tar", range(200, 212))
+    return folder
+
+
+@pytest.fixture
+def settings_tree(tiny_model, shards, tmp_path) -> dict:
+    """Settings of a short run, as plain data."""
+    return {
+        "run": {"name": "run", "root": str(tmp_path / "runs")},
+        "model": {"path": str(tiny_model), "gradient_checkpointing": False},
+        "data": {
+            "num_crops": 1, "row_length_tokens": 800, "window_samples": 20,
+            "train": [{"shards": str(shards / "train-*.tar")}],
+            "validation": [{"shards": str(shards / "validation-*.tar")}],
+        },
+        "train": {
+            "steps": 10, "rows_per_step": 3, "warmup_steps": 2,
+            "learning_rate": {"text": 1e-3, "vision": 1e-3, "projector": 1e-3},
+        },
+        "parallel": {"deepspeed": str(REPOSITORY / "ds_configs/zero3.json")},
+        "checkpoint": {"every_steps": 4},
+        "eval": {
+            "max_new_tokens": 12, "batch_samples": 4, "fields": {
+                "colour": {"pattern": "A (.*?) square"}, "price": {"pattern": "Price: ([0-9.]+)", "kind": "number"},
+            },
+        },
+        "observe": {"wandb": "disabled"},
+    }  # fmt: skip
+
+
+@pytest.fixture
+def config_file(settings_tree, tmp_path) -> Path:
+    """The same as a YAML file."""
+    path = tmp_path / "config.yaml"
+    path.write_text(yaml.safe_dump(settings_tree))
+    return path
+
+
+def environment(**extra: str) -> dict[str, str]:
+    """For launched processes: this repository, this interpreter's programs, one thread, no accelerator."""
+    programs = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+    ours = {"PYTHONPATH": str(REPOSITORY), "PATH": programs, "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"}
+    return {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")} | ours | extra

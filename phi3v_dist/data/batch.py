@@ -66,7 +66,8 @@ class Batch:
 
     input_ids: int64; picture positions are negative. position_ids: int64, 0 again at every document.
     labels: int64, not shifted; -100 where nothing is learned.
-    pixel_values: real crops in prompt order, then at least one crop if there is none ("unplaced": it gets the features of
+    pixel_values: real crops in prompt order, then at least one crop if there is none ("unplaced": it gets the
+    features of
         no position, but keeps every rank making the same calls).
     image_sizes: one (height, width) per placed picture.
     layout: document borders and label positions, worked out on the CPU.

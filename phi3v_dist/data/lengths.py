@@ -4,9 +4,9 @@ What comes in: a `ShardTable` and the processor. What goes out: `Lengths`, three
 planner packs rows. Surprise: lengths are no part of the index. They depend on tokenizer, templates and crops, so they
 sit in a second small file beside the tar, named after a digest of all three.
 
-Lengths format 1 (`x.tar.lengths-<digest>.safetensors`). Columns: `tokens`, `label_tokens`, `crops`, int32, one entry per
-sample of the shard; tokens is 0 for a sample that cannot be used, and the metadata's `bad` says why (number → reason).
-To upgrade: delete the files.
+Lengths format 1 (`x.tar.lengths-<digest>.safetensors`). Columns: `tokens`, `label_tokens`, `crops`, int32, one entry
+per sample of the shard; tokens is 0 for a sample that cannot be used, and the metadata's `bad` says why (number →
+reason). To upgrade: delete the files.
 """
 
 import hashlib

@@ -2,11 +2,12 @@
 
 What comes in: a planner, a decoder, and which consumer this rank is. What goes out: one list of Batches per optimizer
 step, one Batch per micro-step, as many on every rank. Surprise: the threads hold no state and draw no random number;
-results are placed by the plan. So the state of the whole loader is the plan's own state after the last finished step, and
-work in flight is simply thrown away.
+results are placed by the plan. So the state of the whole loader is the plan's own state after the last finished step,
+and work in flight is simply thrown away.
 
-A sample that cannot be decoded is replaced by filling of the same length: the plan does not move, the sample is named in
-the log, and the run stops when more than `max_bad_frac` of all samples seen were bad (the loop counts, over all ranks).
+A sample that cannot be decoded is replaced by filling of the same length: the plan does not move, the sample is named
+in the log, and the run stops when more than `max_bad_frac` of all samples seen were bad (the loop counts, over all
+ranks).
 """
 
 import logging

@@ -4,9 +4,9 @@ What comes in: the endless stream of sample ids and how long each sample is. Wha
 `rows_per_step` rows. Surprise: nothing here knows how many ranks there are. `assign` deals a planned step out to any
 number of them, and short ones get empty rows, so a run may go on at another world size with the same batches.
 
-Packing is best-fit decreasing within a window of samples; rows under `FULL_FRAC` are taken apart again and their samples
-carried to the next window, at most `MAX_CARRIES` times. The state is where the current window began and what was carried
-into it, so that a restart plans one window again and reads no data.
+Packing is best-fit decreasing within a window of samples; rows under `FULL_FRAC` are taken apart again and their
+samples carried to the next window, at most `MAX_CARRIES` times. The state is where the current window began and what
+was carried into it, so that a restart plans one window again and reads no data.
 """
 
 import bisect
@@ -143,7 +143,9 @@ class Planner:
 
     def _row(self, sample_ids: list[int]) -> PlannedRow:
         lengths = self.lengths
-        tokens, labels, crops = (int(c[sample_ids].sum()) for c in (lengths.tokens, lengths.label_tokens, lengths.crops))
+        tokens, labels, crops = (
+            int(c[sample_ids].sum()) for c in (lengths.tokens, lengths.label_tokens, lengths.crops)
+        )
         return PlannedRow(tuple(sample_ids), tokens, labels, crops)
 
 

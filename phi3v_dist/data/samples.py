@@ -123,10 +123,10 @@ def decode_sample(
 
 def decode_image(data: bytes) -> UInt8[np.ndarray, "height width 3"]:
     """Picture file → upright 8-bit RGB. Raises OSError or ValueError when it is not whole."""
-    with Image.open(io.BytesIO(data)) as picture:
-        if picture.format == "JPEG" and picture.mode in ("L", "RGB") and not picture.getexif():
+    with Image.open(io.BytesIO(data)) as file:
+        if file.format == "JPEG" and file.mode in ("L", "RGB") and not file.getexif():
             return simplejpeg.decode_jpeg(data, colorspace="RGB", strict=True)
-        picture = ImageOps.exif_transpose(picture)
+        picture: Image.Image = ImageOps.exif_transpose(file)
         if picture.mode.startswith("I"):  # 16-bit grey; upstream clips at 255, which leaves nearly all white
             return np.repeat((np.asarray(picture).clip(0, 65535) >> 8).astype(np.uint8)[..., None], 3, axis=2)
         if picture.has_transparency_data:
@@ -177,7 +177,9 @@ def _from_messages(turns: Any, image_names: list[str]) -> list[Message]:
             if part.get("type") == "image":
                 name = part.get("image", image_names[next_image] if next_image < len(image_names) else None)
                 if name not in image_names:
-                    raise ValueError(f"a turn shows picture {name!r}; the sample has: {', '.join(image_names) or 'none'}")
+                    raise ValueError(
+                        f"a turn shows picture {name!r}; the sample has: {', '.join(image_names) or 'none'}"
+                    )
                 next_image = image_names.index(name) + 1
                 parts.append(image_names.index(name))
             elif part.get("type") == "text" and isinstance(part.get("text"), str):

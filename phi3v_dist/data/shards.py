@@ -5,9 +5,10 @@ integer (`sample_id`, its place in the list of all shards) and its members are b
 the only data format. The index (`x.tar.index.safetensors`, columns of numbers, mapped into memory) is made in one pass
 when it is missing and can be deleted at any time; it depends on the tar alone, not on a tokenizer or a setting.
 
-Index format 1. Columns: `key_start`, `key_bytes` (UTF-8 keys, joined), `member_start` (first member of each sample, plus
-the end), `member_offset`, `member_size` (bytes in the tar), `member_name` (number in the metadata's `names`),
-`image_width`, `image_height` (upright, in pixels; 0 for other members), `checksum` (xxh3-64 of each sample's members).
+Index format 1. Columns: `key_start`, `key_bytes` (UTF-8 keys, joined), `member_start` (first member of each sample,
+plus the end), `member_offset`, `member_size` (bytes in the tar), `member_name` (number in the metadata's `names`),
+`image_width`, `image_height` (upright, in pixels; 0 for other members), `checksum` (xxh3-64 of each sample's
+members).
 Metadata: `format`, `tar_size_bytes`, `names`, `bad` (sample number → reason). To upgrade: delete the index files.
 """
 
@@ -120,7 +121,8 @@ def build_index(tar: Path) -> ShardIndex:
     samples: list[tuple[str, list[tuple[str, int, int, int, int]], int]] = []
     bad: dict[int, str] = {}
     for key, members in _read_samples(tar):
-        rows, digest, reason = [], xxhash.xxh3_64(), ""
+        rows: list[tuple[str, int, int, int, int]] = []
+        digest, reason = xxhash.xxh3_64(), ""
         for name, offset, data in members:
             digest.update(data)
             width, height = 0, 0
@@ -141,7 +143,7 @@ def build_index(tar: Path) -> ShardIndex:
     number = {name: i for i, name in enumerate(names)}
     keys = [key.encode() for key, _, _ in samples]
     flat = [row for _, rows, _ in samples for row in rows]
-    columns = {
+    columns: dict[str, np.ndarray] = {
         "key_start": np.cumsum([0, *map(len, keys)]).astype(np.int64),
         "key_bytes": np.frombuffer(b"".join(keys), np.uint8),
         "member_start": np.cumsum([0, *(len(rows) for _, rows, _ in samples)]).astype(np.int64),

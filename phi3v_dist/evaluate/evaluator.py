@@ -1,11 +1,11 @@
 """Validation samples → answers → scores, with a blind control beside every figure.
 
-What comes in: a model and validation data. What goes out: metrics, and records for people. Surprise: the blind control is
-not a text-only run; it asks every question with another sample's pictures of the same crop grid, so that token counts and
-everything else stay, and only what is seen is wrong.
+What comes in: a model and validation data. What goes out: metrics, and records for people. Surprise: the blind
+control is not a text-only run; it asks every question with another sample's pictures of the same crop grid, so that
+token counts and everything else stay, and only what is seen is wrong.
 
-Batches, not samples, are the unit of work: they are cut in sample order before they are dealt to the ranks, so that each
-answer is made in the same company whatever the number of ranks.
+Batches, not samples, are the unit of work: they are cut in sample order before they are dealt to the ranks, so that
+each answer is made in the same company whatever the number of ranks.
 """
 
 from collections import defaultdict
@@ -42,9 +42,7 @@ class Evaluator:
     settings: EvalSettings
     topology: Topology
 
-    def run(
-        self, model: Phi3VForCausalLM, folder: Path | None, num_samples: int | None = None
-    ) -> dict[str, float]:
+    def run(self, model: Phi3VForCausalLM, folder: Path | None, num_samples: int | None = None) -> dict[str, float]:
         """Ask the first `num_samples` questions (None: all) and score the answers; all ranks call this together.
 
         Args:
@@ -111,7 +109,7 @@ class Evaluator:
     ) -> tuple[list[AnswerScore], list[str]]:
         processor = self.decoder.processor
         answers = generate(model, prompts, self.settings.max_new_tokens, processor.stop_ids)
-        texts = [processor.tokenizer.decode(answer.ids).strip() for answer in answers]
+        texts = [str(processor.tokenizer.decode(list(answer.ids))).strip() for answer in answers]
         scores = [
             score_answer(text, _truth(sample.messages), self.settings.fields, answer.stopped, len(answer.ids))
             for sample, answer, text in zip(samples, answers, texts, strict=True)
@@ -126,7 +124,7 @@ class Evaluator:
             shard, number = table.locate(sample_id)
             sizes = table.index(shard).image_sizes(number).values()
             groups[tuple(CropLayout.of(*size, num_crops).padded_hw for size in sizes)].append(sample_id)
-        partners = {}
+        partners: dict[int, int] = {}
         for grids, group in groups.items():
             if grids and len(group) >= MIN_PARTNERS:
                 half = len(group) // 2

@@ -2,11 +2,11 @@
 
 What comes in: encoded prompts. What goes out: the ids each prompt was answered with. Surprise: while training goes on
 under ZeRO-3, every rank fills a plain model from the partitions once and then generates at its own pace; through the
-hooked model each token would gather all weights again, and a rank with a shorter answer would have to keep step. The copy
-is the same class as an exported folder's model, so scores do not depend on where they are taken.
+hooked model each token would gather all weights again, and a rank with a shorter answer would have to keep step. The
+copy is the same class as an exported folder's model, so scores do not depend on where they are taken.
 
-LongRoPE: a row whose length passes the original context is prefilled again from its kept embeddings, because its keys and
-values were made with the short factors (both are stale: deeper layers saw short-factor attention).
+LongRoPE: a row whose length passes the original context is prefilled again from its kept embeddings, because its keys
+and values were made with the short factors (both are stale: deeper layers saw short-factor attention).
 """
 
 from collections.abc import Iterator, Sequence

@@ -1,8 +1,8 @@
 """Answers and truths → fields → numbers.
 
-What comes in: texts and `eval.fields`. What goes out: per answer the fields read from it, and over all answers the metrics
-of the registry. Surprise: an answer that cannot be read is neither an error of 0 nor one of the full price; it counts in
-`parse_fail_pct` and nowhere else. Exact match does count it, as not matching.
+What comes in: texts and `eval.fields`. What goes out: per answer the fields read from it, and over all answers the
+metrics of the registry. Surprise: an answer that cannot be read is neither an error of 0 nor one of the full price;
+it counts in `parse_fail_pct` and nowhere else. Exact match does count it, as not matching.
 """
 
 import math

@@ -1,12 +1,12 @@
 """One seam for attention: a flat row in which documents do not see each other, several backends.
 
 What comes in: queries, keys and values of one layer, and a `Layout` (or a `KeyValueCache` while generating). What goes
-out: the attended values. Surprise: no mask is ever built. Transformers' mask builder makes a dense S x S matrix (16 GiB at
-131,072) and silently lets documents see each other when a cache or an all-ones mask is given; we call the decoder layers
-ourselves and register the function below under `BACKEND`.
+out: the attended values. Surprise: no mask is ever built. Transformers' mask builder makes a dense S x S matrix (16
+GiB at 131,072) and silently lets documents see each other when a cache or an all-ones mask is given; we call the
+decoder layers ourselves and register the function below under `BACKEND`.
 
-Backends: `flash` (flash-attn's variable-length kernel, GPU) and `sdpa` (torch, one call per document; on a CPU more than
-twice as fast as a dense mask).
+Backends: `flash` (flash-attn's variable-length kernel, GPU) and `sdpa` (torch, one call per document; on a CPU more
+than twice as fast as a dense mask).
 """
 
 import importlib.util
@@ -82,7 +82,11 @@ def choose_backend(wanted: str, device: torch.device) -> str:
     if wanted == "flash" and not has_flash:
         raise ConfigError(
             f"`model.attention` is flash, but on {device.type} "
-            + ("flash-attn is not installed: pip install 'phi3v-dist[gpu]'" if device.type == "cuda" else "it cannot run")
+            + (
+                "flash-attn is not installed: pip install 'phi3v-dist[gpu]'"
+                if device.type == "cuda"
+                else "it cannot run"
+            )
             + "; use auto"
         )
     return "flash" if has_flash and wanted in ("auto", "flash") else "sdpa"

@@ -1,9 +1,10 @@
 """Hidden states at trained positions → one loss per label token, without a logits matrix.
 
 What comes in: hidden states and targets. What goes out: fp32 losses, one per target, which the training step sums.
-Surprise: the loss is computed inside the head module. ZeRO-3 gathers a weight while its own module runs, so a loss taken
-outside would find an empty one. Chunking is torch's own (`linear_cross_entropy` with options): the widely used fused
-kernels that run backward inside forward scale the head's gradient wrongly under accumulation (LONGCONTEXT.md §4).
+Surprise: the loss is computed inside the head module. ZeRO-3 gathers a weight while its own module runs, so a loss
+taken outside would find an empty one. Chunking is torch's own (`linear_cross_entropy` with options): the widely used
+fused kernels that run backward inside forward scale the head's gradient wrongly under accumulation (LONGCONTEXT.md
+§4).
 """
 
 import torch.nn.functional as F

@@ -2,8 +2,9 @@
 
 What comes in: a folder in the official layout, then batches. What goes out: per-token losses (training) or logits. The
 parts are transformers' own Phi-3 and CLIP layers under the official parameter names; the loop over them is ours.
-Surprise: neither `Phi3Model` nor its mask builder is called. Its initialisation fails under `zero.Init` when a padding id
-is set (transformers 5.23), its masks are dense, and it lets packed documents see each other unless asked just right.
+Surprise: neither `Phi3Model` nor its mask builder is called. Its initialisation fails under `zero.Init` when a
+padding id is set (transformers 5.23), its masks are dense, and it lets packed documents see each other unless asked
+just right.
 
 Every call takes one path: rows lose their padding, become one flat row of documents, and get it back at the end.
 """
@@ -35,7 +36,8 @@ DEFAULT_PAD_ID = 32000  # the official class's default, which Phi-3-vision's con
 
 @dataclass
 class Phi3VOutput(ModelOutput):
-    """loss: mean over label tokens. token_losses: fp32, one per label token, in order. logits: [rows, tokens, vocab]."""
+    """loss: mean over label tokens. token_losses: fp32, one per label token, in order. logits: [rows, tokens,
+    vocab]."""
 
     loss: Tensor | None = None
     token_losses: Tensor | None = None
@@ -56,7 +58,9 @@ def read_config(folder: Path) -> dict[str, Any]:
     except ValueError as error:
         raise CheckpointError(f"{path}: not JSON: {error}") from error
     if config.get("model_type") != "phi3_v":
-        raise CheckpointError(f"{path}: model_type is {config.get('model_type')!r}, not 'phi3_v'; this is another model")
+        raise CheckpointError(
+            f"{path}: model_type is {config.get('model_type')!r}, not 'phi3_v'; this is another model"
+        )
     return config
 
 
@@ -68,7 +72,7 @@ class Phi3VDecoder(nn.Module):
         names = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads",
                  "hidden_act", "rms_norm_eps", "attention_dropout", "resid_pdrop", "vocab_size")  # fmt: skip
         fields = {name: config[name] for name in names if name in config}
-        no_ids = {"pad_token_id": None, "bos_token_id": None, "eos_token_id": None}
+        no_ids: dict[str, Any] = {"pad_token_id": None, "bos_token_id": None, "eos_token_id": None}
         phi3 = Phi3Config(**fields, **no_ids, sliding_window=None)
         phi3._attn_implementation = BACKEND
         pad_id = config.get("pad_token_id", DEFAULT_PAD_ID)
@@ -102,7 +106,8 @@ class Phi3VDecoder(nn.Module):
     ) -> Float[Tensor, "rows tokens hidden"]:
         """Through all layers and the final norm. `rotation` is cos and sin of every token."""
         hidden = embeds
-        arguments = {"position_embeddings": rotation, "layout": layout, "backend": backend, "cache": cache}
+        arguments: dict[str, Any] = {"position_embeddings": rotation, "layout": layout}
+        arguments |= {"backend": backend, "cache": cache}
         for layer in self.layers:
             if self.gradient_checkpointing and self.training:
                 hidden = checkpoint(layer, hidden, use_reentrant=False, **arguments)
@@ -152,7 +157,7 @@ class Phi3VForCausalLM(nn.Module):
         """The modules alone, their parameters on the meta device until `take`."""
         with torch.device("meta"):
             model = cls(config, longrope, attention)
-        embeddings = model.model.vision_embed_tokens.img_processor.vision_model.embeddings
+        embeddings: Any = model.model.vision_embed_tokens.img_processor.vision_model.embeddings
         embeddings.position_ids = torch.arange(embeddings.num_positions)[None]  # a buffer, in no file
         return model
 

@@ -1,12 +1,13 @@
 """Position and document length → cos and sin, with LongRoPE's short or long factors chosen per document.
 
-What comes in: position ids and, per token, the length that decides. What goes out: cos and sin for every layer, made once
-per Batch. Surprise: the two official codes choose the factors for the whole *batch*, so a short document packed or batched
-with a long one gets other values than alone. Ours chooses per document (`longrope="document"`); the official rules remain
-selectable for parity (`max_position`: Phi-3-vision, largest position + 1; `key_length`: Phi-3.5, padded row length).
+What comes in: position ids and, per token, the length that decides. What goes out: cos and sin for every layer, made
+once per Batch. Surprise: the two official codes choose the factors for the whole *batch*, so a short document packed
+or batched with a long one gets other values than alone. Ours chooses per document (`longrope="document"`); the
+official rules remain selectable for parity (`max_position`: Phi-3-vision, largest position + 1; `key_length`:
+Phi-3.5, padded row length).
 
-Factors: Ding et al., "LongRoPE" (2024); inv_freq_i = 1 / (factor_i · theta^(2i/d)), and cos and sin are both multiplied by
-sqrt(1 + ln(max / original) / ln(original)), on the short branch too.
+Factors: Ding et al., "LongRoPE" (2024); inv_freq_i = 1 / (factor_i · theta^(2i/d)), and cos and sin are both
+multiplied by sqrt(1 + ln(max / original) / ln(original)), on the short branch too.
 """
 
 import math
@@ -43,7 +44,8 @@ class LongRope:
     def __call__(
         self, position_ids: Int[Tensor, "rows tokens"], lengths: Int[Tensor, "rows tokens"], dtype: torch.dtype
     ) -> tuple[Float[Tensor, "rows tokens head_dim"], Float[Tensor, "rows tokens head_dim"]]:
-        """cos and sin for tokens at `position_ids` in documents of `lengths` (long factors above the original length)."""
+        """cos and sin for tokens at `position_ids` in documents of `lengths` (long factors above the original
+        length)."""
         inv_freq = self._on(position_ids.device)
         chosen = inv_freq[(lengths > self.original_length).long()]  # [rows, tokens, head_dim / 2]
         angles = position_ids[..., None].float() * chosen

@@ -1,11 +1,11 @@
 """A folder in the official layout, small enough to train on a laptop.
 
 What comes in: sentences for its tokenizer, and a seed. What goes out: config.json, tokenizer, preprocessor settings and
-random safetensors, read by the very code that reads the real model. Surprise: even CLIP's untrained last layer is there,
-because an export must be as complete as the official folder.
+random safetensors, read by the very code that reads the real model. Surprise: even CLIP's untrained last layer is
+there, because an export must be as complete as the official folder.
 
-The architecture is the official one; only sizes differ (the picture side is real: 336-pixel crops of 24 x 24 patches, so
-token counts are those of the real model). The tokenizer is a byte-fallback BPE with the official special tokens.
+The architecture is the official one; only sizes differ (the picture side is real: 336-pixel crops of 24 x 24 patches,
+so token counts are those of the real model). The tokenizer is a byte-fallback BPE with the official special tokens.
 """
 
 import json
@@ -14,8 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
-from tokenizers import AddedToken
+from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from torch import Tensor, nn
 
 from phi3v_dist.model.phi3v import Phi3VForCausalLM
@@ -39,11 +38,15 @@ OPENAI_MEAN = [0.48145466, 0.4578275, 0.40821073]
 OPENAI_STD = [0.26862954, 0.26130258, 0.27577711]
 
 
-def write_tiny(folder: Path, sentences: Iterable[str], seed: int = 0) -> int:
-    """Write the folder; returns the number of parameters. The same seed and sentences give the same bytes."""
+def write_tiny(folder: Path, sentences: Iterable[str], seed: int = 0, **sizes: dict[str, int]) -> int:
+    """Write the folder; returns the number of parameters. The same arguments give the same bytes.
+
+    Args:
+        sizes: `clip` and `decoder` may replace the numbers of `CLIP` and `DECODER`.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     tokenizer = _tokenizer(sentences)
-    config = _config(tokenizer)
+    config = _config(tokenizer, CLIP | sizes.get("clip", {}), DECODER | sizes.get("decoder", {}))
     tensors = _random_weights(config, seed)
     _write_json(folder / "config.json", config)
     tokenizer.save(str(folder / "tokenizer.json"))
@@ -92,14 +95,14 @@ def _tokenizer(sentences: Iterable[str]) -> Tokenizer:
     return tokenizer
 
 
-def _config(tokenizer: Tokenizer) -> dict[str, Any]:
+def _config(tokenizer: Tokenizer, clip: dict[str, int], decoder: dict[str, int]) -> dict[str, Any]:
     """config.json in the official form; sizes apart, what the real one says."""
-    half = DECODER["hidden_size"] // DECODER["num_attention_heads"] // 2
+    half = decoder["hidden_size"] // decoder["num_attention_heads"] // 2
     # The real lists rise from 1.0 (short: to 3, long: to 65); these do the same over fewer frequencies.
     short = [round(3 ** (i / (half - 1)), 4) for i in range(half)]
     long = [round(65 ** (i / (half - 1)), 4) for i in range(half)]
     return {
-        "architectures": ["Phi3VForCausalLM"], "model_type": "phi3_v", **DECODER,
+        "architectures": ["Phi3VForCausalLM"], "model_type": "phi3_v", **decoder,
         "vocab_size": -(-tokenizer.get_vocab_size() // 64) * 64, "hidden_act": "silu", "rms_norm_eps": 1e-5,
         "initializer_range": 0.02, "attention_dropout": 0.0, "embd_pdrop": 0.0, "resid_pdrop": 0.0,
         "max_position_embeddings": 131072, "original_max_position_embeddings": 4096, "sliding_window": 131072,
@@ -112,7 +115,7 @@ def _config(tokenizer: Tokenizer) -> dict[str, Any]:
         },
         "img_processor": {
             "name": "clip_vision_model", "model_name": "openai/clip-vit-large-patch14-336",
-            "image_dim_out": CLIP["hidden_size"], "num_img_tokens": 144, "clip_config": CLIP,
+            "image_dim_out": clip["hidden_size"], "num_img_tokens": 144, "clip_config": clip,
         },
     }  # fmt: skip
 
@@ -125,7 +128,9 @@ def _random_weights(config: dict[str, Any], seed: int) -> dict[str, Tensor]:
         clip = clip_config(config)
         last_layer, norm = CLIPEncoderLayer(clip), nn.LayerNorm(clip.hidden_size)
         tensors = dict(model.state_dict())
-        tensors |= {f"{TOWER}encoder.layers.{clip.num_hidden_layers - 1}.{n}": t for n, t in last_layer.state_dict().items()}
+        tensors |= {
+            f"{TOWER}encoder.layers.{clip.num_hidden_layers - 1}.{n}": t for n, t in last_layer.state_dict().items()
+        }
         tensors |= {f"{TOWER}post_layernorm.{n}": t for n, t in norm.state_dict().items()}
         for name, tensor in tensors.items():
             if name.endswith(("embedding.weight", "embed_tokens.weight", "_GN", "class_embedding")):

@@ -1,9 +1,9 @@
 """Crops → CLIP → separators → projector → image tokens.
 
-What comes in: flat crops of all pictures (per picture the global view, then its local crops) and the pictures' sizes. What
-goes out: one feature per image token, in prompt order. Surprise: the features are CLIP's *last but one* layer without its
-final norm, so the 24th layer and `post_layernorm` are never computed; they are no parameters here and pass from the base
-folder to an export untouched.
+What comes in: flat crops of all pictures (per picture the global view, then its local crops) and the pictures' sizes.
+What goes out: one feature per image token, in prompt order. Surprise: the features are CLIP's *last but one* layer
+without its final norm, so the 24th layer and `post_layernorm` are never computed; they are no parameters here and
+pass from the base folder to an export untouched.
 
 Source: the published remote code of Phi-3-vision (`hd_transform_order` "sub_glb"); shapes in MODEL.md §4.
 """
@@ -21,8 +21,8 @@ CROP_SIZE = 336
 PATCHES_PER_SIDE = 24  # 336 / 14
 SIDE = PATCHES_PER_SIDE // 2  # tokens per side of a crop, after 2 x 2 patches are merged
 CLIP_VIT_L_336 = {
-    "hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 24, "num_attention_heads": 16, "image_size": 336,
-    "patch_size": 14, "projection_dim": 768, "hidden_act": "quick_gelu", "layer_norm_eps": 1e-5,
+    "hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 24, "num_attention_heads": 16,
+    "image_size": 336, "patch_size": 14, "projection_dim": 768, "hidden_act": "quick_gelu", "layer_norm_eps": 1e-5,
 }  # fmt: skip
 
 
@@ -35,7 +35,8 @@ def clip_config(config: dict[str, Any]) -> CLIPVisionConfig:
 
 
 def num_image_tokens(height: int, width: int) -> int:
-    """Tokens of a picture padded to height x width: rows end in a separator, one more stands between local and global."""
+    """Tokens of a picture padded to height x width: rows end in a separator, one more stands between local and
+    global."""
     rows, columns = height // CROP_SIZE * SIDE, width // CROP_SIZE * SIDE
     return rows * (columns + 1) + 1 + SIDE * (SIDE + 1)
 
@@ -50,7 +51,7 @@ class ClipTower(nn.Module):
 
     def __init__(self, clip: CLIPVisionConfig):
         super().__init__()
-        self.vision_model = nn.Module()
+        self.vision_model: Any = nn.Module()
         self.vision_model.embeddings = CLIPVisionEmbeddings(clip)
         self.vision_model.pre_layrnorm = nn.LayerNorm(clip.hidden_size, eps=clip.layer_norm_eps)  # sic: official name
         self.vision_model.encoder = nn.Module()

@@ -1,8 +1,8 @@
 """Official safetensors → parameters, and parameters → official safetensors.
 
-What comes in: a folder with `model.safetensors` or `model.safetensors.index.json` and its shards. What goes out: a model
-whose every parameter was set, or one error that lists every name that did not fit. Surprise: tensors are read one at a
-time, by rank 0, straight into ZeRO-3's partitions, so no rank ever holds a second copy of the model.
+What comes in: a folder with `model.safetensors` or `model.safetensors.index.json` and its shards. What goes out: a
+model whose every parameter was set, or one error that lists every name that did not fit. Surprise: tensors are read
+one at a time, by rank 0, straight into ZeRO-3's partitions, so no rank ever holds a second copy of the model.
 """
 
 import json
@@ -38,7 +38,9 @@ class OfficialFolder:
             files = sorted(set(json.loads(index.read_text())["weight_map"].values()))
         else:
             single = folder / "model.safetensors"
-            files = [single.name] if single.is_file() else sorted(path.name for path in folder.glob("model*.safetensors"))
+            files = (
+                [single.name] if single.is_file() else sorted(path.name for path in folder.glob("model*.safetensors"))
+            )
         if not files:
             pickles = sorted(path.name for path in [*folder.glob("*.bin"), *folder.glob("*.pt")])
             why = f"; {pickles[0]} is a pickle, which can run code when read: convert it first" if pickles else ""
@@ -95,7 +97,9 @@ def check_names(shapes: dict[str, tuple[int, ...]], weights: OfficialFolder) -> 
     """Compare the model's names and shapes with the folder's; tensors that are never computed may be extra."""
     found = set(weights.names)
     problems = [f"{name}: missing" for name in sorted(shapes.keys() - found)]
-    problems += [f"{name}: not a part of this model" for name in sorted(found - shapes.keys()) if not is_untrained(name)]
+    problems += [
+        f"{name}: not a part of this model" for name in sorted(found - shapes.keys()) if not is_untrained(name)
+    ]
     for name in sorted(shapes.keys() & found):
         if weights.shape(name) != shapes[name]:
             problems.append(f"{name}: shape {weights.shape(name)}, config.json says {shapes[name]}")

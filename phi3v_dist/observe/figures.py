@@ -18,9 +18,10 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocator, PercentFormatter
 
-from phi3v_dist.observe.metrics import ATTEMPT, STEP, format_number
+from phi3v_dist.observe.metrics import ATTEMPT, STEP, format_number, lookup
 
 WIDTH_IN, HEIGHT_IN, TALL_IN = 5.4, 2.9, 3.9
+ROW_CHARACTERS = 68  # of a legend, six per entry for its handle
 BUCKETS = 160  # points per curve; a longer history is drawn as the mean and the range of each bucket
 
 INK, MUTED, GRID, PAGE, ACCENT = "#010101", "#020202", "#030303", "#040404", "#050505"
@@ -54,8 +55,9 @@ def curves(history: History, lines: Mapping[str, str], marks: Mapping[str, str] 
         for place, (name, label) in enumerate((marks or {}).items()):
             steps, values = series(history, name)
             axes.plot(steps, values, "o-", color=(INK, MUTED)[place % 2], markersize=4, linewidth=1, label=label)
+        _unit_axis(axes, next(iter(lines)))
         _steps_axis(axes, history)
-        _legend(axes, len(lines) + len(marks or {}))
+        _legend(axes)
 
     return draw(plot)
 
@@ -74,29 +76,30 @@ def step_time(history: History, parts: Mapping[str, str], total: str) -> str:
         axes.stackplot(centres, stacked, labels=[*parts.values(), "other"], colors=[*TINTS[: len(parts)], GRID], lw=0)
         axes.set_ylabel("seconds")
         _steps_axis(axes, history)
-        _legend(axes, len(stacked))
+        _legend(axes)
 
     return draw(plot)
 
 
-def evaluations(
-    scores: History, lines: Mapping[str, str], reachable: float | None = None, top: float | None = None, share: bool = False
-) -> str:
+def evaluations(scores: History, lines: Mapping[str, str], reachable: float | None = None) -> str:
     """Scores over steps in the accent, the same of the blind control in grey, the best reachable as a dashed line."""
 
     def plot(axes: Axes) -> None:
+        style: dict[str, Any] = {"marker": "o", "markersize": 4}
         for place, (name, label) in enumerate(lines.items()):
-            style: dict[str, Any] = {"linestyle": LINE_STYLES[place % len(LINE_STYLES)], "marker": "o", "markersize": 4}
-            blind = f"eval/blind/{name.removeprefix('eval/')}"
-            axes.plot(*series(scores, blind), color=MUTED, label=f"{label}, blind", linewidth=1.2, **style)
-            axes.plot(*series(scores, name), color=TINTS[min(place, 2)], label=label, **style)
+            dashes, tint = LINE_STYLES[place % len(LINE_STYLES)], TINTS[min(place, 2)]
+            axes.plot(*series(scores, name), color=tint, linestyle=dashes, zorder=3, label=label, **style)
+        for place, name in enumerate(lines):
+            steps, values = series(scores, f"eval/blind/{name.removeprefix('eval/')}")
+            once = "blind control" if place == 0 and len(steps) else None  # the grey lines share one legend entry
+            dashes = LINE_STYLES[place % len(LINE_STYLES)]
+            axes.plot(steps, values, color=MUTED, linewidth=1.2, linestyle=dashes, label=once, **style)
         if reachable is not None:
             axes.axhline(reachable, color=INK, linestyle=LINE_STYLES[1], linewidth=1, label="best reachable")
-        axes.set_ylim(bottom=0, top=1.02 if share else None)
-        if share:
-            axes.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
+        axes.set_ylim(bottom=0)
+        _unit_axis(axes, next(iter(lines)))
         _steps_axis(axes, scores)
-        _legend(axes, 2 * len(lines) + (reachable is not None))
+        _legend(axes)
 
     return draw(plot)
 
@@ -123,7 +126,7 @@ def error_histogram(pairs: Sequence[Pair], blind: Sequence[Pair], reachable: flo
         axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: format_number(value)))
         axes.xaxis.set_minor_locator(NullLocator())
         axes.grid(visible=False, axis="x")
-        _legend(axes, 3)
+        _legend(axes)
 
     return draw(plot)
 
@@ -139,7 +142,7 @@ def scatter(pairs: Sequence[Pair], blind: Sequence[Pair], label: str) -> str:
                 truth, predicted = zip(*points, strict=True)
                 axes.scatter(truth, predicted, s=13, color=colour, alpha=alpha, linewidths=0, label=name)
         axes.set(xlabel=f"true {label}", ylabel=f"predicted {label}")
-        _legend(axes, 2)
+        _legend(axes)
 
     return draw(plot, height_in=TALL_IN)
 
@@ -190,10 +193,26 @@ def _steps_axis(axes: Axes, history: History) -> None:
             axes.axvline(after[STEP], color=MUTED, linewidth=0.9, linestyle=LINE_STYLES[2])
 
 
-def _legend(axes: Axes, entries: int) -> None:
-    """Above the drawing, in rows of up to four; a single curve needs none, its caption names it."""
-    if entries > 1:
-        axes.legend(loc="lower left", bbox_to_anchor=(0.0, 1.01), ncols=min(entries, 4), borderaxespad=0)
+def _unit_axis(axes: Axes, name: str) -> None:
+    """Shares and rates start at zero, or noise would look like news; shares are written as percent."""
+    metric = lookup(name)
+    unit = metric.unit if metric else ""
+    if unit in ("frac", "pct") or unit.endswith("/s"):
+        axes.set_ylim(bottom=0)
+    if unit in ("frac", "pct"):
+        whole = 1.0 if unit == "frac" else 100.0
+        axes.yaxis.set_major_formatter(PercentFormatter(whole))
+        if axes.get_ylim()[1] > 0.5 * whole:
+            axes.set_ylim(top=1.02 * whole)
+
+
+def _legend(axes: Axes) -> None:
+    """Above the drawing, in one row or two; a single curve needs none, its caption names it."""
+    labels = axes.get_legend_handles_labels()[1]
+    if len(labels) > 1:
+        characters = sum(len(label) for label in labels) + 6 * len(labels)
+        columns = -(-len(labels) * min(characters, ROW_CHARACTERS) // characters)
+        axes.legend(loc="lower left", bbox_to_anchor=(0.0, 1.01), ncols=columns, borderaxespad=0, columnspacing=1.4)
 
 
 def series(history: History, name: str) -> tuple[np.ndarray, np.ndarray]:

@@ -42,7 +42,11 @@ def gallery(evaluation: Evaluation) -> dict[str, list[Card]]:
     if size == len(ranked):
         return {"All answers": [_card(row, evaluation.folder) for row in ranked]}
     middle = random.Random(0).sample(ranked[size:-size], size)
-    parts = {"Picked at random": middle, "The worst answers": ranked[: -size - 1 : -1], "The best answers": ranked[:size]}
+    parts = {
+        "Picked at random": middle,
+        "The worst answers": ranked[: -size - 1 : -1],
+        "The best answers": ranked[:size],
+    }
     return {title: [_card(row, evaluation.folder) for row in rows] for title, rows in parts.items()}
 
 

@@ -102,7 +102,9 @@ def _compared(run: Run, label: str, metric: str, note: str) -> Tile | None:
     if "model" not in values:
         return None
     registered = lookup(named["model"])
-    whole = {"frac": 1.0, "pct": 100.0}.get(registered.unit if registered else "", 1e-9)  # shares: bars are of the whole
+    whole = {"frac": 1.0, "pct": 100.0}.get(
+        registered.unit if registered else "", 1e-9
+    )  # shares: bars are of the whole
     longest = max(whole, *values.values())
     bars = tuple(Bar(who, format_value(named[who], value), value / longest) for who, value in values.items())
     return Tile(f"{label[:1].upper()}{label[1:]}", bars[0].value, note, bars)

@@ -2,8 +2,8 @@
 
 What comes in: the variables of torchrun, the `deepspeed` launcher or Slurm's srun; none of them means one process. What
 goes out: a `Topology`, checked. Surprise: on a CPU DeepSpeed compiles a shared-memory extension inside
-`init_distributed`, under a lock that a killed build leaves behind, after which every later start hangs. gloo does not use
-it, so it is switched off here.
+`init_distributed`, under a lock that a killed build leaves behind, after which every later start hangs. gloo does not
+use it, so it is switched off here.
 """
 
 import os
@@ -72,7 +72,9 @@ class Topology:
 
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
         backend = "nccl" if torch.cuda.is_available() else "gloo"
-        deepspeed.init_distributed(backend, auto_mpi_discovery=False, verbose=False, timeout=timedelta(seconds=timeout_s))
+        deepspeed.init_distributed(
+            backend, auto_mpi_discovery=False, verbose=False, timeout=timedelta(seconds=timeout_s)
+        )
 
     def stop(self) -> None:
         """Leave the process group."""
@@ -109,7 +111,9 @@ class Topology:
 def _number(env: Mapping[str, str], name: str) -> int:
     value = env.get(name, "")
     if not value.isdigit():
-        raise LaunchError(f"{name} is {value!r} although this process was started as one of several: check the launcher")
+        raise LaunchError(
+            f"{name} is {value!r} although this process was started as one of several: check the launcher"
+        )
     return int(value)
 
 

@@ -1,8 +1,9 @@
 """ds_configs/*.json and the settings → a DeepSpeed engine.
 
-What comes in: a DeepSpeed JSON in which every number that has a home in the YAML says "auto". What goes out: the engine.
-Surprise: a number given in both places is an error even when they agree; one number, one home. DeepSpeed itself clips at
-1.0 unless told otherwise, and opens its own W&B run if asked; both are decided here.
+What comes in: a DeepSpeed JSON in which every number that has a home in the YAML says "auto". What goes out: the
+engine.
+Surprise: a number given in both places is an error even when they agree; one number, one home. DeepSpeed itself clips
+at 1.0 unless told otherwise, and opens its own W&B run if asked; both are decided here.
 """
 
 import difflib

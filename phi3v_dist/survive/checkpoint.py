@@ -86,8 +86,7 @@ class Checkpoints:
         assert keep >= 1, keep
         self.folder = folder
         self.keep = keep
-        self._verified: set[Path] = set()
-        self._damaged: set[Path] = set()
+        self._sound: dict[Path, bool] = {}  # what the last look at every byte found
         self._swept = False
         self._group: Any = None
 
@@ -115,7 +114,7 @@ class Checkpoints:
 
         Call it after data loaders and their iterators exist: the last thing it sets are the random generators.
         """
-        problems = [] if path in self._verified else self._damage(path)
+        problems = [] if self._sound.get(path) else self._damage(path)
         if problems:
             raise DamagedError([f"cannot load {path}: {problem}" for problem in problems])
         reader = TensorReader(path)
@@ -135,8 +134,12 @@ class Checkpoints:
             if _rank() == 0:
                 log.info(
                     "%s was saved by %d ranks and continues on %d: random generators reseeded from seed %d and step %d",
-                    path, saved_world_size, _world_size(), position.seed, position.step,
-                )  # fmt: skip
+                    path,
+                    saved_world_size,
+                    _world_size(),
+                    position.seed,
+                    position.step,
+                )
         return position
 
     def _write_and_commit(self, snapshot: Snapshot) -> Path:
@@ -161,8 +164,7 @@ class Checkpoints:
         if failures:
             head = f"cannot save step {snapshot.step} to {final}; older checkpoints are untouched"
             raise CheckpointError([head, *failures])
-        self._verified.add(final)
-        self._damaged.discard(final)
+        self._sound[final] = True
         return final
 
     def _committed(self) -> list[Path]:
@@ -175,7 +177,7 @@ class Checkpoints:
         """Every rank hashes its share of the files; all get the same answer."""
         shares = self._everyone(damage(path, _rank(), _world_size()))
         problems = list(dict.fromkeys(problem for share in shares for problem in share))
-        (self._damaged if problems else self._verified).add(path)
+        self._sound[path] = not problems
         return problems
 
     def _sweep(self, keep: Path) -> None:
@@ -194,7 +196,7 @@ class Checkpoints:
                 continue
             if num_kept >= self.keep:
                 remove(path)
-            elif path not in self._damaged and _is_whole(path):
+            elif self._sound.get(path, True) and _is_whole(path):
                 num_kept += 1
 
     def _everyone(self, value: T) -> list[T]:

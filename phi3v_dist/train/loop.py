@@ -32,7 +32,9 @@ def fit(run: Run) -> dict[str, float]:
         rates = learning_rates(totals.step + 1, run.num_steps, run.settings.train)
         result = train_step(run.engine, batches, rates, run.topology, data_s)
         totals.add(result)
-        run.tracker.log(step_row(result, run.settings.data.row_length_tokens, run.topology.world_size) | totals.row(run))
+        run.tracker.log(
+            step_row(result, run.settings.data.row_length_tokens, run.topology.world_size) | totals.row(run)
+        )
         _refuse_bad_data(run, totals)
         last = totals.step == run.num_steps
         if last or totals.step % run.settings.checkpoint.every_steps == 0:

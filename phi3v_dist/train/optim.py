@@ -1,7 +1,8 @@
 """Parameters → AdamW groups by part of the model, and the learning rate of a step.
 
-What comes in: the model's named parameters and `train.learning_rate`. What goes out: an AdamW with a group per part, with
-and without weight decay. Surprise: the schedule is a pure function of the step, so there is nothing to save or restore.
+What comes in: the model's named parameters and `train.learning_rate`. What goes out: an AdamW with a group per part,
+with and without weight decay. Surprise: the schedule is a pure function of the step, so there is nothing to save or
+restore.
 """
 
 import math

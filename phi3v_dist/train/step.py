@@ -1,9 +1,9 @@
 """One optimizer step: Batches in, `StepResult` out.
 
-What comes in: this rank's Batches of one planned step. What goes out: numbers already summed over all ranks. Surprise: the
-loss is the sum over label tokens divided by the label tokens of the *whole* step. ZeRO-3 divides gradients by the world
-size, so each micro-step's sum is multiplied by world / planned tokens and nothing else is scaled; ranks, accumulation and
-packing then cannot change the result beyond the order of a sum.
+What comes in: this rank's Batches of one planned step. What goes out: numbers already summed over all ranks.
+Surprise: the loss is the sum over label tokens divided by the label tokens of the *whole* step. ZeRO-3 divides
+gradients by the world size, so each micro-step's sum is multiplied by world / planned tokens and nothing else is
+scaled; ranks, accumulation and packing then cannot change the result beyond the order of a sum.
 """
 
 import math
@@ -93,7 +93,9 @@ def _update(engine: Any, plan: PlannedStep, loss_sum: float, label_tokens: int) 
             "Lower `train.learning_rate` or raise `train.warmup_steps`, and start again from the last checkpoint"
         )
     if label_tokens == 0:
-        raise DataError(f"step {plan.number}: all {len(plan.sample_ids)} samples were quarantined; see the warnings above")
+        raise DataError(
+            f"step {plan.number}: all {len(plan.sample_ids)} samples were quarantined; see the warnings above"
+        )
     if label_tokens != plan.label_tokens:
         engine.optimizer.loss_scale = label_tokens / plan.label_tokens
     engine.step()

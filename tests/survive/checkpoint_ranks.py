@@ -210,7 +210,8 @@ def refusals(engine, folder: Path) -> dict:
             notes[f"in window, {index + 1} done"] = refusal(lambda: checkpoints.save(engine, position(6)))
     engine.backward(engine(torch.zeros(1, 5, dtype=torch.long)))
     notes["in window, before the step"] = refusal(lambda: checkpoints.save(engine, position(6)))
-    engine.optimizer.zero_grad()
+    checkpoints.load(engine, folder / "bf16" / "step-00000003")
+    notes["bf16 rolled back inside a window"] = train(engine, STEPS)
     engine.module.up.weight.requires_grad_(False)
     notes["role of a parameter frozen later"] = Partitions(engine).specs()["up.weight"].role
 
@@ -230,25 +231,25 @@ def refusals(engine, folder: Path) -> dict:
 
 
 def run_reshard(source: Path, target: Path) -> dict:
-    """Load in a new process with another seed, save again at this world size, continue."""
+    """Load into fresh engines of another seed: continue in one, look at the other and save it at this world size."""
     notes = {}
     for dtype in DTYPES:
+        checkpoints = Checkpoints(source / dtype, keep=1)
+        path = checkpoints.newest()
         engine = build(dtype, seed=99)
-        path = Checkpoints(source / dtype, keep=1).newest()
-        found = Checkpoints(source / dtype, keep=1).load(engine, path)
+        found = checkpoints.load(engine, path)
         notes[f"{dtype} position"] = found == position(STEPS)
-        notes[f"{dtype} loaded"] = digests(engine)
-        Checkpoints(target / dtype, keep=1).save(engine, found)
-        notes[f"{dtype} draws"] = everyone([random.random(), np.random.rand(), float(torch.rand(1))])
-        Checkpoints(source / dtype, keep=1).load(engine, path)
         notes[f"{dtype} continued"] = train(engine, STEPS)
         notes[f"{dtype} end"] = digests(engine)
+
         plain = build(dtype, seed=99, dropout=0.0)
-        Checkpoints(source / dtype, keep=1).load(plain, path)
+        checkpoints.load(plain, path)
+        notes[f"{dtype} loaded"] = digests(plain)
+        Checkpoints(target / dtype, keep=1).save(plain, found)
+        notes[f"{dtype} draws"] = everyone([random.random(), np.random.rand(), float(torch.rand(1))])
         losses = [[float.fromhex(loss) for loss in rank] for rank in train(plain, STEPS)]
-        notes[f"{dtype} step losses without dropout"] = (
-            np.array(losses).reshape(len(losses), STEPS, -1).mean((0, 2)).tolist()
-        )
+        by_step = np.array(losses).reshape(len(losses), STEPS, -1).mean((0, 2))
+        notes[f"{dtype} step losses without dropout"] = by_step.tolist()
     return notes
 
 

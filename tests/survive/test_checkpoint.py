@@ -63,10 +63,10 @@ def test_saving_does_not_change_the_run(runs, dtype):
     assert trained[f"{dtype} with a save"] == trained[f"{dtype} uninterrupted"]
 
 
-@both_dtypes
-def test_a_live_engine_rolled_back_repeats_its_losses(runs, dtype):
+@pytest.mark.parametrize("when", ["fp32 rolled back", "bf16 rolled back", "bf16 rolled back inside a window"])
+def test_a_live_engine_rolled_back_repeats_its_losses(runs, when):
     trained = notes(runs, "train-2")
-    assert trained[f"{dtype} rolled back"] == trained[f"{dtype} uninterrupted"][1]
+    assert trained[when] == trained[f"{when.split()[0]} uninterrupted"][1]
 
 
 @both_dtypes

@@ -1,7 +1,7 @@
-"""What the sample catalogue sells: its categories as outlines, its colours, patterns and trims, and `Look`.
+"""What a catalogue can sell: its categories as outlines, its colours, patterns and trims, and `Look`.
 
 What comes in: nothing, these are data. What goes out: `GARMENTS` and the other tables, from which `drawing` draws and
-`sample` prices. Surprise: an outline is a handful of points in the square [-1, 1]² (y down) whose corners are cut
+`plan` prices. Surprise: an outline is a handful of points in the square [-1, 1]² (y down) whose corners are cut
 round; a point given twice stays a corner.
 """
 
@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import numpy as np
 from jaxtyping import Float
 
-Path = Float[np.ndarray, "points 2"]
+Curve = Float[np.ndarray, "points 2"]
 Colour = tuple[int, int, int]
 
 CREAM, CHARCOAL = (252, 246, 232), (48, 44, 50)
@@ -31,18 +31,18 @@ PATTERNS = {"plain": "", "stripes": "Striped", "dots": "Dotted", "check": "Check
 TRIMS = {"none": "", "bow": "with Bow", "gold": "with Gold Trim"}
 
 
-def smooth(points: Sequence[tuple[float, float]], closed: bool = True) -> Path:
+def smooth(points: Sequence[tuple[float, float]], closed: bool = True) -> Curve:
     """Rounds corners by cutting them twice (Chaikin 1974); a point given twice stays a corner."""
-    path = np.asarray(points, dtype=np.float64)
+    curve = np.asarray(points, dtype=np.float64)
     for _ in range(2):
-        following = np.roll(path, -1, axis=0) if closed else path[1:]
-        current = path if closed else path[:-1]
+        following = np.roll(curve, -1, axis=0) if closed else curve[1:]
+        current = curve if closed else curve[:-1]
         cut = np.stack([0.75 * current + 0.25 * following, 0.25 * current + 0.75 * following], axis=1).reshape(-1, 2)
-        path = cut if closed else np.concatenate([path[:1], cut, path[-1:]])
-    return path
+        curve = cut if closed else np.concatenate([curve[:1], cut, curve[-1:]])
+    return curve
 
 
-def symmetric(right_half: Sequence[tuple[float, float]]) -> Path:
+def symmetric(right_half: Sequence[tuple[float, float]]) -> Curve:
     """A closed outline from its right half, given from the top of the middle axis to its bottom."""
     return smooth([*right_half, *((-x, y) for x, y in reversed(right_half))])
 
@@ -56,19 +56,19 @@ def fringe(start: tuple[float, float], end: tuple[float, float], teeth: int = 5)
     return [(x, y) for x, y in places.repeat(2, axis=0).tolist()]
 
 
-def line(*points: tuple[float, float]) -> Path:
+def line(*points: tuple[float, float]) -> Curve:
     """An open curve."""
     return smooth(points, closed=False)
 
 
-def both_sides(*paths: Path) -> tuple[Path, ...]:
-    """Each path and its mirror image."""
-    return tuple(side for path in paths for side in (path, path * (-1, 1)))
+def both_sides(*curves: Curve) -> tuple[Curve, ...]:
+    """Each curve and its mirror image."""
+    return tuple(side for curve in curves for side in (curve, curve * (-1, 1)))
 
 
 @dataclass(frozen=True)
 class Garment:
-    """The outlines of one category, each a path in [-1, 1]².
+    """The outlines of one category, each a curve in [-1, 1]².
 
     noun: its word in a title.
     fabric: closed; filled with the colour and the pattern. openings: closed; what shows through the fabric.
@@ -78,14 +78,14 @@ class Garment:
     """
 
     noun: str
-    fabric: tuple[Path, ...]
-    hems: tuple[Path, ...]
+    fabric: tuple[Curve, ...]
+    hems: tuple[Curve, ...]
     bow: tuple[float, float]
     tag: tuple[float, float]
-    openings: tuple[Path, ...] = ()
-    leather: tuple[Path, ...] = ()
-    straps: tuple[Path, ...] = ()
-    seams: tuple[Path, ...] = ()
+    openings: tuple[Curve, ...] = ()
+    leather: tuple[Curve, ...] = ()
+    straps: tuple[Curve, ...] = ()
+    seams: tuple[Curve, ...] = ()
     buttons: tuple[tuple[float, float], ...] = ()
 
 
@@ -95,7 +95,8 @@ GARMENTS: dict[str, Garment] = {
         fabric=(
             symmetric(
                 [(0, -0.86), (0.12, -0.96), (0.3, -0.94), (0.52, -0.84), (0.62, -0.7), (0.97, 0.26), (0.97, 0.26),
-                 (0.72, 0.36), (0.72, 0.36), (0.47, -0.3), (0.47, -0.1), (0.5, 0.3), (0.6, 0.97), (0.6, 0.97), (0, 0.97)]
+                 (0.72, 0.36), (0.72, 0.36), (0.47, -0.3), (0.47, -0.1), (0.5, 0.3), (0.6, 0.97), (0.6, 0.97),
+                 (0, 0.97)]
             ),
         ),
         hems=(*both_sides(line((0.99, 0.17), (0.7, 0.28))), line((-0.6, 0.92), (0, 0.92), (0.6, 0.92))),
@@ -113,7 +114,10 @@ GARMENTS: dict[str, Garment] = {
                  (0.3, -0.3), (0.24, -0.2), (0.4, 0.1), (0.95, 0.84), (0.95, 0.84), (0.6, 0.97), (0, 0.98)]
             ),
         ),
-        hems=(line((-0.26, -0.2), (0, -0.17), (0.26, -0.2)), line((-0.88, 0.8), (-0.55, 0.89), (0, 0.92), (0.55, 0.89), (0.88, 0.8))),
+        hems=(
+            line((-0.26, -0.2), (0, -0.17), (0.26, -0.2)),
+            line((-0.88, 0.8), (-0.55, 0.89), (0, 0.92), (0.55, 0.89), (0.88, 0.8)),
+        ),
         bow=(0, -0.3),
         tag=(0.56, -0.56),
         seams=(*both_sides(line((0.1, -0.05), (0.36, 0.86))), line((0, -0.05), (0, 0.86))),
@@ -165,8 +169,13 @@ GARMENTS: dict[str, Garment] = {
     "SCARVES": Garment(
         noun="Scarf",
         fabric=(
-            smooth([(0.0, -0.36), (0.4, -0.4), (0.4, -0.4), (0.6, 0.1), *fringe((0.8, 0.56), (0.36, 0.66)), (0.2, 0.1)]),
-            smooth([(-0.36, -0.36), (0.1, -0.36), (0.1, -0.36), (0.06, 0.2), *fringe((0.04, 0.82), (-0.56, 0.82)), (-0.5, 0.2)]),
+            smooth(
+                [(0, -0.36), (0.4, -0.4), (0.4, -0.4), (0.6, 0.1), *fringe((0.8, 0.56), (0.36, 0.66)), (0.2, 0.1)]
+            ),
+            smooth(
+                [(-0.36, -0.36), (0.1, -0.36), (0.1, -0.36), (0.06, 0.2), *fringe((0.04, 0.82), (-0.56, 0.82)),
+                 (-0.5, 0.2)]
+            ),
             smooth([(-0.5, -0.36), (-0.8, -0.7), (-0.5, -0.98), (0.5, -0.98), (0.8, -0.7), (0.5, -0.36), (0, -0.26)]),
             smooth([(-0.24, -0.6), (0.2, -0.62), (0.26, -0.2), (0.1, -0.1), (-0.1, -0.1), (-0.28, -0.2)]),
         ),
@@ -192,15 +201,15 @@ GARMENTS: dict[str, Garment] = {
         noun="Umbrella",
         fabric=(
             symmetric(
-                [(0, -0.86), (0.4, -0.84), (0.92, -0.5), (0.99, 0.12), (0.99, 0.12), (0.82, 0.0), (0.66, 0.12), (0.66, 0.12),
-                 (0.5, 0.0), (0.33, 0.12), (0.33, 0.12), (0.16, 0.0), (0, 0.12), (0, 0.12)]
+                [(0, -0.86), (0.4, -0.84), (0.92, -0.5), (0.99, 0.12), (0.99, 0.12), (0.82, 0), (0.66, 0.12),
+                 (0.66, 0.12), (0.5, 0), (0.33, 0.12), (0.33, 0.12), (0.16, 0), (0, 0.12), (0, 0.12)]
             ),
         ),
         hems=(line((-0.95, -0.06), (-0.5, -0.1), (0, -0.11), (0.5, -0.1), (0.95, -0.06)),),
         bow=(0, -0.5),
         tag=(0.5, 0.3),
         straps=(line((0, -1.0), (0, -0.8)), line((0, 0.0), (0, 0.84), (0.04, 0.97), (0.22, 0.97), (0.26, 0.8))),
-        seams=(*both_sides(line((0, -0.86), (0.28, -0.5), (0.33, 0.12)), line((0, -0.86), (0.56, -0.6), (0.66, 0.12))),),
+        seams=both_sides(line((0, -0.86), (0.28, -0.5), (0.33, 0.12)), line((0, -0.86), (0.56, -0.6), (0.66, 0.12))),
     ),
 }  # fmt: skip
 

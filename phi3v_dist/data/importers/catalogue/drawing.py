@@ -11,7 +11,8 @@ import numpy as np
 from jaxtyping import Float
 from PIL import Image, ImageChops, ImageDraw, ImageFilter
 
-from phi3v_dist.data.importers.garments import COLOURS, GARMENTS, PATTERNS, TRIMS, Colour, Garment, Look, Path
+from phi3v_dist.data.importers.catalogue.garments import COLOURS, GARMENTS, Colour, Curve, Garment, Look
+from phi3v_dist.data.importers.catalogue.plan import random_look
 
 SUPERSAMPLING = 2
 LEATHER, GOLD, GOLD_EDGE = (92, 58, 38), (224, 176, 62), (92, 62, 16)
@@ -46,18 +47,18 @@ class Pen:
         self.draw, self.view = ImageDraw.Draw(image), view
         self.scale = float(np.sqrt(abs(np.linalg.det(view.matrix))))
 
-    def points(self, path: Path) -> list[tuple[float, float]]:
-        return [(x, y) for x, y in (path @ self.view.matrix.T + self.view.centre).tolist()]
+    def points(self, curve: Curve) -> list[tuple[float, float]]:
+        return [(x, y) for x, y in (curve @ self.view.matrix.T + self.view.centre).tolist()]
 
-    def fill(self, path: Path, colour: Colour | int) -> None:
-        self.draw.polygon(self.points(path), fill=colour)
+    def fill(self, curve: Curve, colour: Colour | int) -> None:
+        self.draw.polygon(self.points(curve), fill=colour)
 
-    def stroke(self, path: Path, colour: Colour | int, width: float) -> None:
+    def stroke(self, curve: Curve, colour: Colour | int, width: float) -> None:
         joint = "curve" if width > 0.05 else None  # a thin line's gaps at its bends cannot be seen, and filling costs
-        self.draw.line(self.points(path), fill=colour, width=max(1, round(width * self.scale)), joint=joint)
+        self.draw.line(self.points(curve), fill=colour, width=max(1, round(width * self.scale)), joint=joint)
 
-    def outline(self, path: Path, colour: Colour | int, width: float) -> None:
-        self.stroke(np.concatenate([path, path[:2]]), colour, width)
+    def outline(self, curve: Curve, colour: Colour | int, width: float) -> None:
+        self.stroke(np.concatenate([curve, curve[:2]]), colour, width)
 
     def disc(self, centre: tuple[float, float], radius: float, colour: Colour | int) -> None:
         self.draw.circle(self.points(np.array([centre]))[0], radius * self.scale, fill=colour)
@@ -149,7 +150,7 @@ def weave(
     return cloth
 
 
-def band(y: float, width: float) -> Path:
+def band(y: float, width: float) -> Curve:
     """A horizontal stripe right across a garment."""
     return np.array([(-1.6, y), (1.6, y), (1.6, y + width), (-1.6, y + width)])
 
@@ -199,19 +200,13 @@ def light_and_noise(image: Image.Image, rng: np.random.Generator) -> Image.Image
     return Image.fromarray(pixels.clip(0, 255).astype(np.uint8))
 
 
-def contact_sheet(num: int = 48, seed: int = 0, columns: int = 8, side: int = 168) -> Image.Image:
-    """`num` photos of random looks in rows, one category a column, as the README shows them."""
+def contact_sheet(num: int = 40, seed: int = 0, side: int = 168) -> Image.Image:
+    """`num` photos of random looks in rows, one category a column, for the README and for whoever changes a drawing."""
     rng = np.random.default_rng(seed)
-    sheet = Image.new("RGB", (columns * side, -(-num // columns) * side), (255, 255, 255))
-    categories = list(GARMENTS)
+    columns = len(GARMENTS)
+    sheet = Image.new("RGB", (columns * side, -(-num // columns) * side), "white")
     for index in range(num):
-        look = Look(
-            categories[index % len(categories)],
-            list(COLOURS)[rng.integers(len(COLOURS))],
-            list(PATTERNS)[rng.integers(len(PATTERNS))],
-            list(TRIMS)[rng.integers(len(TRIMS))],
-            bool(rng.random() < 0.3),
-        )
+        look = random_look(rng, list(GARMENTS)[index % columns])
         photo = draw_photo(look, rng, 2 * side, 2 * side).reduce(2)
         sheet.paste(photo, (index % columns * side, index // columns * side))
     return sheet

@@ -1,0 +1,46 @@
+"""A folder in the official layout (such as an export) → scores and predictions, in one process.
+
+python launch/evaluate.py --config launch/configs/quickstart.yaml --model runs/quickstart/export --out /tmp/scores
+"""
+
+import argparse
+import logging
+from pathlib import Path
+
+from phi3v_dist import config, run
+from phi3v_dist.cli import run_script
+from phi3v_dist.errors import ConfigError
+from phi3v_dist.evaluate.evaluator import Evaluator
+from phi3v_dist.model import Phi3VForCausalLM
+from phi3v_dist.observe.metrics import format_value
+from phi3v_dist.parallel.topology import Topology
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--config", required=True)
+    parser.add_argument("--model", type=Path, help="default: RUN/export")
+    parser.add_argument("--out", type=Path, help="where predictions are written; default: MODEL/../eval/export")
+    parser.add_argument("overrides", nargs="*", help="settings as key=value")
+    arguments = parser.parse_args()
+    topology = Topology()
+    settings = config.load(arguments.config, arguments.overrides, lambda s: run.problems(s, topology.world_size))
+    if not settings.data.validation:
+        raise ConfigError("`data.validation` names no shards, so there is nothing to evaluate on")
+    folder = arguments.model or settings.run.folder / "export"
+    data = run.Data.open(settings.data.validation, settings)
+    sample_ids = run.fixed_order(data.lengths, settings.data.row_length_tokens)
+    model = Phi3VForCausalLM.from_pretrained(folder, settings.model.longrope, settings.model.attention)
+    evaluator = Evaluator(data.decoder, sample_ids, settings.eval, topology)
+    metrics = evaluator.run(model.to(topology.device), arguments.out or folder.parent / "eval" / "export")
+    for name, value in sorted(metrics.items()):
+        logging.info("%-32s %s", name, format_value(name, value))
+
+
+def cli() -> None:
+    """Entry point of the installed command."""
+    run_script(main)
+
+
+if __name__ == "__main__":
+    cli()

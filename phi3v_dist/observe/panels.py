@@ -1,0 +1,120 @@
+"""A `Run` → the report's panels: each a figure, its title, and one sentence on how to read it.
+
+Surprise: a panel appears only if its numbers were logged, so that every kind of run (no prices, no pictures, no
+evaluation yet) gets a page without holes.
+"""
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+
+from markupsafe import Markup
+
+from phi3v_dist.observe import figures
+from phi3v_dist.observe.metrics import format_seconds, panel_metrics
+from phi3v_dist.observe.run_folder import Run
+
+STEP_PARTS = {"time/data_s": "data", "time/fwd_s": "forward", "time/bwd_s": "backward", "time/opt_s": "optimizer"}
+HELD_UP = {"time/ckpt_s": "checkpoints", "time/eval_s": "evaluations"}
+ANSWER_FORM = {"eval/stop_pct": "finished", "eval/parse_fail_pct": "unreadable"}
+
+
+@dataclass(frozen=True)
+class Panel:
+    title: str
+    caption: str
+    svg: Markup
+
+
+def result_panels(run: Run) -> Iterator[Panel]:
+    """What the answers are worth, against the blind control. The tall figures first, so that rows stay even."""
+    for field in run.fields("number"):
+        if pairs := _number_pairs(run, field)[0]:
+            caption = f"One dot per sample; on the dashed diagonal the {field} is exactly right."
+            svg = figures.scatter(pairs, _number_pairs(run, field)[1], field)
+            yield _panel(f"{_capital(field)}: true against predicted", caption, svg)
+    label = run.label_field()
+    if label and (labels := _label_pairs(run, label)):
+        caption = "Samples per cell; on the diagonal the answer is right. “Other” holds unreadable answers too."
+        yield _panel(f"{_capital(label)}: true against answered", caption, figures.confusion(labels, run.truths(label)))
+    scores = [evaluation.scores for evaluation in run.evaluations]
+    for field in run.fields("number"):
+        pairs, blind = _number_pairs(run, field)
+        reachable = run.final.get(f"eval/best_{field}_mae")
+        if pairs:
+            caption = "How far off the answers are, on a logarithmic axis. Upright lines are means; left is better."
+            histogram = figures.error_histogram(pairs, blind, reachable, field)
+            yield _panel(f"{_capital(field)} error against the blind control", caption, histogram)
+        if lines := _logged(scores, {f"eval/{field}_mae": "model"}):
+            caption = "Mean absolute error at each evaluation; down is better."
+            yield _panel(
+                f"{_capital(field)} error over training", caption, figures.evaluations(scores, lines, reachable)
+            )
+    if lines := _logged(scores, {f"eval/field_em/{field}": field for field in run.fields("exact")}):
+        caption = "Share of samples answered exactly right at each evaluation; up is better."
+        yield _panel("Exact match over training", caption, figures.evaluations(scores, lines))
+    if lines := _logged(scores, ANSWER_FORM):
+        caption = "Share of answers that end by themselves, and of those whose fields cannot be read."
+        yield _panel("Answer form over training", caption, figures.evaluations(scores, lines))
+
+
+def training_panels(run: Run) -> Iterator[Panel]:
+    """How the optimisation went."""
+    if lines := _logged(run.history, {"train/loss": "training"}):
+        marks = _logged(run.history, {"eval/loss": "validation", "eval/blind/loss": "validation, blind"})
+        yield _panel("Loss", "Mean loss per label token; down is better.", figures.curves(run.history, lines, marks))
+    rates = {metric.name: metric.name.rpartition("/")[2] for metric in panel_metrics("Learning rate")}
+    if lines := _logged(run.history, rates):
+        caption = "Warmup and decay of each parameter group."
+        yield _panel("Learning rate", caption, figures.curves(run.history, lines))
+    yield from _plain_panels(run, "Gradient norm", "Label tokens")
+
+
+def speed_panels(run: Run) -> Iterator[Panel]:
+    """Where the time goes."""
+    if _logged(run.history, {"time/step_s": ""}):
+        held_s = {what: sum(row.get(name, 0.0) for row in run.history) for name, what in HELD_UP.items()}
+        extra = ", ".join(f"{what} {format_seconds(total_s)}" for what, total_s in held_s.items() if total_s)
+        caption = "Parts of one optimizer step." + (f" Beside the steps, in all: {extra}." if extra else "")
+        yield _panel(
+            "Step time", caption, figures.step_time(run.history, _logged(run.history, STEP_PARTS), "time/step_s")
+        )
+    yield from _plain_panels(run, "Throughput", "Images", "Packing")
+
+
+def _plain_panels(run: Run, *titles: str) -> Iterator[Panel]:
+    """Panels that draw one metric each, in the registry's words."""
+    for title in titles:
+        for metric in panel_metrics(title):
+            if _logged(run.history, {metric.name: title}):
+                svg = figures.curves(run.history, {metric.name: title})
+                yield _panel(title, f"{_capital(metric.help)}.", svg)
+
+
+def _number_pairs(run: Run, field: str) -> tuple[list[figures.Pair], list[figures.Pair]]:
+    """(true, predicted) of the answers that could be read: the model's, and the blind control's."""
+    rows = run.answered.predictions if run.answered else []
+    seen = [row["fields"].get(field) for row in rows]
+    blind = [row["blind"]["fields"].get(field) for row in rows if row["blind"]]
+    model, control = (
+        [(score["target"], score["prediction"]) for score in scores if score and score["prediction"] is not None]
+        for scores in (seen, blind)
+    )
+    return model, control
+
+
+def _label_pairs(run: Run, field: str) -> list[tuple[str, str]]:
+    scores = [row["fields"].get(field) for row in (run.answered.predictions if run.answered else [])]
+    return [(str(score["target"]), str(score["prediction"])) for score in scores if score]
+
+
+def _logged(rows: figures.History, lines: Mapping[str, str]) -> dict[str, str]:
+    """Those of `lines` (metric name → label) that any row holds a finite number for."""
+    return {name: label for name, label in lines.items() if len(figures.series(rows, name)[0])}
+
+
+def _capital(text: str) -> str:
+    return text[:1].upper() + text[1:]
+
+
+def _panel(title: str, caption: str, svg: str) -> Panel:
+    return Panel(title, caption, Markup(svg))

@@ -1,0 +1,178 @@
+import json
+import subprocess
+import sys
+from html.parser import HTMLParser
+from pathlib import Path
+
+import pytest
+from synthetic_run import BEST_PRICE_MAE, write_run
+
+from phi3v_dist.errors import ConfigError, DataError
+from phi3v_dist.observe.metrics import format_number, format_value
+from phi3v_dist.observe.report import write_report
+
+FETCHING = {"src", "href", "xlink:href", "srcset", "poster", "data", "action", "background", "content"}
+VOID = {"meta", "br", "img", "link", "input", "hr"}
+
+
+class Page(HTMLParser):
+    """Balanced tags, visible text, and every attribute from which a browser could fetch."""
+
+    def __init__(self, path: Path):
+        super().__init__()
+        self.open_tags: list[str] = []
+        self.tags: list[str] = []
+        self.addresses: list[str] = []
+        self.text = ""
+        self.source = path.read_text(encoding="utf-8")
+        self.feed(self.source)
+        assert self.open_tags == []
+
+    def handle_starttag(self, tag: str, attributes: list[tuple[str, str | None]]) -> None:
+        self.tags.append(tag)
+        self.addresses += [value or "" for name, value in attributes if name in FETCHING]
+        if tag not in VOID:
+            self.open_tags.append(tag)
+
+    def handle_startendtag(self, tag: str, attributes: list[tuple[str, str | None]]) -> None:
+        self.handle_starttag(tag, attributes)
+        if tag not in VOID:
+            self.open_tags.pop()
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open_tags.pop() == tag
+
+    def handle_data(self, data: str) -> None:
+        if "style" not in self.open_tags:
+            self.text = " ".join([*self.text.split(), *data.split()])
+
+
+@pytest.fixture(scope="module")
+def full(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Page]:
+    run = write_run(tmp_path_factory.mktemp("full") / "quickstart")
+    return run, Page(write_report(run))
+
+
+def test_the_page_shows_the_final_numbers_beside_the_blind_control(full: tuple[Path, Page]) -> None:
+    run, page = full
+    summary = json.loads((run / "summary.json").read_text())
+    for name in ("eval/field_em/category", "eval/price_mae", "eval/parse_fail_pct", "eval/stop_pct"):
+        assert format_value(name, summary[name]) in page.text, name
+    for name in ("eval/blind/field_em/category", "eval/blind/price_mae"):
+        assert format_value(name, summary[name]) in page.text, name
+    assert f"{format_number(BEST_PRICE_MAE)} at the very best" in page.text
+    assert "the answers are read from the pictures" in page.text
+    assert "8 min 32 s" in page.text and "in 2 attempts" in page.text
+
+
+def test_the_page_has_every_figure_and_a_gallery(full: tuple[Path, Page]) -> None:
+    _, page = full
+    titles = [
+        "Price: true against predicted",
+        "Category: true against answered",
+        "Price error against the blind control",
+    ]
+    titles += [
+        "Loss",
+        "Learning rate",
+        "Gradient norm",
+        "Step time",
+        "Throughput",
+        "Packing",
+        "Exact match over training",
+    ]
+    assert [title for title in titles if title not in page.text] == []
+    assert page.tags.count("svg") == page.tags.count("figure") == 14
+    assert sum(address.startswith("data:image/jpeg;base64,") for address in page.addresses) == 18
+    assert page.tags.count("article") == 18
+
+
+def test_the_page_fetches_nothing(full: tuple[Path, Page]) -> None:
+    _, page = full
+    outside = [text for text in page.addresses if not text.startswith(("data:image/", "#"))]
+    assert all("http" not in text and "//" not in text for text in outside)
+    assert "http://" not in page.source and "https://" not in page.source
+    assert "script" not in page.tags and "link" not in page.tags and "@import" not in page.source
+    assert "default-src 'none'" in page.source
+
+
+def test_every_figure_follows_the_colours_of_the_page(full: tuple[Path, Page]) -> None:
+    _, page = full
+    drawings = page.source.split("<svg")[1:]
+    assert all("var(--" in drawing for drawing in drawings)
+    assert not any(
+        "#0" in drawing.partition("</svg>")[0].replace("#00", "#0") and "fill: #0" in drawing for drawing in drawings
+    )
+
+
+def test_text_of_samples_is_shown_as_text(full: tuple[Path, Page]) -> None:
+    _, page = full
+    assert "<b>not bold</b>" in page.text
+    assert "b" not in page.tags
+
+
+def test_a_run_that_was_killed_before_its_first_evaluation_says_so(tmp_path: Path) -> None:
+    run = write_run(tmp_path / "killed", evaluations=False, finished=False)
+    page = Page(write_report(run))
+    assert "not finished: last seen at step 600 of 600" in page.text
+    assert "No evaluation yet" in page.text and "No summary.json" in page.text
+    assert "Loss" in page.text and "true against predicted" not in page.text
+
+
+def test_a_killed_run_shows_its_last_evaluation(tmp_path: Path) -> None:
+    run = write_run(tmp_path / "killed", num_samples=8, finished=False)
+    (run / "eval" / "step-000600" / "scores.json").unlink()  # killed while it wrote its answers
+    page = Page(write_report(run))
+    scores = json.loads((run / "eval" / "step-000450" / "scores.json").read_text())
+    assert format_value("eval/price_mae", scores["eval/price_mae"]) in page.text
+    assert "The best answers" in page.text
+
+
+def test_an_empty_run_says_what_to_run(tmp_path: Path) -> None:
+    (tmp_path / "config.yaml").write_text("train: {steps: 10}\n")
+    page = Page(write_report(tmp_path))
+    assert "Nothing was logged yet" in page.text
+    assert f"deepspeed launch/train.py --config {tmp_path}/config.yaml" in page.text
+    assert "svg" not in page.tags
+
+
+def test_scores_without_blind_control_or_answers_are_enough(tmp_path: Path) -> None:
+    (tmp_path / "metrics.jsonl").write_text(
+        '{"time": 1764000000.0, "run/attempt": 1, "train/step": 1, "train/loss": 2.5, '
+        '"eval/field_em/group": 0.625, "eval/samples": 40}\n'
+    )
+    page = Page(write_report(tmp_path))
+    assert "Of 40 validation samples the model gets the group of 62.5 % right." in page.text
+    assert "no answers and no pictures" in page.text
+
+
+def test_no_better_than_blind_is_not_called_seeing(tmp_path: Path) -> None:
+    run = write_run(tmp_path / "blind", num_samples=30)
+    path = run / "eval" / "step-000600" / "predictions.jsonl"
+    rows = [json.loads(line) for line in path.open()]
+    path.write_text("".join(json.dumps({**row, "fields": row["blind"]["fields"]}) + "\n" for row in rows))
+    assert "nothing shows yet that the pictures are read" in Page(write_report(run)).text
+
+
+def test_a_damaged_file_is_named(tmp_path: Path) -> None:
+    run = write_run(tmp_path / "damaged", num_samples=2)
+    (run / "summary.json").write_text("{")
+    with pytest.raises(DataError, match="summary.json"):
+        write_report(run)
+
+
+def test_a_folder_that_is_no_run_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="neither config.yaml nor metrics.jsonl"):
+        write_report(tmp_path)
+    with pytest.raises(ConfigError, match="no such folder"):
+        write_report(tmp_path / "typo")
+
+
+def test_the_command_writes_what_it_can_and_exits_with_the_error(tmp_path: Path) -> None:
+    root = Path(__file__).parents[2]
+    run = write_run(tmp_path / "good", evaluations=False)
+    command = [sys.executable, "launch/report.py", str(tmp_path / "typo"), str(run)]
+    done = subprocess.run(command, cwd=root, env={"PYTHONPATH": str(root)}, capture_output=True, text=True, timeout=60)
+    assert done.returncode == ConfigError.exit_code
+    assert "typo is not a run folder" in done.stderr and "Traceback" not in done.stderr
+    assert done.stdout.split() == [str(run / "report.html")] and (run / "report.html").exists()
