@@ -7,8 +7,13 @@ python launch/prepare.py index 'shards/train-*.tar'             index tars writt
 
 import argparse
 import logging
+import sys
 from pathlib import Path
 
+from rich.console import Console
+from rich.progress import Progress
+
+from phi3v_dist import config
 from phi3v_dist.cli import run_script
 from phi3v_dist.config import SourceSettings
 from phi3v_dist.data.shards import ShardTable
@@ -17,6 +22,10 @@ from phi3v_dist.data.shards import ShardTable
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
+    sample = commands.add_parser("sample", help="draw a product catalogue, in train and validation shards")
+    sample.add_argument("--out", type=Path, required=True)
+    sample.add_argument("settings", nargs="*", help="key=value, for example num_products=600 text_only_frac=0.2")
+    sample.set_defaults(run=write_sample)
     tiny = commands.add_parser("tiny", help="write a small random Phi-3-V, tokenizer included")
     tiny.add_argument("--out", type=Path, required=True)
     tiny.add_argument("--seed", type=int, default=0)
@@ -26,6 +35,17 @@ def main() -> None:
     index.set_defaults(run=index_shards)
     arguments = parser.parse_args()
     arguments.run(arguments)
+
+
+def write_sample(arguments: argparse.Namespace) -> None:
+    from phi3v_dist.data.importers.sample import CatalogueSettings, write_catalogue
+
+    settings = config.parse(CatalogueSettings, arguments.settings)
+    with Progress(*Progress.get_default_columns(), disable=not sys.stdout.isatty()) as bar:
+        task = bar.add_task("drawing")
+        report = write_catalogue(arguments.out, settings, lambda done, num: bar.update(task, completed=done, total=num))
+    ShardTable.open([SourceSettings(shards=[str(path) for path in report.shards])])
+    Console().print(report.table())
 
 
 def write_tiny_model(arguments: argparse.Namespace) -> None:

@@ -4,27 +4,30 @@ python launch/report.py runs/quickstart
 """
 
 import argparse
-import sys
 from pathlib import Path
 
-from phi3v_dist.errors import Phi3VError
+from phi3v_dist.cli import run_script
+from phi3v_dist.errors import ConfigError
 from phi3v_dist.observe.report import write_report
 
 
-def main() -> int:
-    parser = argparse.ArgumentParser(
-        description="Write report.html into each run folder, from what the run left there."
-    )
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="a run folder, e.g. runs/quickstart")
-    exit_code = 0
+    problems = []
     for run in parser.parse_args().runs:
         try:
             print(write_report(run))
-        except Phi3VError as error:
-            print(error.report(), file=sys.stderr)
-            exit_code = error.exit_code
-    return exit_code
+        except ConfigError as error:  # the other folders get their page all the same
+            problems += error.problems
+    if problems:
+        raise ConfigError(problems)
+
+
+def cli() -> None:
+    """Entry point of the installed command."""
+    run_script(main)
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    cli()

@@ -6,22 +6,39 @@ aside, and the rest is checked all the same, files and batch arithmetic included
 """
 
 import difflib
+import re
 from collections.abc import Callable, Sequence
+from dataclasses import fields
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, TypeVar, get_args
 
 import yaml
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, TypeAdapter, ValidationError, field_validator
+from pydantic_core import PydanticCustomError
+from pydantic_core.core_schema import ValidationInfo
 
+from phi3v_dist.config_errors import describe, validate
 from phi3v_dist.errors import ConfigError
 
 
-class Section(BaseModel):
-    """Base of all settings: frozen, no unknown keys."""
+DataclassT = TypeVar("DataclassT")
 
-    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
+
+class Section(BaseModel):
+    """Base of all settings: frozen, no unknown keys, every number finite."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True, allow_inf_nan=False)
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _no_truth_as_number(cls, value: Any, info: ValidationInfo) -> Any:
+        """`train.steps=yes` is no 1, as Python would have it."""
+        annotation = cls.model_fields[str(info.field_name)].annotation
+        if isinstance(value, bool) and {int, float} & {annotation, *get_args(annotation)}:
+            raise PydanticCustomError("number_type", "a number is wanted, not true or false")
+        return value
 
 
 class RunSettings(Section):
@@ -104,6 +121,9 @@ class LearningRate(Section):
     projector: float = Field(1e-5, ge=0)
 
 
+Beta = Annotated[float, Field(ge=0, lt=1)]
+
+
 class TrainSettings(Section):
     steps: int | None = Field(None, ge=1)
     """Optimizer steps in all; give this or `epochs`."""
@@ -120,7 +140,7 @@ class TrainSettings(Section):
     """Where the cosine ends, as a share of the peak."""
     weight_decay: float = Field(0.1, ge=0)
     """On matrices only: never on norms, biases, separators and embeddings of class and position."""
-    betas: tuple[float, float] = (0.9, 0.95)
+    betas: tuple[Beta, Beta] = (0.9, 0.95)
     eps: float = Field(1e-8, gt=0)
     grad_clip: float = Field(1.0, ge=0)
     """Global norm; 0 turns clipping off."""
@@ -149,6 +169,20 @@ class FieldSettings(Section):
     kind: Literal["exact", "number"] = "exact"
     """`exact` compares text (spaces trimmed); `number` gives absolute and percentage errors."""
 
+    @field_validator("pattern")
+    @classmethod
+    def _has_a_group(cls, pattern: str) -> str:
+        try:
+            num_groups = re.compile(pattern).groups
+        except re.error as error:
+            raise PydanticCustomError("regex", "not a regular expression: {reason}", {"reason": str(error)}) from error
+        if not num_groups:
+            raise PydanticCustomError("regex", "it needs a group, (…), around the value")
+        return pattern
+
+
+FieldName = Annotated[str, Field(pattern="^[a-z][a-z0-9_]*$")]  # it becomes a part of metric names
+
 
 class EvalSettings(Section):
     every_steps: int | None = Field(None, ge=1)
@@ -163,7 +197,7 @@ class EvalSettings(Section):
     blind: bool = True
     """Also ask every question with pictures exchanged among samples of the same shape: what can be said without
     seeing."""
-    fields: dict[str, FieldSettings] = {}
+    fields: dict[FieldName, FieldSettings] = {}
     reference: Path | None = None
     """JSON with figures to show beside the scores, such as `best_price_mae`; the sample catalogue writes one."""
 
@@ -202,12 +236,30 @@ def load(
         ConfigError: with one message per mistake: the key, the value, and what to change.
     """
     tree = _merge(Path(path), overrides)
-    settings, problems = _validate(tree)
+    settings, problems = validate(Settings, tree)
     if settings is not None:
         problems += _contradictions(settings)
         problems += check(settings) if check else []
     if problems or settings is None:
         raise ConfigError(problems)
+    return settings
+
+
+def parse(kind: type[DataclassT], words: Sequence[str]) -> DataclassT:
+    """A settings dataclass of its own, such as the sample catalogue's, from `key=value` words alone.
+
+    Raises:
+        ConfigError: as `load`.
+    """
+    tree = OmegaConf.to_container(OmegaConf.from_dotlist(_key_values(words)))
+    known = sorted(field.name for field in fields(kind))
+    mistakes: list[Any] = [{"type": "extra_forbidden", "loc": (key,)} for key in tree if key not in known]
+    try:
+        settings = TypeAdapter(kind).validate_python(tree)
+    except ValidationError as error:
+        mistakes += error.errors()
+    if mistakes:
+        raise ConfigError([describe(mistake, known) for mistake in mistakes])
     return settings
 
 
@@ -221,76 +273,26 @@ def _merge(path: Path, overrides: Sequence[str]) -> dict[str, Any]:
         near = difflib.get_close_matches(path.name, [p.name for p in path.parent.glob("*.yaml")], n=1)
         hint = f"; did you mean {path.parent / near[0]}?" if near else ""
         raise ConfigError(f"--config {path}: no such file{hint}")
-    malformed = [word for word in overrides if "=" not in word.lstrip("=")]
-    if malformed:
-        raise ConfigError([f"override {word!r} is not key=value, for example train.steps=100" for word in malformed])
+    source = str(path)
     try:
-        file_tree = OmegaConf.load(path)
-        merged = OmegaConf.merge(file_tree, OmegaConf.from_dotlist(list(overrides)))
+        merged = OmegaConf.load(path)
+        for word in _key_values(overrides):  # one by one, since only `update` reaches into lists: data.train.0.weight
+            source, key = f"override {word!r}", word.partition("=")[0]
+            value = OmegaConf.from_dotlist([f"value={word.partition('=')[2]}"])["value"]
+            OmegaConf.update(merged, key, value)
+        source = str(path)
         tree = OmegaConf.to_container(merged, resolve=True)
-    except (OmegaConfBaseException, yaml.YAMLError, ValueError, TypeError) as error:
-        raise ConfigError(f"{path} with overrides {list(overrides)} cannot be read: {error}") from error
+    except (OmegaConfBaseException, yaml.YAMLError, OSError, ValueError, TypeError) as error:
+        raise ConfigError(f"{source} cannot be read: {error}") from error
     if not isinstance(tree, dict):
         raise ConfigError(f"{path} must hold sections such as `model:` and `data:`, found {type(tree).__name__}")
     return tree  # type: ignore[return-value]
 
 
-def _validate(tree: dict[str, Any]) -> tuple[Settings | None, list[str]]:
-    """Settings from what is right in the tree, and a message for each thing that is not."""
-    problems: list[str] = []
-    for _ in range(8):  # each round removes every bad key found; what remains wrong after that is a missing one
-        try:
-            return Settings.model_validate(tree), problems
-        except ValidationError as error:
-            removed = False
-            for mistake in error.errors():
-                problem = _describe(mistake)
-                if problem not in problems:
-                    problems.append(problem)
-                removed |= mistake["type"] != "missing" and _remove(tree, mistake["loc"])
-            if not removed:
-                return None, problems
-    return None, problems
-
-
-def _describe(mistake: Any) -> str:
-    key = ".".join(str(part) for part in mistake["loc"])
-    if mistake["type"] == "extra_forbidden":
-        near = difflib.get_close_matches(key, sorted(_known_keys(Settings)), n=1, cutoff=0.5)
-        hint = f"; did you mean `{near[0]}`?" if near else ""
-        return f"`{key}` is not a setting{hint}"
-    if mistake["type"] == "missing":
-        return f"`{key}` is missing: give it in the YAML file or as {key}=…"
-    value = mistake["input"]
-    number = isinstance(value, int | float) and not isinstance(value, bool)
-    quote = " (a bare number in YAML; quote it to keep text)" if number and "string" in mistake["type"] else ""
-    return f"`{key}` is {value!r}: {mistake['msg'][0].lower()}{mistake['msg'][1:]}{quote}"
-
-
-def _remove(tree: Any, loc: tuple[int | str, ...]) -> bool:
-    """Delete the value at `loc`; False when it is not there to delete."""
-    *parents, last = loc
-    for part in parents:
-        if not (isinstance(tree, dict) and part in tree or isinstance(tree, list) and isinstance(part, int)):
-            return False
-        tree = tree[part]  # type: ignore[index]
-    if isinstance(tree, dict) and last in tree:
-        del tree[last]
-        return True
-    if isinstance(tree, list) and isinstance(last, int) and last < len(tree):
-        del tree[last]
-        return True
-    return False
-
-
-def _known_keys(section: type[BaseModel], prefix: str = "") -> set[str]:
-    keys = set()
-    for name, field in section.model_fields.items():
-        keys.add(prefix + name)
-        inner = field.annotation
-        if isinstance(inner, type) and issubclass(inner, BaseModel):
-            keys |= _known_keys(inner, f"{prefix}{name}.")
-    return keys
+def _key_values(words: Sequence[str]) -> list[str]:
+    if malformed := [word for word in words if "=" not in word.lstrip("=")]:
+        raise ConfigError([f"{word!r} is not key=value, for example train.steps=100" for word in malformed])
+    return list(words)
 
 
 def _contradictions(settings: Settings) -> list[str]:

@@ -2,41 +2,52 @@
 
 What comes in: the `data.train` or `data.validation` sources. What goes out: a `ShardTable`, in which a sample is one
 integer (`sample_id`, its place in the list of all shards) and its members are byte ranges of a tar. Surprise: tar stays
-the only data format. The index (`x.tar.index.safetensors`, columns of numbers, mapped into memory) is made in one pass
+the only data format. The index (`x.tar.index.safetensors`, columns of numbers) is made in one pass
 when it is missing and can be deleted at any time; it depends on the tar alone, not on a tokenizer or a setting.
 
-Index format 1. Columns: `key_start`, `key_bytes` (UTF-8 keys, joined), `member_start` (first member of each sample,
-plus the end), `member_offset`, `member_size` (bytes in the tar), `member_name` (number in the metadata's `names`),
-`image_width`, `image_height` (upright, in pixels; 0 for other members), `checksum` (xxh3-64 of each sample's
-members).
+Index format 2. Columns: `key_start`, `key_bytes` (keys as in the tar, joined), `member_start` (first member of each
+sample, plus the end), `member_name` (number in the metadata's `names`), and for each member `offset`, `size_bytes` (in
+the tar), `width`, `height` (of a picture, upright, in pixels; 0 for others), `checksum` (xxh3-64).
 Metadata: `format`, `tar_size_bytes`, `names`, `bad` (sample number → reason). To upgrade: delete the index files.
 """
 
 import bisect
 import glob
-import io
 import json
 import os
 import re
 import tarfile
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
-from functools import lru_cache
+from dataclasses import dataclass, field
+from functools import cached_property, lru_cache
 from pathlib import Path
-from typing import IO
+from typing import NamedTuple
 
 import numpy as np
 import xxhash
-from PIL import Image
-from safetensors import safe_open
-from safetensors.numpy import save_file
 
 from phi3v_dist.config import SourceSettings
+from phi3v_dist.data.samples import IMAGE_SUFFIXES, PICTURE_ERRORS, upright_size
+from phi3v_dist.data.sidecar import ENDINGS, Columns, load_sidecar, save_sidecar
 from phi3v_dist.errors import DataError
 
-INDEX_FORMAT = "1"
-IMAGE_SUFFIXES = ("jpg", "jpeg", "png", "webp", "bmp", "gif", "tif", "tiff", "ppm")
-EXIF_ORIENTATION = 0x0112
+INDEX_FORMAT = "2"
+INDEX_SUFFIX = "index.safetensors"
+DTYPES = {"offset": np.int64, "size_bytes": np.int64, "width": np.int32, "height": np.int32, "checksum": np.uint64}
+
+_META = re.compile(r"(^|/)__[^/]*__($|[/.])")  # names that WebDataset keeps for itself
+
+
+class Member(NamedTuple):
+    """One file of a sample; `name` is what follows the first dot of its file name, in lower case."""
+
+    name: str
+    offset: int
+    size_bytes: int
+    width: int
+    height: int
+    checksum: int
 
 
 @dataclass(frozen=True)
@@ -46,154 +57,119 @@ class ShardIndex:
     tar_size_bytes: int
     names: tuple[str, ...]
     bad: dict[int, str]
-    columns: dict[str, np.ndarray]
+    columns: Columns
 
     def __len__(self) -> int:
-        return len(self.columns["checksum"])
+        return len(self.columns["member_start"]) - 1
+
+    @cached_property
+    def digest(self) -> str:
+        """Of all that the index says: another one when the tar's contents are others."""
+        parts = [json.dumps(self.names).encode(), *(self.columns[name].tobytes() for name in sorted(self.columns))]
+        return xxhash.xxh3_64_hexdigest(b"".join(parts))
 
     def key(self, number: int) -> str:
+        """The sample's key. Bytes that are no UTF-8 are spelled out, so that every message can be printed."""
         start, end = self.columns["key_start"][number : number + 2]
-        return self.columns["key_bytes"][start:end].tobytes().decode()
+        return self.columns["key_bytes"][start:end].tobytes().decode(errors="backslashreplace")
 
-    def members(self, number: int) -> list[tuple[str, int, int]]:
-        """(name, offset, size) of each member of sample `number`."""
+    def members(self, number: int) -> list[Member]:
+        """The members of sample `number`, in the tar's order."""
         first, end = self.columns["member_start"][number : number + 2]
-        names, offsets, sizes = (
-            self.columns[c][first:end].tolist() for c in ("member_name", "member_offset", "member_size")
-        )
-        return [(self.names[n], o, s) for n, o, s in zip(names, offsets, sizes, strict=True)]
+        names, *numbers = (self.columns[column][first:end].tolist() for column in ("member_name", *DTYPES))
+        return [Member(self.names[name], *row) for name, *row in zip(names, *numbers, strict=True)]
 
     def image_sizes(self, number: int) -> dict[str, tuple[int, int]]:
         """Name → (width, height) of the sample's pictures, in the tar's order."""
-        first, end = self.columns["member_start"][number : number + 2]
-        names, widths, heights = (
-            self.columns[c][first:end].tolist() for c in ("member_name", "image_width", "image_height")
-        )
-        return {self.names[n]: (w, h) for n, w, h in zip(names, widths, heights, strict=True) if w}
-
-
-def index_path(tar: Path) -> Path:
-    """Where the index of a shard lives: beside it, or in the user's cache when that folder cannot be written."""
-    return sidecar(tar, "index.safetensors")
-
-
-def sidecar(tar: Path, suffix: str) -> Path:
-    """`x.tar` → `x.tar.<suffix>`, in the cache folder when the tar's own is read-only and has no such file."""
-    beside = tar.with_name(f"{tar.name}.{suffix}")
-    if beside.exists() or os.access(tar.parent, os.W_OK):
-        return beside
-    cache = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "phi3v_dist"
-    return cache / f"{xxhash.xxh3_64_hexdigest(str(tar.resolve()).encode())}-{tar.name}.{suffix}"
-
-
-def save_sidecar(path: Path, columns: dict[str, np.ndarray], metadata: dict[str, str]) -> None:
-    """Write columns so that a reader sees the whole file or none."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
-    save_file(columns, partial, metadata=metadata)
-    partial.rename(path)
-
-
-def load_sidecar(path: Path) -> tuple[dict[str, np.ndarray], dict[str, str]]:
-    """Columns and metadata of a sidecar file."""
-    with safe_open(path, framework="numpy") as file:
-        return {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}  # noqa: SIM118
+        return {member.name: (member.width, member.height) for member in self.members(number) if member.width}
 
 
 def load_index(tar: Path) -> ShardIndex | None:
     """The stored index of a shard; None when there is none or it belongs to other bytes."""
-    path = index_path(tar)
-    if not path.exists():
+    size_bytes = tar.stat().st_size
+    stored = load_sidecar(tar, INDEX_SUFFIX, {"format": INDEX_FORMAT, "tar_size_bytes": str(size_bytes)})
+    if stored is None:
         return None
-    columns, metadata = load_sidecar(path)
-    if metadata.get("format") != INDEX_FORMAT or int(metadata["tar_size_bytes"]) != tar.stat().st_size:
-        return None
+    columns, metadata = stored
     bad = {int(number): reason for number, reason in json.loads(metadata["bad"]).items()}
-    return ShardIndex(int(metadata["tar_size_bytes"]), tuple(json.loads(metadata["names"])), bad, columns)
+    return ShardIndex(size_bytes, tuple(json.loads(metadata["names"])), bad, columns)
 
 
 def build_index(tar: Path) -> ShardIndex:
-    """Read a tar once, from front to back, and write its index beside it.
+    """Read a tar once, from front to back, and store its index. Members of a sample need not stand together.
 
     Raises:
-        DataError: the file is not a plain tar, or is cut off before its first whole sample.
+        DataError: the file is not a plain tar, is damaged or cut off, or holds no samples.
     """
-    samples: list[tuple[str, list[tuple[str, int, int, int, int]], int]] = []
-    bad: dict[int, str] = {}
-    for key, members in _read_samples(tar):
-        rows: list[tuple[str, int, int, int, int]] = []
-        digest, reason = xxhash.xxh3_64(), ""
-        for name, offset, data in members:
-            digest.update(data)
-            width, height = 0, 0
-            if name.rsplit(".", 1)[-1] in IMAGE_SUFFIXES:
-                try:
-                    width, height = upright_size(data)
-                except (OSError, ValueError, Image.DecompressionBombError) as error:
-                    reason = f"{name} is not a readable picture: {error}"
-            if name in [row[0] for row in rows]:
-                reason = f"two members are named {key}.{name}"
-            rows.append((name, offset, len(data), width, height))
-        if reason:
-            bad[len(samples)] = reason
-        samples.append((key, rows, digest.intdigest()))
+    size_bytes = tar.stat().st_size
+    samples: dict[str, list[Member]] = {}
+    bad: dict[str, str] = {}
+    for key, name, entry, data in _read_members(tar, size_bytes):
+        members = samples.setdefault(key, [])
+        width, height = 0, 0
+        if not entry.isreg():
+            bad[key] = f"{name} is a link or a device, not a file; pack with `tar --dereference --hard-dereference`"
+        elif name in [member.name for member in members]:
+            bad[key] = f"two members are named {name!r}"
+        elif name.rsplit(".", 1)[-1] in IMAGE_SUFFIXES:
+            try:
+                width, height = upright_size(data)
+            except PICTURE_ERRORS as error:
+                bad[key] = f"{name} is not a readable picture: {error}"
+        members.append(Member(name, entry.offset_data, len(data), width, height, xxhash.xxh3_64_intdigest(data)))
     if not samples:
         raise DataError(f"{tar}: the tar holds no samples; a sample is files such as 000.json and 000.jpg")
-    names = sorted({row[0] for _, rows, _ in samples for row in rows})
-    number = {name: i for i, name in enumerate(names)}
-    keys = [key.encode() for key, _, _ in samples]
-    flat = [row for _, rows, _ in samples for row in rows]
-    columns: dict[str, np.ndarray] = {
+    flat = [member for members in samples.values() for member in members]
+    names = tuple(sorted({member.name for member in flat}))
+    number_of_name = {name: number for number, name in enumerate(names)}
+    keys = [key.encode(errors="surrogateescape") for key in samples]
+    columns: Columns = {
         "key_start": np.cumsum([0, *map(len, keys)]).astype(np.int64),
         "key_bytes": np.frombuffer(b"".join(keys), np.uint8),
-        "member_start": np.cumsum([0, *(len(rows) for _, rows, _ in samples)]).astype(np.int64),
-        "member_name": np.array([number[row[0]] for row in flat], np.int32),
-        "member_offset": np.array([row[1] for row in flat], np.int64),
-        "member_size": np.array([row[2] for row in flat], np.int64),
-        "image_width": np.array([row[3] for row in flat], np.int32),
-        "image_height": np.array([row[4] for row in flat], np.int32),
-        "checksum": np.array([digest for _, _, digest in samples], np.uint64),
+        "member_start": np.cumsum([0, *map(len, samples.values())]).astype(np.int64),
+        "member_name": np.array([number_of_name[member.name] for member in flat], np.int32),
     }
-    size_bytes = tar.stat().st_size
+    columns |= {column: np.array([getattr(m, column) for m in flat], dtype) for column, dtype in DTYPES.items()}
+    index = ShardIndex(size_bytes, names, {i: bad[key] for i, key in enumerate(samples) if key in bad}, columns)
     metadata = {"format": INDEX_FORMAT, "tar_size_bytes": str(size_bytes), "names": json.dumps(names)}
-    save_sidecar(index_path(tar), columns, metadata | {"bad": json.dumps(bad)})
-    return ShardIndex(size_bytes, tuple(names), bad, columns)
+    save_sidecar(tar, INDEX_SUFFIX, columns, metadata | {"bad": json.dumps(index.bad)})
+    return index
 
 
-def upright_size(data: bytes) -> tuple[int, int]:
-    """(width, height) from a picture's header, after the EXIF turn that `samples.py` will make."""
-    with Image.open(io.BytesIO(data)) as picture:
-        width, height = picture.size
-        return (height, width) if picture.getexif().get(EXIF_ORIENTATION, 1) >= 5 else (width, height)
-
-
-def _read_samples(tar: Path) -> Iterator[tuple[str, list[tuple[str, int, bytes]]]]:
-    """(key, [(name, offset, bytes)]) of each run of members that share a key, as WebDataset groups them."""
-    key: str | None = None
-    members: list[tuple[str, int, bytes]] = []
+def _read_members(tar: Path, size_bytes: int) -> Iterator[tuple[str, str, tarfile.TarInfo, bytes]]:
+    """(key, name, entry, contents) of each member that belongs to a sample; key and name split as WebDataset does."""
     try:
-        with tarfile.open(tar, "r:") as archive:
+        archive = tarfile.open(tar, "r:")
+    except tarfile.TarError as error:
+        raise DataError(f"{tar}: not a tar file ({error}). Shards must be plain tars; unpack compressed ones") from error
+    seen = "its first member"
+    with archive:
+        try:
             for entry in archive:
+                if entry.size < 0 or entry.isreg() and entry.offset_data + entry.size > size_bytes or entry.issparse():
+                    raise tarfile.ReadError(f"{entry.name!r} is said to have {entry.size} bytes that are not there")
                 folder, _, file_name = entry.name.rpartition("/")
-                stem, dot, name = file_name.partition(".")
-                if not entry.isfile() or not dot or file_name.startswith("__"):
+                stem, _, name = file_name.partition(".")
+                seen = repr(entry.name)
+                if not stem or not name or entry.isdir() or _META.search(entry.name):
                     continue
-                entry_key = f"{folder}/{stem}" if folder else stem
-                if entry_key != key:
-                    if key is not None:
-                        yield key, members
-                    key, members = entry_key, []
-                file: IO[bytes] | None = archive.extractfile(entry)
-                assert file is not None  # isfile() above
-                members.append((name.lower(), entry.offset_data, file.read()))
-    except tarfile.ReadError as error:
-        if key is None:
-            raise DataError(
-                f"{tar}: not a tar file ({error}). Shards must be plain tars; unpack compressed ones"
-            ) from error
-        raise DataError(f"{tar}: damaged after sample {key!r} ({error}). Copy or write the shard again") from error
-    if key is not None:
-        yield key, members
+                file = archive.extractfile(entry) if entry.isreg() else None
+                yield f"{folder}/{stem}" if folder else stem, name.lower(), entry, file.read() if file else b""
+            _check_end(archive)
+        except (tarfile.TarError, ValueError, OverflowError, MemoryError) as error:  # damaged headers say anything
+            raise DataError(f"{tar}: damaged after {seen} ({error}). Copy or write the shard again") from error
+
+
+def _check_end(archive: tarfile.TarFile) -> None:
+    """A whole tar ends with zeros; `tarfile` stops without a word at a damaged header as well."""
+    file = archive.fileobj
+    assert file is not None  # the archive is open
+    file.seek(archive.offset)
+    if not file.peek(1):  # type: ignore[attr-defined]  # a BufferedReader
+        raise tarfile.ReadError("it ends without an end mark, so it may be cut off")
+    while block := file.read(1 << 20):
+        if block.strip(b"\0"):
+            raise tarfile.ReadError(f"no header at byte {archive.offset}, but more data from there on")
 
 
 def expand(patterns: Sequence[str]) -> tuple[list[Path], list[str]]:
@@ -204,12 +180,16 @@ def expand(patterns: Sequence[str]) -> tuple[list[Path], list[str]]:
         missing: list[str] = []
         named = list(_expand_braces(pattern))
         for name in named:
-            matches = sorted(glob.glob(name)) if any(c in name for c in "*?[") else [name] * os.path.isfile(name)
+            matches = [name] if os.path.isfile(name) else sorted(glob.glob(name))
+            matches = [match for match in matches if not match.endswith(ENDINGS)]
             found += [Path(match) for match in matches]
             missing += [] if matches else [name]
-        if missing:
+        if missing or not named:
             what = "no such shard" if len(named) == len(missing) else f"{len(missing)} of {len(named)} shards missing"
-            problems.append(f"data: {pattern}: {what} ({', '.join(missing[:3])}{', …' if len(missing) > 3 else ''})")
+            which = f" ({', '.join(missing[:3])}{', …' if len(missing) > 3 else ''})" if missing != [pattern] else ""
+            problems.append(f"data: {pattern}: {what}{which}; correct `shards`, or put the files there")
+    repeated = [path for path, count in Counter(found).items() if count > 1]
+    problems += [f"data: {path}: named more than once by one source; correct `shards`" for path in repeated]
     return found, problems
 
 
@@ -236,6 +216,9 @@ class ShardTable:
     shards: tuple[Path, ...]
     start: np.ndarray
     source_of_shard: np.ndarray
+    _load: Callable[[Path], ShardIndex] = field(
+        default_factory=lambda: lru_cache(maxsize=256)(_load_again), repr=False, compare=False
+    )
 
     @classmethod
     def open(cls, sources: Sequence[SourceSettings], on_index: Callable[[Path], None] | None = None) -> "ShardTable":
@@ -282,16 +265,19 @@ class ShardTable:
         """The source's name, or the stem of its first shard without the trailing number."""
         number = int(self.source_of_shard[shard])
         first = self.shards[int(np.argmax(self.source_of_shard == number))]
-        return self.sources[number].name or re.sub(r"[-_.]?\d*$", "", first.name.removesuffix(".tar"))
+        stem = first.name.removesuffix(".tar")
+        return self.sources[number].name or re.sub(r"[-_.]?\d*$", "", stem) or stem
 
     def index(self, shard: int) -> ShardIndex:
         """The index of shard number `shard`."""
-        return _cached_index(self.shards[shard])
+        return self._load(self.shards[shard])
 
 
-@lru_cache(maxsize=256)
-def _cached_index(tar: Path) -> ShardIndex:
-    index = load_index(tar)
+def _load_again(tar: Path) -> ShardIndex:
+    try:
+        index = load_index(tar)
+    except OSError as error:
+        raise DataError(f"{tar}: was there when the run began, and is not now ({error})") from error
     if index is None:
         raise DataError(f"{tar}: the shard changed since the run began; its index no longer fits. Start the run again")
     return index

@@ -5,9 +5,11 @@ control is not a text-only run; it asks every question with another sample's pic
 token counts and everything else stay, and only what is seen is wrong.
 
 Batches, not samples, are the unit of work: they are cut in sample order before they are dealt to the ranks, so that
-each answer is made in the same company whatever the number of ranks.
+each answer is made in the same company whatever the number of ranks. A sample that cannot be read is left out, named in
+the log and counted in `eval/skipped`.
 """
 
+import logging
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
@@ -20,7 +22,7 @@ from phi3v_dist.config import EvalSettings
 from phi3v_dist.data.batch import Example, Row, collate
 from phi3v_dist.data.crops import CropLayout
 from phi3v_dist.data.loader import Decoder
-from phi3v_dist.data.samples import Message, Sample
+from phi3v_dist.data.samples import BadSample, Message, Sample
 from phi3v_dist.evaluate.generate import generate, local_copy, plain_linear
 from phi3v_dist.evaluate.records import thumbnail, write_records
 from phi3v_dist.evaluate.score import AnswerScore, score_answer, summarize
@@ -28,6 +30,8 @@ from phi3v_dist.model.phi3v import Phi3VForCausalLM
 from phi3v_dist.parallel.topology import Topology
 
 MIN_PARTNERS = 2
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -64,7 +68,9 @@ class Evaluator:
         del copy
         loss_sum, labels = self.topology.sum([loss_sum, float(label_tokens)])
         rows = sorted((row for part in self.topology.gather(rows) for row in part), key=lambda r: place[r["sample_id"]])
-        metrics = {"eval/loss": loss_sum / labels} | summarize([row.pop("score") for row in rows])
+        metrics = {"eval/skipped": float(len(sample_ids) - len(rows))}
+        metrics |= {"eval/loss": loss_sum / labels} if labels else {}
+        metrics |= summarize([row.pop("score") for row in rows])
         blind = [row.pop("blind_score") for row in rows]
         metrics |= summarize([score for score in blind if score], "eval/blind")
         if folder is not None and self.topology.is_main:
@@ -78,18 +84,22 @@ class Evaluator:
     ) -> tuple[list[dict[str, Any]], float, int]:
         """Answers of one batch as rows, and the summed loss and number of its label tokens."""
         processor, device = self.decoder.processor, model.lm_head.weight.device
-        samples = [self.decoder.sample(sample_id) for sample_id in sample_ids]
-        examples = [processor.encode(sample) for sample in samples]
-        batch = collate(Row(tuple(examples)), processor.tokenizer.pad_token_id)
+        read = [pair for sample_id in sample_ids if (pair := self._read(sample_id))]
+        if not read:
+            return [], 0.0, 0
+        samples, examples = [sample for sample, _ in read], tuple(example for _, example in read)
+        batch = collate(Row(examples), processor.tokenizer.pad_token_id)
         with plain_linear():
             loss_sum = model(**batch.inputs(device)).token_losses.sum().item()
-        prompts = [processor.encode_prompt(s.messages, s.images, s.sample_id) for s in samples]
+        prompts = [processor.encode_prompt(_asked(s.messages), s.images, s.sample_id) for s in samples]
         scores, texts = self._answers(model, samples, prompts)
-        seen = [i for i, sample_id in enumerate(sample_ids) if sample_id in partners]
-        others = [self.decoder.sample(partners[sample_ids[i]]) for i in seen]
-        exchanged = [_exchange(prompts[i], processor.encode(other)) for i, other in zip(seen, others, strict=True)]
-        blind_scores, blind_texts = self._answers(model, [samples[i] for i in seen], exchanged) if seen else ([], [])
-        blind = {i: (score, text) for i, score, text in zip(seen, blind_scores, blind_texts, strict=True)}
+        exchanged = {
+            i: other
+            for i, prompt in enumerate(prompts)
+            if prompt.sample_id in partners and (other := self._exchange(prompt, partners[prompt.sample_id]))
+        }
+        answers = self._answers(model, [samples[i] for i in exchanged], list(exchanged.values()))
+        blind = dict(zip(exchanged, zip(*answers, strict=True), strict=True))
         rows = []
         for i, (sample, score, text) in enumerate(zip(samples, scores, texts, strict=True)):
             blind_score, blind_text = blind.get(i, (None, None))
@@ -97,12 +107,27 @@ class Evaluator:
             rows.append(
                 {
                     "sample_id": sample.sample_id, "shard": sample.shard, "key": sample.key, "source": sample.source,
-                    "prompt": _question(sample.messages), "target": _truth(sample.messages), "prediction": text,
+                    "prompt": _question(_asked(sample.messages)), "target": _truth(sample.messages), "prediction": text,
                     **asdict(score), "thumbnail": thumbnail(sample.images[0]) if sample.images else None,
                     "blind": control, "score": score, "blind_score": blind_score,
                 }
             )  # fmt: skip
         return rows, loss_sum, batch.label_tokens
+
+    def _read(self, sample_id: int) -> tuple[Sample, Example] | None:
+        try:
+            sample = self.decoder.sample(sample_id)
+            return sample, self.decoder.processor.encode(sample)
+        except BadSample as error:
+            log.warning("left out of the evaluation: %s", error)
+            return None
+
+    def _exchange(self, prompt: Example, partner: int) -> Example | None:
+        """The prompt with its partner's pictures; None when those cannot be read or are shown in another order."""
+        read = self._read(partner)
+        if read is None or not torch.equal(read[1].image_sizes, prompt.image_sizes):
+            return None
+        return replace(prompt, pixel_values=read[1].pixel_values)
 
     def _answers(
         self, model: Phi3VForCausalLM, samples: Sequence[Sample], prompts: Sequence[Example]
@@ -132,8 +157,10 @@ class Evaluator:
         return partners
 
 
-def _exchange(prompt: Example, other: Example) -> Example:
-    return replace(prompt, pixel_values=other.pixel_values)
+def _asked(messages: Sequence[Message]) -> Sequence[Message]:
+    """The conversation through its last answer, which is the one asked for."""
+    last = max((i for i, message in enumerate(messages) if message.role == "assistant"), default=len(messages))
+    return messages[: last + 1]
 
 
 def _question(messages: Sequence[Message]) -> str:

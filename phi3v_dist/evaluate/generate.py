@@ -116,6 +116,8 @@ def generate(
     The same prompt gets the same answer in any batch (fp32; in bf16 rounding may differ with the batch).
     """
     stopped = [False] * len(prompts)
+    if not prompts:
+        return []
     with plain_linear():
         rows = _Rows(model, prompts, max_new_tokens)
         hidden = rows.prefill(range(len(prompts)))

@@ -13,7 +13,7 @@ from statistics import fmean, median
 
 from phi3v_dist.config import FieldSettings
 
-WITHIN_FRAC = 0.10
+WITHIN_FRAC = 0.10 * (1 + 1e-9)  # 21.89 for 19.90 is within 10 %, though not in binary fractions
 
 
 @dataclass(frozen=True)
@@ -40,13 +40,13 @@ class AnswerScore:
 def read_field(text: str, field: FieldSettings) -> str | float | None:
     """The field's value in a text; None when the pattern is not found or the number is none."""
     match = re.search(field.pattern, text, re.DOTALL)
-    if not match:
+    if not match or match.group(1) is None:  # the group may be optional
         return None
     value = match.group(1).strip()
     if field.kind == "exact":
         return value
     try:
-        number = float(value.replace(",", ""))
+        number = float(value.rstrip(".,").replace(",", ""))  # "1,299.50." ends a sentence
     except ValueError:
         return None
     return number if math.isfinite(number) else None

@@ -199,9 +199,11 @@ class Phi3VForCausalLM(nn.Module):
         if layout is None:
             if position_ids is None:
                 position_ids = torch.arange(length, device=input_ids.device).expand(num_rows, length)
-            layout = self._lay_out(position_ids, keep, labels)
+            layout = self._by_rule(self._lay_out(position_ids, keep, labels), position_ids)
             input_ids, position_ids = (_flatten(t, keep) for t in (input_ids, position_ids))
-        assert position_ids is not None  # a given layout comes with positions
+        else:
+            assert position_ids is not None  # a given layout comes with positions
+            layout = self._by_rule(layout, position_ids)
         if pixel_values is not None and pixel_values.dim() == 5:
             pixel_values = _real_crops(pixel_values, image_sizes, input_ids)
         embeds = self.model.embed(input_ids, pixel_values, image_sizes)
@@ -227,7 +229,10 @@ class Phi3VForCausalLM(nn.Module):
         flat = _flatten(starts, keep)[0]
         begins = flat.nonzero().flatten().tolist()
         lengths = [end - begin for begin, end in zip(begins, [*begins[1:], len(flat)], strict=True)]
-        layout = Layout.of(lengths, None if labels is None else _flatten(labels, keep)[0].cpu()).to(position_ids.device)
+        return Layout.of(lengths, None if labels is None else _flatten(labels, keep)[0].cpu()).to(position_ids.device)
+
+    def _by_rule(self, layout: Layout, position_ids: Tensor) -> Layout:
+        """The layout with the lengths that decide by `longrope`; the official rules know one for all rows."""
         if self.longrope == "document":
             return layout
         batch = position_ids.shape[1] if self.longrope == "key_length" else int(position_ids.max()) + 1

@@ -29,13 +29,14 @@ class LongRope:
         head_dim = config["hidden_size"] // config["num_attention_heads"]
         self.original_length: int = config["original_max_position_embeddings"]
         scaling = config.get("rope_scaling") or {}
+        # On the CPU and in fp32 wherever the model is built: the meta device is overruled by naming the device, and
+        # zero.Init, under which `torch.tensor` rounds its numbers to bf16, leaves `new_tensor` alone.
         cpu = torch.device("cpu")
-        with cpu:  # also when the model is built on the meta device or under zero.Init
-            exponent = torch.arange(0, head_dim, 2, dtype=torch.int64).float() / head_dim
-            base = config.get("rope_theta", 10000.0) ** exponent
-            ones = [1.0] * len(base)
-            factors = [torch.tensor(scaling.get(name, ones)) for name in ("short_factor", "long_factor")]
-            self._inv_freq = {cpu: torch.stack([1.0 / (factor * base) for factor in factors])}
+        exponent = torch.arange(0, head_dim, 2, dtype=torch.int64, device=cpu).float() / head_dim
+        base = config.get("rope_theta", 10000.0) ** exponent
+        ones = [1.0] * len(base)
+        factors = [base.new_tensor(scaling.get(name, ones)) for name in ("short_factor", "long_factor")]
+        self._inv_freq = {cpu: torch.stack([1.0 / (factor * base) for factor in factors])}
         stretch = config["max_position_embeddings"] / self.original_length
         self.magnitude = math.sqrt(1 + math.log(stretch) / math.log(self.original_length)) if stretch > 1 else 1.0
         if not scaling:

@@ -6,6 +6,7 @@ one at a time, by rank 0, straight into ZeRO-3's partitions, so no rank ever hol
 """
 
 import json
+import re
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from pathlib import Path
@@ -20,6 +21,7 @@ from phi3v_dist.errors import CheckpointError
 EMBEDDING = "model.embed_tokens.weight"
 EMBEDDING_ALIAS = "model.vision_embed_tokens.wte.weight"  # the same tensor under the image embedding's own name
 TOWER = "model.vision_embed_tokens.img_processor.vision_model."
+TOWER_LAYER = re.compile(re.escape(TOWER) + r"encoder\.layers\.(\d+)\.")
 SHARD_SIZE_BYTES = 4 * 1024**3
 INDEX_NAME = "model.safetensors.index.json"
 
@@ -35,7 +37,7 @@ class OfficialFolder:
         self.folder = folder
         index = folder / INDEX_NAME
         if index.is_file():
-            files = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+            files = _files_of_index(index)
         else:
             single = folder / "model.safetensors"
             files = (
@@ -79,6 +81,13 @@ class OfficialFolder:
             raise CheckpointError(f"{path}: cannot be read as safetensors: {error}") from error
 
 
+def _files_of_index(path: Path) -> list[str]:
+    try:
+        return sorted(set(json.loads(path.read_text())["weight_map"].values()))
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise CheckpointError(f"{path}: no JSON with a `weight_map` from names to files ({error!r})") from error
+
+
 def load_weights(model: nn.Module, weights: OfficialFolder, rank: int = 0) -> None:
     """Set every parameter of `model`, which may be partitioned by ZeRO-3 (then this is a collective call).
 
@@ -97,8 +106,11 @@ def check_names(shapes: dict[str, tuple[int, ...]], weights: OfficialFolder) -> 
     """Compare the model's names and shapes with the folder's; tensors that are never computed may be extra."""
     found = set(weights.names)
     problems = [f"{name}: missing" for name in sorted(shapes.keys() - found)]
+    num_layers = 1 + max((_tower_layer(name) for name in shapes), default=-1)
     problems += [
-        f"{name}: not a part of this model" for name in sorted(found - shapes.keys()) if not is_untrained(name)
+        f"{name}: not a part of this model"
+        for name in sorted(found - shapes.keys())
+        if not is_untrained(name) or _tower_layer(name) not in (-1, num_layers)
     ]
     for name in sorted(shapes.keys() & found):
         if weights.shape(name) != shapes[name]:
@@ -112,6 +124,12 @@ def is_untrained(name: str) -> bool:
     return name.startswith(TOWER) and (
         ".post_layernorm." in name or ".encoder.layers." in name or name.endswith("position_ids")
     )
+
+
+def _tower_layer(name: str) -> int:
+    """Number of the CLIP layer that a tensor belongs to; -1 for all others."""
+    match = TOWER_LAYER.match(name)
+    return int(match[1]) if match else -1
 
 
 def gathered(parameter: nn.Parameter, modify: bool = False):  # type: ignore[no-untyped-def]

@@ -15,7 +15,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn
 from rich.table import Table
 
-from phi3v_dist.observe.metrics import STEP, format_number, format_seconds, format_value
+from phi3v_dist.observe.metrics import STEP, Number, format_number, format_seconds, format_value
 from phi3v_dist.observe.tracker import Row, Tracker
 
 logger = logging.getLogger(__name__)
@@ -32,7 +32,7 @@ class ConsoleTracker(Tracker):
         self.every_n_steps = every_n_steps
         self.console = console or Console()
         self._bar: _Bar | None = None
-        self._first: tuple[float, float] | None = None  # (clock in seconds, step) of this attempt's first row
+        self._first: tuple[float, Number] | None = None  # (clock in seconds, step) of this attempt's first row
 
     def start(self, config: Mapping[str, Any]) -> None:
         if self.console.is_terminal:
@@ -55,7 +55,7 @@ class ConsoleTracker(Tracker):
         if summary:
             self.console.print(_summary_table(summary))
 
-    def _eta(self, step: float) -> str:
+    def _eta(self, step: Number) -> str:
         """Time left at this attempt's pace so far, evaluations and checkpoints included."""
         now = time.monotonic()
         self._first = self._first or (now, step)
@@ -102,7 +102,7 @@ class _Bar:
         atexit.unregister(self.close)
 
 
-def _plain(number: float) -> str:
+def _plain(number: Number) -> str:
     return format_number(number).replace(",", "")  # a line made for grep and awk
 
 

@@ -18,9 +18,9 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocator, PercentFormatter
 
-from phi3v_dist.observe.metrics import ATTEMPT, STEP, format_number, lookup
+from phi3v_dist.observe.metrics import ATTEMPT, STEP, Number, format_number, lookup
 
-WIDTH_IN, HEIGHT_IN, TALL_IN = 5.4, 2.9, 3.9
+WIDTH_IN, HEIGHT_IN = 5.4, 3.1
 ROW_CHARACTERS = 68  # of a legend, six per entry for its handle
 BUCKETS = 160  # points per curve; a longer history is drawn as the mean and the range of each bucket
 
@@ -41,8 +41,8 @@ _STYLE: dict[Any, Any] = {
 }
 LINE_STYLES: list[Any] = ["-", (0, (4, 1.5)), (0, (1.2, 1.2)), (0, (6, 1.5, 1.2, 1.5))]
 
-History = Sequence[Mapping[str, float]]
-Pair = tuple[float, float]  # (true, predicted)
+History = Sequence[Mapping[str, Number]]
+Pair = tuple[Number, Number]  # (true, predicted)
 
 
 def curves(history: History, lines: Mapping[str, str], marks: Mapping[str, str] | None = None) -> str:
@@ -81,7 +81,7 @@ def step_time(history: History, parts: Mapping[str, str], total: str) -> str:
     return draw(plot)
 
 
-def evaluations(scores: History, lines: Mapping[str, str], reachable: float | None = None) -> str:
+def evaluations(scores: History, lines: Mapping[str, str], reachable: Number | None = None) -> str:
     """Scores over steps in the accent, the same of the blind control in grey, the best reachable as a dashed line."""
 
     def plot(axes: Axes) -> None:
@@ -104,7 +104,7 @@ def evaluations(scores: History, lines: Mapping[str, str], reachable: float | No
     return draw(plot)
 
 
-def error_histogram(pairs: Sequence[Pair], blind: Sequence[Pair], reachable: float | None, label: str) -> str:
+def error_histogram(pairs: Sequence[Pair], blind: Sequence[Pair], reachable: Number | None, label: str) -> str:
     """How absolute errors are distributed, the model's before the blind control's; lines at the two means.
 
     The axis is logarithmic, or the blind control's large errors would press all of the model's into one bar.
@@ -144,7 +144,7 @@ def scatter(pairs: Sequence[Pair], blind: Sequence[Pair], label: str) -> str:
         axes.set(xlabel=f"true {label}", ylabel=f"predicted {label}")
         _legend(axes)
 
-    return draw(plot, height_in=TALL_IN)
+    return draw(plot)
 
 
 def confusion(pairs: Sequence[tuple[str, str]], labels: Sequence[str]) -> str:
@@ -166,7 +166,7 @@ def confusion(pairs: Sequence[tuple[str, str]], labels: Sequence[str]) -> str:
         axes.set_yticks(np.arange(len(labels)) + 0.5, labels)
         axes.grid(visible=False)
 
-    return draw(plot, height_in=max(TALL_IN, 1.2 + 0.28 * len(labels)))
+    return draw(plot, height_in=max(HEIGHT_IN, 1.2 + 0.28 * len(labels)))
 
 
 def _curve(axes: Axes, steps: np.ndarray, values: np.ndarray, color: str, **style: Any) -> None:
@@ -221,7 +221,7 @@ def series(history: History, name: str) -> tuple[np.ndarray, np.ndarray]:
     return np.array([step for step, _ in points], dtype=float), np.array([value for _, value in points], dtype=float)
 
 
-def draw(plot: Callable[[Axes], None], height_in: float = HEIGHT_IN) -> str:
+def draw(plot: Callable[[Axes], None], height_in: Number = HEIGHT_IN) -> str:
     """Run `plot` on fresh axes in the report's style; the SVG, with the page's colours and nothing to fetch."""
     with mpl.rc_context(_STYLE), warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Glyph .* missing")  # the browser has fonts that matplotlib lacks

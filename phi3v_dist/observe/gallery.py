@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from phi3v_dist.observe.metrics import Number
 from phi3v_dist.observe.run_folder import Evaluation
 
 PART_SIZE = 6  # cards in each part of the gallery
@@ -50,7 +51,7 @@ def gallery(evaluation: Evaluation) -> dict[str, list[Card]]:
     return {title: [_card(row, evaluation.folder) for row in rows] for title, rows in parts.items()}
 
 
-def _badness(prediction: Mapping[str, Any]) -> float:
+def _badness(prediction: Mapping[str, Any]) -> Number:
     """Wrong words count 1, numbers by their relative error up to 1, and what cannot be read counts 1."""
     total = 0.0
     for score in prediction["fields"].values():
@@ -82,7 +83,7 @@ def _data_uri(picture: Path) -> str:
     return f"data:image/{kind};base64,{base64.b64encode(picture.read_bytes()).decode()}"
 
 
-def _text(value: str | float | None) -> str:
+def _text(value: str | Number | None) -> str:
     if value is None:
         return "–"
     return value if isinstance(value, str) else f"{value:,.10g}"

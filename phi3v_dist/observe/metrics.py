@@ -13,9 +13,12 @@ import resource
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import cache
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
-from phi3v_dist.train.step import StepResult
+if TYPE_CHECKING:
+    import phi3v_dist.train.step  # named in a string below: it loads torch, and a report needs the names alone
+
+Number = int | float  # JSON has both; spelled out because beartype, unlike mypy, does not count an int as a float
 
 STEP = "train/step"  # the x axis everywhere; never a sink's own row counter
 ATTEMPT = "run/attempt"
@@ -78,12 +81,15 @@ _EVALUATION = (
     Metric("parse_fail_pct", "pct", "down", "answers from which the fields cannot be read", "Answer form"),
     Metric("stop_pct", "pct", "up", "answers that end by themselves", "Answer form"),
     Metric("samples", "samples", None, "validation samples answered", None),
+    Metric("skipped", "samples", "down", "validation samples left out because they could not be read", None),
     Metric("gen_tokens/mean", "tokens", None, "mean length of the generated answers", None),
 )
 
 REGISTRY: tuple[Metric, ...] = (
     *_TRAINING,
     Metric("eval/best_<field>_mae", "field", "down", "lowest error of <field> that the data's noise allows", None),
+    Metric("eval/best_<field>_median_ape_pct", "pct", "down", "the same as median percentage error", None),
+    Metric("eval/best_<field>_within_10pct", "frac", "up", "the same as share within 10 %", None),
     Metric("eval/predictions", "table", None, "questions, answers and truth of one evaluation (W&B only)", None),
     Metric("eval/images", "images", None, "the pictures of that table (W&B only)", None),
     *(replace(metric, name=f"eval/{metric.name}") for metric in _EVALUATION),
@@ -117,7 +123,7 @@ def lookup(name: str) -> Metric | None:
     return None
 
 
-def check(row: Mapping[str, float]) -> None:
+def check(row: Mapping[str, object]) -> None:
     """Refuse a row with a name that is not registered or a value that is not a plain number.
 
     A tensor is refused because turning it into a number would make the training thread wait for the device.
@@ -136,7 +142,7 @@ def panel_metrics(panel: str) -> list[Metric]:
     return [metric for metric in REGISTRY if metric.panel == panel and FIELD not in metric.name]
 
 
-def format_value(name: str, value: float) -> str:
+def format_value(name: str, value: Number) -> str:
     """A registered number as a person reads it: seconds as a duration, fractions as percent."""
     metric = lookup(name)
     unit = metric.unit if metric else ""
@@ -149,12 +155,12 @@ def format_value(name: str, value: float) -> str:
     return format_number(value)
 
 
-def format_number(value: float) -> str:
+def format_number(value: Number) -> str:
     """Four digits are enough to compare two runs by eye."""
     return f"{value:,.0f}" if 1000 <= abs(value) < 1e15 else f"{value:.4g}"
 
 
-def format_seconds(seconds: float) -> str:
+def format_seconds(seconds: Number) -> str:
     """`0.81 s`, `7 min 12 s`, `3 h 05 min`."""
     if seconds < 60:
         return f"{seconds:.3g} s"
@@ -164,7 +170,7 @@ def format_seconds(seconds: float) -> str:
     return f"{minutes // 60} h {minutes % 60:02d} min"
 
 
-def step_row(result: StepResult, row_length_tokens: int, world_size: int) -> dict[str, float]:
+def step_row(result: "phi3v_dist.train.step.StepResult", row_length_tokens: int, world_size: int) -> dict[str, Number]:
     """The registered numbers of one optimizer step."""
     step_s = sum(result.seconds.values())
     return {

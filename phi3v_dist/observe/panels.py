@@ -26,32 +26,28 @@ class Panel:
 
 
 def result_panels(run: Run) -> Iterator[Panel]:
-    """What the answers are worth, against the blind control. The tall figures first, so that rows stay even."""
+    """What the answers are worth, against the blind control."""
+    scores = [evaluation.scores for evaluation in run.evaluations]
     for field in run.fields("number"):
-        if pairs := _number_pairs(run, field)[0]:
+        name = _capital(field)
+        pairs, blind = _number_pairs(run, field)
+        reachable = run.final.get(f"eval/best_{field}_mae")
+        if pairs:
             caption = f"One dot per sample; on the dashed diagonal the {field} is exactly right."
-            svg = figures.scatter(pairs, _number_pairs(run, field)[1], field)
-            yield _panel(f"{_capital(field)}: true against predicted", caption, svg)
+            yield _panel(f"{name}: true against predicted", caption, figures.scatter(pairs, blind, field))
+            caption = "How far off the answers are, on a logarithmic axis. Upright lines are means; left is better."
+            histogram = figures.error_histogram(pairs, blind, reachable, field)
+            yield _panel(f"{name} error against the blind control", caption, histogram)
+        if lines := _logged(scores, {f"eval/{field}_mae": "model"}):
+            caption = "Mean absolute error at each evaluation; down is better."
+            yield _panel(f"{name} error over training", caption, figures.evaluations(scores, lines, reachable))
+    if lines := _logged(scores, {f"eval/field_em/{field}": field for field in run.fields("exact")}):
+        caption = "Share of samples answered exactly right at each evaluation; up is better."
+        yield _panel("Exact match over training", caption, figures.evaluations(scores, lines))
     label = run.label_field()
     if label and (labels := _label_pairs(run, label)):
         caption = "Samples per cell; on the diagonal the answer is right. “Other” holds unreadable answers too."
         yield _panel(f"{_capital(label)}: true against answered", caption, figures.confusion(labels, run.truths(label)))
-    scores = [evaluation.scores for evaluation in run.evaluations]
-    for field in run.fields("number"):
-        pairs, blind = _number_pairs(run, field)
-        reachable = run.final.get(f"eval/best_{field}_mae")
-        if pairs:
-            caption = "How far off the answers are, on a logarithmic axis. Upright lines are means; left is better."
-            histogram = figures.error_histogram(pairs, blind, reachable, field)
-            yield _panel(f"{_capital(field)} error against the blind control", caption, histogram)
-        if lines := _logged(scores, {f"eval/{field}_mae": "model"}):
-            caption = "Mean absolute error at each evaluation; down is better."
-            yield _panel(
-                f"{_capital(field)} error over training", caption, figures.evaluations(scores, lines, reachable)
-            )
-    if lines := _logged(scores, {f"eval/field_em/{field}": field for field in run.fields("exact")}):
-        caption = "Share of samples answered exactly right at each evaluation; up is better."
-        yield _panel("Exact match over training", caption, figures.evaluations(scores, lines))
     if lines := _logged(scores, ANSWER_FORM):
         caption = "Share of answers that end by themselves, and of those whose fields cannot be read."
         yield _panel("Answer form over training", caption, figures.evaluations(scores, lines))

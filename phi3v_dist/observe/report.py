@@ -6,6 +6,7 @@ years. Text of samples goes through the template's escaping and can do nothing.
 """
 
 import logging
+import re
 from collections.abc import Iterator, Mapping
 from datetime import UTC, datetime
 from pathlib import Path
@@ -14,13 +15,14 @@ from typing import Any
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from phi3v_dist.observe.gallery import gallery
-from phi3v_dist.observe.metrics import format_value, lookup
+from phi3v_dist.observe.metrics import STEP, Number, format_value, lookup
 from phi3v_dist.observe.panels import result_panels, speed_panels, training_panels
 from phi3v_dist.observe.run_folder import Run, read_run
 from phi3v_dist.observe.verdict import sentence, tiles
 
 logger = logging.getLogger(__name__)
 
+RAN_WITH = re.compile(r"(^|\.)(versions\.\w+|commit)$")  # settings that say what the run ran with
 COUNTS = ("train/samples", "train/tokens", "train/epoch", "run/world_size", "run/attempt", "data/quarantined")
 
 
@@ -56,7 +58,7 @@ def write_report(run_folder: Path) -> Path:
 def _status(run: Run) -> str:
     planned = (run.config.get("train") or {}).get("steps")
     if run.summary:
-        return f"finished at step {run.last_step:,}"
+        return f"finished at step {run.summary.get(STEP, run.last_step):,.0f}"
     if not run.history:
         return "not started"
     return f"not finished: last seen at step {run.last_step:,}" + (f" of {planned:,}" if planned else "")
@@ -64,12 +66,14 @@ def _status(run: Run) -> str:
 
 def _missing(run: Run) -> list[str]:
     """What is not there, and how to get it."""
-    again = f"`deepspeed launch/train.py --config {run.folder}/config.yaml`"
+    command = f"`deepspeed launch/train.py --config YOUR.yaml run.name={run.folder.resolve().name}`"
     notes = []
     if not run.history:
-        notes.append(f"Nothing was logged yet: metrics.jsonl is missing or empty. {again} starts the run.")
+        notes.append(f"Nothing was logged yet: metrics.jsonl is missing or empty. To train: {command}.")
     elif not run.summary:
-        notes.append(f"No summary.json: the run is still going or was stopped. {again} continues it.")
+        notes.append(
+            f"No summary.json: the run is still going, or was stopped. To continue it: {command}, as at first."
+        )
     if run.history and not run.evaluations:
         notes.append("No evaluation yet, so there are no scores, no answers and no pictures on this page.")
     elif run.evaluations and not run.answered:
@@ -96,7 +100,7 @@ def _evaluation_table(run: Run) -> tuple[list[str], list[list[tuple[str, str]]]]
 
 def _facts(run: Run) -> list[tuple[str, str]]:
     """What someone asks first about a run that is not theirs."""
-    last: dict[str, float] = {}
+    last: dict[str, Number] = {}
     for row in run.history:
         last.update(row)
     facts = []
@@ -106,7 +110,7 @@ def _facts(run: Run) -> list[tuple[str, str]]:
         if metric.name in last:
             facts.append((metric.help, format_value(metric.name, last[metric.name])))
     flat = dict(_flatten(run.config))
-    facts += [(name, value) for name, value in flat.items() if "commit" in name or name.startswith("versions.")]
+    facts += [(name.rpartition(".")[2], value) for name, value in flat.items() if RAN_WITH.search(name)]
     facts += [(name, value) for name, value in flat.items() if name.startswith("data.") and "shard" in name]
     if (run.folder / "wandb-id").is_file():
         facts.append(("W&B", f"wandb leet {run.folder}/wandb (in a terminal), or `wandb sync` to upload"))

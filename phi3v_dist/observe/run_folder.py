@@ -6,6 +6,7 @@ are worth a look; only a file that is there and cannot be read is an error.
 """
 
 import json
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,7 +15,7 @@ from typing import Any
 import yaml
 
 from phi3v_dist.errors import ConfigError, DataError
-from phi3v_dist.observe.metrics import ATTEMPT, STEP
+from phi3v_dist.observe.metrics import ATTEMPT, STEP, Number
 from phi3v_dist.observe.tracker import RECORD_NAME, read_metrics
 
 MAX_LABELS = 24  # a field with more different values is a text, not a label: no confusion matrix
@@ -25,7 +26,7 @@ class Evaluation:
     """One evaluation: `scores` by metric name, and the answers behind them (empty if they were not kept)."""
 
     step: int
-    scores: Mapping[str, float]
+    scores: Mapping[str, Number]
     predictions: list[dict[str, Any]]
     folder: Path
 
@@ -36,12 +37,12 @@ class Run:
 
     folder: Path
     config: Mapping[str, Any]
-    history: list[dict[str, float]]
-    summary: Mapping[str, float]
+    history: list[dict[str, Number]]
+    summary: Mapping[str, Number]
     evaluations: list[Evaluation]
 
     @property
-    def final(self) -> dict[str, float]:
+    def final(self) -> dict[str, Number]:
         """The last evaluation's numbers under the summary's."""
         last = self.evaluations[-1].scores if self.evaluations else {}
         return {**last, **self.summary}
@@ -102,15 +103,15 @@ def read_run(folder: Path) -> Run:
     )
 
 
-def _read_evaluations(folder: Path, history: list[dict[str, float]]) -> list[Evaluation]:
+def _read_evaluations(folder: Path, history: list[dict[str, Number]]) -> list[Evaluation]:
     """Every evaluation of the surviving steps, from its folder where there is one, else from the record."""
     scores = {
         int(row[STEP]): {name: value for name, value in row.items() if name.startswith("eval/")}
         for row in history
         if any(name.startswith("eval/") for name in row)
     }
-    kept = [path.parent for path in folder.glob("eval/step-*/scores.json")]
-    folders = {int(its_folder.name.removeprefix("step-")): its_folder for its_folder in kept}
+    named = ((re.fullmatch(r"step-(\d+)", path.parent.name), path.parent) for path in folder.glob("eval/*/scores.json"))
+    folders = {int(name.group(1)): its_folder for name, its_folder in named if name}  # not those still being written
     last_step = history[-1][STEP] if history else float("inf")
     evaluations = []
     for step in sorted(scores.keys() | folders.keys()):
@@ -123,7 +124,7 @@ def _read_evaluations(folder: Path, history: list[dict[str, float]]) -> list[Eva
     return evaluations
 
 
-def _numbers(path: Path) -> dict[str, float]:
+def _numbers(path: Path) -> dict[str, Number]:
     """A flat JSON object of numbers; what is not a number (null: not measured) is left out."""
     content = _read(path, json.loads) or {}
     return {name: value for name, value in content.items() if isinstance(value, int | float)}

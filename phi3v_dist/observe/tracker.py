@@ -14,13 +14,13 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TextIO
 
-from phi3v_dist.observe.metrics import ATTEMPT, STEP, check
+from phi3v_dist.observe.metrics import ATTEMPT, STEP, Number, check
 
 logger = logging.getLogger(__name__)
 
 RECORD_NAME = "metrics.jsonl"
 
-Row = Mapping[str, float]
+Row = Mapping[str, Number]
 Prediction = Mapping[str, Any]  # one line of eval/step-XXXXXX/predictions.jsonl
 
 
@@ -113,14 +113,14 @@ class AllOf(Tracker):
                     )
 
 
-def read_metrics(run_folder: Path) -> list[dict[str, float]]:
+def read_metrics(run_folder: Path) -> list[dict[str, Number]]:
     """The surviving history: one row per step, in order; what a later attempt trained again replaces the earlier.
 
     An attempt that starts at step s makes everything after s that earlier attempts logged void, even steps that it has
     not reached again yet. Rows of one step (training, then evaluation) are merged. Numbers that were not finite come
     back as NaN. Each row keeps the columns `time` (unix seconds) and `run/attempt`.
     """
-    history: dict[int, dict[str, float]] = {}
+    history: dict[int, dict[str, Number]] = {}
     attempt = 0
     for row in _read_rows(run_folder / RECORD_NAME):
         step = int(row[STEP])
@@ -131,7 +131,7 @@ def read_metrics(run_folder: Path) -> list[dict[str, float]]:
     return [history[step] for step in sorted(history)]
 
 
-def _read_rows(path: Path) -> Iterator[dict[str, float]]:
+def _read_rows(path: Path) -> Iterator[dict[str, Number]]:
     """Every whole line of the record; a line that a kill left unfinished is not one."""
     if not path.exists():
         return

@@ -8,10 +8,11 @@ import math
 import statistics
 from dataclasses import dataclass
 
-from phi3v_dist.observe.metrics import format_number, format_seconds, format_value, lookup
+from phi3v_dist.observe.metrics import Number, format_number, format_seconds, format_value, lookup
 from phi3v_dist.observe.run_folder import Run
 
 THROUGHPUT = "perf/tokens_per_s_per_gpu"
+MIN_PAIRS = 20  # fewer say nothing about chance, and the normal interval would be wrong
 
 
 @dataclass(frozen=True)
@@ -20,7 +21,7 @@ class Bar:
 
     label: str
     value: str
-    share: float
+    share: Number
 
 
 @dataclass(frozen=True)
@@ -68,7 +69,8 @@ def sentence(run: Run) -> str:
             parts.append(f"On {field}, {who} is off by {_error(run, field)}.")
     if not parts:
         loss = next((row["train/loss"] for row in reversed(run.history) if "train/loss" in row), math.nan)
-        return f"No evaluation yet. After {run.last_step:,} steps the training loss is {format_number(loss)}."
+        scored = "No field of the answers was scored." if run.evaluations else "No evaluation yet."
+        return f"{scored} After {run.last_step:,} steps the training loss is {format_number(loss)}."
     return " ".join([*parts, _conclusion(run, label)]).strip()
 
 
@@ -77,19 +79,19 @@ def paired_difference(run: Run, field: str) -> tuple[float, float, float] | None
     rows = run.answered.predictions if run.answered else []
     pairs = [(row["fields"].get(field), row["blind"]["fields"].get(field)) for row in rows if row["blind"]]
     gains = [float(seen["correct"]) - float(blind["correct"]) for seen, blind in pairs if seen and blind]
-    if len(gains) < 2:
+    if len(gains) < MIN_PAIRS:
         return None
     mean, spread = statistics.fmean(gains), 1.96 * statistics.stdev(gains) / math.sqrt(len(gains))
     return mean, mean - spread, mean + spread
 
 
-def wall_seconds(run: Run) -> float:
+def wall_seconds(run: Run) -> Number:
     """Wall time as the run states it; else the time from first to last row of each attempt."""
     if "run/wall_s" in run.summary:
         return run.summary["run/wall_s"]
     if "run/wall_s" in run.history[-1]:
         return run.history[-1]["run/wall_s"]
-    times: dict[float, list[float]] = {}
+    times: dict[Number, list[Number]] = {}
     for row in run.history:
         times.setdefault(row["run/attempt"], []).append(row["time"])
     return sum(max(span) - min(span) for span in times.values())
@@ -102,10 +104,8 @@ def _compared(run: Run, label: str, metric: str, note: str) -> Tile | None:
     if "model" not in values:
         return None
     registered = lookup(named["model"])
-    whole = {"frac": 1.0, "pct": 100.0}.get(
-        registered.unit if registered else "", 1e-9
-    )  # shares: bars are of the whole
-    longest = max(whole, *values.values())
+    unit = registered.unit if registered else ""
+    longest = max({"frac": 1.0, "pct": 100.0}.get(unit, 1e-9), *values.values())  # a share's bar is of the whole
     bars = tuple(Bar(who, format_value(named[who], value), value / longest) for who, value in values.items())
     return Tile(f"{label[:1].upper()}{label[1:]}", bars[0].value, note, bars)
 
@@ -123,10 +123,11 @@ def _blind(run: Run, label: str) -> str:
 
 
 def _error(run: Run, field: str) -> str:
-    model, blind, best = (run.final.get(f"eval/{kind}{field}_mae") for kind in ("", "blind/", "best_"))
+    blind, best = (run.final.get(f"eval/{kind}{field}_mae") for kind in ("blind/", "best_"))
     against = [f"{format_number(blind)} with the pictures exchanged"] if blind is not None else []
     against += [f"{format_number(best)} at the very best"] if best is not None else []
-    return f"{format_number(model or 0.0)} on average" + (f", against {' and '.join(against)}" if against else "")
+    average = f"{format_number(run.final[f'eval/{field}_mae'])} on average"
+    return average + (f", against {' and '.join(against)}" if against else "")
 
 
 def _conclusion(run: Run, label: str | None) -> str:
@@ -135,4 +136,4 @@ def _conclusion(run: Run, label: str | None) -> str:
         return ""
     if difference[1] > 0:
         return "The gap is wider than chance explains: the answers are read from the pictures."
-    return "The gap is no wider than chance explains: nothing shows yet that the pictures are read."
+    return "That is no better than chance explains: nothing shows yet that the pictures are read."

@@ -7,6 +7,7 @@ use it, so it is switched off here.
 """
 
 import os
+import re
 import socket
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -35,36 +36,57 @@ class Topology:
 
     @property
     def device(self) -> torch.device:
-        return torch.device("cuda", self.local_rank) if torch.cuda.is_available() else torch.device("cpu")
+        if not torch.cuda.is_available():
+            return torch.device("cpu")
+        bound = torch.cuda.device_count() == 1  # Slurm's --gpus-per-task shows each task its own GPU alone
+        return torch.device("cuda", 0 if bound else self.local_rank)
 
     @classmethod
     def from_environment(cls, env: Mapping[str, str] = os.environ) -> "Topology":
         """Ranks as the launcher set them.
 
         Raises:
-            LaunchError: some variables are there and others missing, not numbers, or out of range.
+            LaunchError: some variables are there and others missing, not numbers, out of range or in contradiction.
         """
-        host = socket.gethostname()
+        num_tasks = _number(env, "SLURM_STEP_NUM_TASKS", default=1)  # of this srun; a batch shell has none
         if "RANK" in env:  # torchrun and deepspeed
-            names = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
-        elif int(env.get("SLURM_STEP_NUM_TASKS", "1")) > 1:  # srun, one task per rank
-            names = ("SLURM_PROCID", "SLURM_STEP_NUM_TASKS", "SLURM_LOCALID", "SLURM_STEP_TASKS_PER_NODE")
+            names = ("RANK", "WORLD_SIZE", "LOCAL_RANK")
+            local_name = "LOCAL_SIZE" if "LOCAL_SIZE" in env else "LOCAL_WORLD_SIZE"  # deepspeed's, torchrun's
+            local_world_size = _number(env, local_name, default=_number(env, "WORLD_SIZE"))
+            _check_against_slurm(env, num_tasks)
+        elif num_tasks > 1:  # srun, one task per rank
+            names = ("SLURM_PROCID", "SLURM_STEP_NUM_TASKS", "SLURM_LOCALID")
+            local_name = "SLURM_STEP_TASKS_PER_NODE"
+            local_world_size = _tasks_on_this_node(env, num_tasks)
+        elif _number(env, "WORLD_SIZE", default=1) > 1:
+            raise LaunchError(f"WORLD_SIZE is {env['WORLD_SIZE']} but RANK is not set: check the launcher")
         else:
-            return cls(host=host)
-        rank, world_size, local_rank = (_number(env, name) for name in names[:3])
-        local = env.get(names[3], env.get("LOCAL_SIZE", "")).split("(")[0].split(",")[0]
-        if not 0 <= rank < world_size:
-            raise LaunchError(f"{names[0]}={rank} is not below {names[1]}={world_size} on {host}: check the launcher")
-        return cls(rank, world_size, local_rank, int(local) if local.isdigit() else world_size, host)
+            return cls(host=socket.gethostname())
+        rank, world_size, local_rank = (_number(env, name) for name in names)
+        host = socket.gethostname()
+        bounds = ((names[0], rank, names[1], world_size), (names[2], local_rank, local_name, local_world_size))
+        for name, value, limit_name, limit in bounds:
+            if value >= limit:
+                raise LaunchError(f"{name}={value} is not below {limit_name}={limit} on {host}: check the launcher")
+        if local_world_size > world_size:
+            raise LaunchError(f"{local_name}={local_world_size} is above {names[1]}={world_size}: check the launcher")
+        return cls(rank, world_size, local_rank, local_world_size, host)
 
     def start(self, timeout_s: float) -> None:
         """Join the process group: NCCL on GPUs, gloo on CPUs. Also divides the node's cores among its ranks."""
         torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // self.local_world_size))
+        local_rank = self.local_rank
         if torch.cuda.is_available():
-            torch.cuda.set_device(self.local_rank)
+            local_rank = self.device.index  # DeepSpeed takes LOCAL_RANK for the number of the GPU
+            if local_rank >= torch.cuda.device_count():
+                found = f"{self.local_world_size} ranks on {self.host}, but {torch.cuda.device_count()} GPUs"
+                raise LaunchError(f"{found}: start one rank per GPU, or ask for more of them")
+            torch.cuda.set_device(self.device)
         else:
             os.environ.setdefault("DS_ACCELERATOR", "cpu")
-        os.environ |= {"RANK": str(self.rank), "WORLD_SIZE": str(self.world_size), "LOCAL_RANK": str(self.local_rank)}
+        os.environ |= {"RANK": str(self.rank), "WORLD_SIZE": str(self.world_size), "LOCAL_RANK": str(local_rank)}
+        if self.world_size > self.local_world_size and "MASTER_ADDR" not in os.environ:
+            raise LaunchError("MASTER_ADDR is not set: start through torchrun, deepspeed or slurm/train.sh")
         os.environ.setdefault("MASTER_ADDR", "127.0.0.1")
         if "MASTER_PORT" not in os.environ:
             os.environ["MASTER_PORT"] = str(_port(self.world_size))
@@ -108,9 +130,36 @@ class Topology:
         return values
 
 
-def _number(env: Mapping[str, str], name: str) -> int:
-    value = env.get(name, "")
-    if not value.isdigit():
+def _check_against_slurm(env: Mapping[str, str], num_tasks: int) -> None:
+    """RANK given by hand in the batch script, where it is the same for every task, makes all of them rank 0."""
+    launched = "GROUP_RANK" in env or "CROSS_RANK" in env  # set by torchrun, by deepspeed
+    if launched or num_tasks == 1 or env["RANK"] == env.get("SLURM_PROCID"):
+        return
+    raise LaunchError(
+        f"RANK is {env['RANK']}, but Slurm says that this is task {env.get('SLURM_PROCID')} of {num_tasks}: leave "
+        "RANK, WORLD_SIZE and LOCAL_RANK out of the batch script, srun's own variables are enough"
+    )
+
+
+def _tasks_on_this_node(env: Mapping[str, str], num_tasks: int) -> int:
+    """SLURM_STEP_TASKS_PER_NODE, such as "2(x3),1" for nodes with 2, 2, 2 and 1 tasks → those of this node."""
+    text = env.get("SLURM_STEP_TASKS_PER_NODE")
+    if text is None:
+        return num_tasks
+    groups = [re.fullmatch(r"(\d+)(?:\(x(\d+)\))?", group) for group in text.split(",")]
+    counts = [int(group[1]) for group in groups if group for _ in range(int(group[2] or 1))]
+    node = _number(env, "SLURM_NODEID", default=0)
+    if not all(groups) or sum(counts) != num_tasks or node >= len(counts):
+        raise LaunchError(
+            f"SLURM_STEP_TASKS_PER_NODE is {text!r} on node {node}, which does not fit "
+            f"SLURM_STEP_NUM_TASKS={num_tasks}: check the srun line"
+        )
+    return counts[node]
+
+
+def _number(env: Mapping[str, str], name: str, default: int | None = None) -> int:
+    value = env.get(name, "" if default is None else str(default))
+    if not value.isdecimal():
         raise LaunchError(
             f"{name} is {value!r} although this process was started as one of several: check the launcher"
         )

@@ -38,35 +38,27 @@ def read(path: Path) -> dict[str, Any]:
     """The JSON as it is.
 
     Raises:
-        ConfigError: no such file, or not JSON.
+        ConfigError: no such file, not JSON, or without a ZeRO section.
     """
     if not path.is_file():
         near = difflib.get_close_matches(path.name, [p.name for p in path.parent.glob("*.json")], n=1)
         hint = f"; did you mean {path.parent / near[0]}?" if near else ""
         raise ConfigError(f"`parallel.deepspeed` {path}: no such file{hint}")
     try:
-        return json.loads(path.read_text())
+        config = json.loads(path.read_text())
     except ValueError as error:
         raise ConfigError(f"`parallel.deepspeed` {path}: not JSON: {error}") from error
+    if not isinstance(config, dict) or not isinstance(config.get("zero_optimization"), dict):
+        raise ConfigError(f"`parallel.deepspeed` {path}: not a JSON object with a `zero_optimization` object in it")
+    return config
 
 
 def problems(settings: Settings, world_size: int) -> list[str]:
     """What in the JSON or the batch arithmetic contradicts the settings; one message each."""
-    path = settings.parallel.deepspeed
     try:
-        config = read(path)
+        found = _json_problems(read(settings.parallel.deepspeed), settings, world_size)
     except ConfigError as error:
-        return error.problems
-    found = [f"{path}: `{key}` does not belong here: {where}" for key, where in REFUSED.items() if key in config]
-    for key, home in HOMES.items():
-        value: Any = config
-        for part in key.split("."):
-            value = value.get(part, "auto") if isinstance(value, dict) else "auto"
-        if value != "auto":
-            found.append(f'{path}: `{key}` is {value}; write "auto", its home is {home}')
-    stage = config.get("zero_optimization", {}).get("stage")
-    if stage != 3:
-        found.append(f"{path}: `zero_optimization.stage` is {stage}; this harness shards weights, so it must be 3")
+        found = error.problems
     train = settings.train
     given, needed = train.gradient_accumulation_steps, accumulation(train.rows_per_step, world_size)
     if given is not None and given * world_size != train.rows_per_step:
@@ -77,25 +69,55 @@ def problems(settings: Settings, world_size: int) -> list[str]:
     return found
 
 
+def _json_problems(config: dict[str, Any], settings: Settings, world_size: int) -> list[str]:
+    path = settings.parallel.deepspeed
+    found = [f"{path}: `{key}` does not belong here: {where}" for key, where in REFUSED.items() if key in config]
+    for key, home in HOMES.items():
+        value: Any = config
+        for part in key.split("."):
+            value = value.get(part, "auto") if isinstance(value, dict) else value
+        if value != "auto":
+            found.append(f'{path}: `{key}` is {value}; write "auto", its home is {home}')
+    stage = config["zero_optimization"].get("stage")
+    if stage != 3:
+        found.append(f"{path}: `zero_optimization.stage` is {stage}; this harness shards weights, so it must be 3")
+    allowed = {key: value for key, value in config.items() if key not in REFUSED}
+    filled = _fill(allowed, settings, world_size, torch.float32, hidden_size=1)
+    found += [f'{path}: nothing here fills in the "auto" of `{key}`; give a value' for key in _autos(filled)]
+    return found
+
+
 def resolve(settings: Settings, world_size: int, dtype: torch.dtype, hidden_size: int) -> dict[str, Any]:
     """The JSON with every "auto" filled in, ready for DeepSpeed."""
-    config = read(settings.parallel.deepspeed)
+    return _fill(read(settings.parallel.deepspeed), settings, world_size, dtype, hidden_size)
+
+
+def _fill(
+    config: dict[str, Any], settings: Settings, world_size: int, dtype: torch.dtype, hidden_size: int
+) -> dict[str, Any]:
     micro_steps = accumulation(settings.train.rows_per_step, world_size)
-    config |= {
-        "train_batch_size": micro_steps * world_size,
-        "train_micro_batch_size_per_gpu": 1,
-        "gradient_accumulation_steps": micro_steps,
-        "gradient_clipping": settings.train.grad_clip,
-        "bf16": {"enabled": dtype == torch.bfloat16},
-    }
+    bf16 = config["bf16"] if isinstance(config.get("bf16"), dict) else {}
     zero = config["zero_optimization"]
     sizes = {  # elements; the choice of transformers' DeepSpeed integration
         "reduce_bucket_size": hidden_size**2,
         "stage3_prefetch_bucket_size": hidden_size**2 * 9 // 10,
         "stage3_param_persistence_threshold": 10 * hidden_size,
     }
-    config["zero_optimization"] = zero | {key: size for key, size in sizes.items() if zero.get(key) == "auto"}
-    return config
+    return config | {
+        "train_batch_size": micro_steps * world_size,
+        "train_micro_batch_size_per_gpu": 1,
+        "gradient_accumulation_steps": micro_steps,
+        "gradient_clipping": settings.train.grad_clip,
+        "bf16": bf16 | {"enabled": dtype == torch.bfloat16},
+        "zero_optimization": zero | {key: size for key, size in sizes.items() if zero.get(key) == "auto"},
+    }
+
+
+def _autos(value: Any, key: str = "") -> list[str]:
+    """Keys that still say "auto"."""
+    if isinstance(value, dict):
+        return [found for name, inner in value.items() for found in _autos(inner, f"{key}.{name}".lstrip("."))]
+    return [key] if value == "auto" else []
 
 
 def initialize(model: nn.Module, optimizer: torch.optim.Optimizer, config: dict[str, Any]) -> Any:

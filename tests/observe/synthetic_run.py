@@ -160,8 +160,6 @@ def _draw(category: str, colour: str, chance: random.Random) -> Image.Image:
 
 CONFIG: dict[str, Any] = {
     "run": {"name": "quickstart", "seed": 1, "note": "<b>not bold</b>"},
-    "git_commit": "3f1c0de5b7",
-    "versions": {"python": "3.11.7", "torch": "2.13.0", "deepspeed": "0.19.8", "transformers": "5.23.0"},
     "data": {
         "train": [{"name": "catalogue", "shards": "data/train-{000000..000007}.tar", "weight": 1.0}],
         "validation": [{"name": "catalogue", "shards": "data/validation-000000.tar"}],
@@ -170,7 +168,12 @@ CONFIG: dict[str, Any] = {
     },
     "model": {"folder": "models/tiny", "longrope": "document"},
     "train": {"steps": STEPS, "global_batch_rows": 8, "lr_text": 2e-3, "lr_vision": 1e-3, "clip_grad_norm": 1.0},
-    "evaluate": {"every_n_steps": EVERY_EVAL, "samples": 240, "max_new_tokens": 48},
+    "eval": {"every_steps": EVERY_EVAL, "samples": 240, "max_new_tokens": 48},
+    "environment": {
+        "versions": {"torch": "2.13.0", "deepspeed": "0.19.8", "transformers": "5.23.0"},
+        "commit": "3f1c0de5b7",
+        "world_size": 2,
+    },
 }
 
 if __name__ == "__main__":

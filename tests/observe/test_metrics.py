@@ -8,7 +8,9 @@ from phi3v_dist.observe.metrics import (
     format_value,
     lookup,
     panel_metrics,
+    step_row,
 )
+from phi3v_dist.train.step import StepResult
 
 
 def test_every_registered_name_is_one_that_dashboards_can_sort_and_filter() -> None:
@@ -51,6 +53,20 @@ def test_names_outside_the_patterns_are_strangers(name: str) -> None:
 def test_a_value_that_is_not_a_plain_number_is_refused() -> None:
     with pytest.raises(AssertionError, match="train/loss.*plain number.*str"):
         check({"train/loss": "2.0"})  # type: ignore[dict-item]
+
+
+def test_a_step_logs_registered_numbers_that_add_up() -> None:
+    result = StepResult(
+        step=7, loss=2.5, grad_norm=1.1, learning_rates={"text": 1e-3, "vision": 1e-4, "projector": 1e-3},
+        label_tokens=90, tokens=900, images=6, samples=6, quarantined=0, sample_ids=(1, 2, 3, 4, 5, 6), rows=2,
+        seconds={"data": 0.5, "fwd": 1.0, "bwd": 2.0, "opt": 0.5},
+    )  # fmt: skip
+    row = step_row(result, row_length_tokens=500, world_size=2)
+    check(row)
+    assert row["time/step_s"] == 4.0
+    assert row["perf/tokens_per_s_per_gpu"] == 112.5
+    assert row["data/pack_efficiency"] == 0.9
+    assert row["train/label_token_frac"] == 0.1
 
 
 def test_metrics_that_share_a_panel_are_found_together() -> None:

@@ -1,4 +1,5 @@
 import json
+import re
 import subprocess
 import sys
 from html.parser import HTMLParser
@@ -10,6 +11,8 @@ from synthetic_run import BEST_PRICE_MAE, write_run
 from phi3v_dist.errors import ConfigError, DataError
 from phi3v_dist.observe.metrics import format_number, format_value
 from phi3v_dist.observe.report import write_report
+from phi3v_dist.observe.run_folder import read_run
+from phi3v_dist.observe.verdict import sentence
 
 FETCHING = {"src", "href", "xlink:href", "srcset", "poster", "data", "action", "background", "content"}
 VOID = {"meta", "br", "img", "link", "input", "hr"}
@@ -98,11 +101,10 @@ def test_the_page_fetches_nothing(full: tuple[Path, Page]) -> None:
 
 def test_every_figure_follows_the_colours_of_the_page(full: tuple[Path, Page]) -> None:
     _, page = full
-    drawings = page.source.split("<svg")[1:]
-    assert all("var(--" in drawing for drawing in drawings)
-    assert not any(
-        "#0" in drawing.partition("</svg>")[0].replace("#00", "#0") and "fill: #0" in drawing for drawing in drawings
-    )
+    drawings = [piece.partition("</svg>")[0] for piece in page.source.split("<svg")[1:]]
+    for drawing in drawings:
+        assert "var(--accent)" in drawing and "var(--muted)" in drawing
+        assert re.findall(r"(?:fill|stroke): (?!none|var\()[^;\"]+", drawing) == []
 
 
 def test_text_of_samples_is_shown_as_text(full: tuple[Path, Page]) -> None:
@@ -121,18 +123,24 @@ def test_a_run_that_was_killed_before_its_first_evaluation_says_so(tmp_path: Pat
 
 def test_a_killed_run_shows_its_last_evaluation(tmp_path: Path) -> None:
     run = write_run(tmp_path / "killed", num_samples=8, finished=False)
-    (run / "eval" / "step-000600" / "scores.json").unlink()  # killed while it wrote its answers
-    page = Page(write_report(run))
+    (run / "eval" / "step-000600").rename(run / "eval" / "step-000600.partial")  # killed while it wrote its answers
+    lines = (run / "metrics.jsonl").read_text().splitlines(keepends=True)
+    (run / "metrics.jsonl").write_text("".join(line for line in lines if '600, "eval/' not in line))
+    killed = read_run(run)
+    assert killed.answered is not None and killed.answered.step == 450
     scores = json.loads((run / "eval" / "step-000450" / "scores.json").read_text())
-    assert format_value("eval/price_mae", scores["eval/price_mae"]) in page.text
-    assert "The best answers" in page.text
+    assert f"off by {format_number(scores['eval/price_mae'])} on average" in sentence(killed)
+
+
+def test_a_handful_of_samples_is_not_called_evidence(tmp_path: Path) -> None:
+    assert "chance" not in sentence(read_run(write_run(tmp_path / "few", num_samples=8)))
 
 
 def test_an_empty_run_says_what_to_run(tmp_path: Path) -> None:
     (tmp_path / "config.yaml").write_text("train: {steps: 10}\n")
     page = Page(write_report(tmp_path))
     assert "Nothing was logged yet" in page.text
-    assert f"deepspeed launch/train.py --config {tmp_path}/config.yaml" in page.text
+    assert f"deepspeed launch/train.py --config YOUR.yaml run.name={tmp_path.name}" in page.text
     assert "svg" not in page.tags
 
 
@@ -151,7 +159,7 @@ def test_no_better_than_blind_is_not_called_seeing(tmp_path: Path) -> None:
     path = run / "eval" / "step-000600" / "predictions.jsonl"
     rows = [json.loads(line) for line in path.open()]
     path.write_text("".join(json.dumps({**row, "fields": row["blind"]["fields"]}) + "\n" for row in rows))
-    assert "nothing shows yet that the pictures are read" in Page(write_report(run)).text
+    assert sentence(read_run(run)).endswith("nothing shows yet that the pictures are read.")
 
 
 def test_a_damaged_file_is_named(tmp_path: Path) -> None:
@@ -175,4 +183,5 @@ def test_the_command_writes_what_it_can_and_exits_with_the_error(tmp_path: Path)
     done = subprocess.run(command, cwd=root, env={"PYTHONPATH": str(root)}, capture_output=True, text=True, timeout=60)
     assert done.returncode == ConfigError.exit_code
     assert "typo is not a run folder" in done.stderr and "Traceback" not in done.stderr
-    assert done.stdout.split() == [str(run / "report.html")] and (run / "report.html").exists()
+    assert str(run / "report.html") in done.stdout.splitlines() and (run / "report.html").exists()
+    assert "No evaluation yet" in done.stdout  # what is missing is said in the terminal too

@@ -11,12 +11,12 @@ import numpy as np
 from jaxtyping import Float
 from PIL import Image, ImageChops, ImageDraw, ImageFilter
 
-from phi3v_dist.data.importers.catalogue.garments import COLOURS, GARMENTS, Colour, Curve, Garment, Look
+from phi3v_dist.data.importers.catalogue.garments import COLOURS, GARMENTS, Colour, Curve, Garment, Look, Point
 from phi3v_dist.data.importers.catalogue.plan import random_look
 
 SUPERSAMPLING = 2
-LEATHER, GOLD, GOLD_EDGE = (92, 58, 38), (224, 176, 62), (92, 62, 16)
-RIBBON, RIBBON_EDGE = (255, 252, 246), (60, 52, 60)
+GOLD, GOLD_EDGE = (228, 178, 56), (84, 56, 12)
+RIBBON, RIBBON_EDGE = (72, 214, 208), (12, 62, 70)  # turquoise: no cloth and no ink has it
 BACKGROUNDS: tuple[Colour, ...] = (
     (250, 248, 244), (232, 240, 248), (250, 238, 226), (230, 244, 232), (246, 234, 246), (226, 228, 232),
 )  # fmt: skip
@@ -31,8 +31,8 @@ class View:
 
     @classmethod
     def random(cls, rng: np.random.Generator, width: int, height: int) -> "View":
-        """Turned by up to 10 degrees, sheared, narrowed (seen from the side), mirrored half of the time, moved."""
-        angle, shear = rng.uniform(-0.17, 0.17), rng.uniform(-0.08, 0.08)
+        """Turned by up to 8 degrees, sheared, narrowed (seen from the side), mirrored half of the time, moved."""
+        angle, shear = rng.uniform(-0.14, 0.14), rng.uniform(-0.08, 0.08)
         half_side = 0.5 * min(width, height) * rng.uniform(0.82, 0.95)
         narrowed = rng.uniform(0.88, 1.0) * rng.choice((-1.0, 1.0))
         turn = np.array([[np.cos(angle), -np.sin(angle)], [np.sin(angle), np.cos(angle)]])
@@ -47,7 +47,8 @@ class Pen:
         self.draw, self.view = ImageDraw.Draw(image), view
         self.scale = float(np.sqrt(abs(np.linalg.det(view.matrix))))
 
-    def points(self, curve: Curve) -> list[tuple[float, float]]:
+    def points(self, curve: Curve) -> list[Point]:
+        """Pixels of the curve's points."""
         return [(x, y) for x, y in (curve @ self.view.matrix.T + self.view.centre).tolist()]
 
     def fill(self, curve: Curve, colour: Colour | int) -> None:
@@ -60,7 +61,12 @@ class Pen:
     def outline(self, curve: Curve, colour: Colour | int, width: float) -> None:
         self.stroke(np.concatenate([curve, curve[:2]]), colour, width)
 
-    def disc(self, centre: tuple[float, float], radius: float, colour: Colour | int) -> None:
+    def solid(self, curve: Curve, colour: Colour) -> None:
+        """Filled, with a darker edge."""
+        self.fill(curve, colour)
+        self.outline(curve, shade(colour, 0.6), 0.025)
+
+    def disc(self, centre: Point, radius: float, colour: Colour | int) -> None:
         self.draw.circle(self.points(np.array([centre]))[0], radius * self.scale, fill=colour)
 
 
@@ -83,16 +89,18 @@ def draw_photo(look: Look, rng: np.random.Generator, width: int, height: int) ->
     mask = fabric_mask(garment, view, canvas)
     image = draw_background(mask, rng, width, height).resize(canvas, Image.Resampling.NEAREST)
     pen = Pen(image, view)
+    for part in garment.behind:
+        pen.solid(part, garment.stuff)
     for strap in garment.straps:
-        pen.stroke(strap, LEATHER, 0.11)
+        pen.stroke(strap, garment.stuff, 0.12)
     box = mask.getbbox()
     assert box is not None, f"no cloth of {look} in the picture"
     image.paste(weave(look.pattern, fabric, ink, view, rng, canvas).crop(box), box, mask.crop(box))
     draw_details(pen, garment, shade(fabric, 0.55))
     if look.trim == "gold":
         for hem in garment.hems:
-            pen.stroke(hem, GOLD_EDGE, 0.15)
-            pen.stroke(hem, GOLD, 0.10)
+            pen.stroke(hem, GOLD_EDGE, 0.18)
+            pen.stroke(hem, GOLD, 0.13)
     if look.trim == "bow":
         draw_bow(pen, garment.bow)
     draw_tag(pen, garment.tag, look.limited)
@@ -156,22 +164,22 @@ def band(y: float, width: float) -> Curve:
 
 
 def draw_details(pen: Pen, garment: Garment, dark: Colour) -> None:
-    """Edges, seams, leather parts and buttons."""
+    """Edges and seams of the cloth, and what is on it."""
     for outline in (*garment.fabric, *garment.openings):
         pen.outline(outline, dark, 0.03)
     for seam in garment.seams:
         pen.stroke(seam, dark, 0.022)
-    for part in garment.leather:
-        pen.fill(part, LEATHER)
+    for part in garment.front:
+        pen.solid(part, garment.stuff)
     for button in garment.buttons:
-        pen.disc(button, 0.055, GOLD_EDGE)
-        pen.disc(button, 0.035, GOLD)
+        pen.disc(button, 0.065, shade(garment.stuff, 0.5))
+        pen.disc(button, 0.045, garment.stuff)
 
 
-def draw_bow(pen: Pen, centre: tuple[float, float]) -> None:
-    """A white ribbon tied in a bow."""
-    loop = np.array([(0, 0), (0.3, -0.19), (0.35, 0.0), (0.3, 0.19)])
-    tail = np.array([(0, 0), (0.22, 0.36), (0.08, 0.4), (0, 0.1)])
+def draw_bow(pen: Pen, centre: Point) -> None:
+    """A turquoise ribbon tied in a bow."""
+    loop = np.array([(0, 0), (0.34, -0.22), (0.4, 0.0), (0.34, 0.2)])
+    tail = np.array([(0, 0), (0.26, 0.4), (0.08, 0.44), (0, 0.1)])
     for part in (tail, tail * (-1, 1), loop, loop * (-1, 1)):
         pen.fill(part + centre, RIBBON)
         pen.outline(part + centre, RIBBON_EDGE, 0.028)
@@ -179,9 +187,9 @@ def draw_bow(pen: Pen, centre: tuple[float, float]) -> None:
     pen.disc(centre, 0.065, RIBBON)
 
 
-def draw_tag(pen: Pen, knot: tuple[float, float], limited: bool) -> None:
-    """The hang tag on its string: black with golden lines for a limited edition, white with grey lines otherwise."""
-    paper, print_colour = ((24, 22, 26), GOLD) if limited else ((255, 255, 255), (150, 150, 156))
+def draw_tag(pen: Pen, knot: Point, limited: bool) -> None:
+    """The hang tag on its string: black for a limited edition, white otherwise."""
+    paper, print_colour = ((24, 22, 26), (236, 236, 240)) if limited else ((255, 255, 255), (150, 150, 156))
     card = np.array([(-0.09, 0.1), (0.0, 0.02), (0.09, 0.1), (0.17, 0.14), (0.17, 0.52), (-0.17, 0.52), (-0.17, 0.14)])
     pen.stroke(np.array([(-0.1, -0.16), (0.0, 0.08)]) + knot, (110, 104, 100), 0.014)
     pen.fill(card + knot, paper)

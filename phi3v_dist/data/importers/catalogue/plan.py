@@ -127,7 +127,8 @@ def price_rule() -> str:
     )
     return (
         f"base by category ({bases}) x pattern ({patterns}) x trim ({trims}) x {LIMITED_FACTOR:g} for a limited "
-        f"edition (black tag) x noise (log-normal, sigma {PRICE_NOISE_FRAC:g}), rounded to whole units; the colour is free"
+        f"edition (black tag) x noise (log-normal, sigma {PRICE_NOISE_FRAC:g}), rounded to whole units; "
+        "the colour is free"
     )
 
 

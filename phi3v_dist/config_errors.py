@@ -1,0 +1,93 @@
+"""What pydantic found wrong → messages that name the key, the value and the way out.
+
+What comes in: a settings class and a tree of plain data. What goes out: the settings and a message per mistake.
+Surprise: validation is repeated. Bad values are deleted after each round, so that defaults stand in for them and the
+rest can be looked at; what would only follow from a deletion is not reported.
+"""
+
+import difflib
+from typing import Any, TypeVar, get_args, get_origin
+
+from pydantic import BaseModel, ValidationError
+
+SectionT = TypeVar("SectionT", bound=BaseModel)
+
+
+def validate(section: type[SectionT], tree: dict[str, Any]) -> tuple[SectionT | None, list[str]]:
+    """The section from what is right in the tree, and a message for each thing that is not.
+
+    Bad values are deleted from `tree`, so that their defaults take their place; None when one without a default is
+    missing then.
+    """
+    problems: list[str] = []
+    removed: list[tuple[int | str, ...]] = []
+    while True:  # each round removes every bad key found; what remains wrong after that is a missing one
+        try:
+            return section.model_validate(tree), problems
+        except ValidationError as error:
+            known, before, found = sorted(_known_keys(section)), len(removed), []
+            for mistake in reversed(error.errors()):  # of a list the last first, so that the others keep their places
+                loc = tuple(part for part in mistake["loc"] if part != "[key]")  # pydantic's word for a dict's key
+                if not any(gone[: len(loc)] == loc for gone in removed):  # else it follows from what was removed
+                    found.append(describe(mistake | {"loc": loc}, known))
+                if mistake["type"] != "missing" and _remove(tree, loc):
+                    removed.append(loc)
+            problems += reversed(found)
+            if len(removed) == before:
+                return None, problems
+
+
+def describe(mistake: Any, known: list[str]) -> str:
+    """One entry of `ValidationError.errors()` in words. known: all dotted keys."""
+    key = ".".join(str(part) for part in mistake["loc"])
+    if mistake["type"] == "extra_forbidden":
+        return f"`{key}` is not a setting{_suggestion([str(part) for part in mistake['loc']], known)}"
+    if mistake["type"] == "missing":
+        return f"`{key}` is missing: give it in the YAML file or as {key}=…"
+    value = repr(mistake["input"])
+    wants_text = mistake["type"] in ("string_type", "path_type") and isinstance(mistake["input"], int | float)
+    quote = " (YAML takes it for a number or for true or false; quote it to keep text)" if wants_text else ""
+    shown = value if len(value) <= 80 else f"{value[:80]}…"
+    return f"`{key}` is {shown}: {mistake['msg'][0].lower()}{mistake['msg'][1:]}{quote}"
+
+
+def _suggestion(loc: list[str], known: list[str]) -> str:
+    """The key that was probably meant: one of like name beside it, else elsewhere; else what there is beside it."""
+    *parents, last = loc
+    beside: dict[str, str] = {}
+    elsewhere: dict[str, str] = {}
+    for key in known:
+        *above, name = key.split(".")
+        if len(above) == len(parents) and all(a in ("*", p) for a, p in zip(above, parents, strict=True)):
+            beside[name] = ".".join([*parents, name])
+        elif "*" not in above:
+            elsewhere.setdefault(name, key)
+    for names in (beside, elsewhere):
+        if near := difflib.get_close_matches(last, names, n=1):
+            return f"; did you mean `{names[near[0]]}`?"
+    return f"; `{'.'.join(parents)}` knows {', '.join(beside)}" if parents and beside else ""
+
+
+def _remove(tree: Any, loc: tuple[int | str, ...]) -> bool:
+    """Delete the value at `loc`; False when it is not there to delete."""
+    *parents, last = loc
+    try:
+        for part in parents:
+            tree = tree[part]
+        del tree[last]
+    except (KeyError, IndexError, TypeError):
+        return False
+    return True
+
+
+def _known_keys(section: type[BaseModel], prefix: str = "") -> set[str]:
+    """Dotted keys of a section and those inside it; `*` stands for the place in a list and for a key of one's own."""
+    keys = set()
+    for name, field in section.model_fields.items():
+        keys.add(prefix + name)
+        inner, inside = field.annotation, f"{prefix}{name}."
+        if get_origin(inner) in (list, dict):
+            inner, inside = get_args(inner)[-1], f"{inside}*."
+        if isinstance(inner, type) and issubclass(inner, BaseModel):
+            keys |= _known_keys(inner, inside)
+    return keys
