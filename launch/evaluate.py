@@ -1,6 +1,9 @@
 """A folder in the official layout (such as an export) → scores and predictions, in one process.
 
 python launch/evaluate.py --config launch/configs/quickstart.yaml --model runs/quickstart/export --out /tmp/scores
+
+Of the configuration only `data.validation`, `eval` and how samples are read is used: neither training shards nor the
+base model need be there.
 """
 
 import argparse
@@ -9,7 +12,7 @@ from pathlib import Path
 
 from phi3v_dist import config, run
 from phi3v_dist.cli import run_script
-from phi3v_dist.errors import ConfigError
+from phi3v_dist.errors import ConfigError, DataError
 from phi3v_dist.evaluate.evaluator import Evaluator
 from phi3v_dist.model import Phi3VForCausalLM
 from phi3v_dist.observe.metrics import format_value
@@ -24,12 +27,15 @@ def main() -> None:
     parser.add_argument("overrides", nargs="*", help="settings as key=value")
     arguments = parser.parse_args()
     topology = Topology()
-    settings = config.load(arguments.config, arguments.overrides, lambda s: run.problems(s, topology.world_size))
+    settings = config.load(arguments.config, arguments.overrides)
     if not settings.data.validation:
         raise ConfigError("`data.validation` names no shards, so there is nothing to evaluate on")
     folder = arguments.model or settings.run.folder / "export"
-    data = run.Data.open(settings.data.validation, settings)
+    own_processor = settings.model_copy(update={"model": settings.model.model_copy(update={"path": folder})})
+    data = run.Data.open(settings.data.validation, own_processor)
     sample_ids = run.fixed_order(data.lengths, settings.data.row_length_tokens)
+    if not sample_ids:
+        raise DataError(f"none of the {len(data.table)} samples of `data.validation` can be used: see launch/check.py")
     model = Phi3VForCausalLM.from_pretrained(folder, settings.model.longrope, settings.model.attention)
     evaluator = Evaluator(data.decoder, sample_ids, settings.eval, topology)
     metrics = evaluator.run(model.to(topology.device), arguments.out or folder.parent / "eval" / "export")

@@ -5,7 +5,6 @@ python launch/export.py runs/quickstart --out my-model --step 300
 """
 
 import argparse
-import logging
 from pathlib import Path
 
 import yaml
@@ -33,8 +32,7 @@ def main() -> None:
     if checkpoint is None or not checkpoint.is_dir():
         raise CheckpointError(f"{folder}: no checkpoint{'' if checkpoint is None else ' ' + checkpoint.name}")
     out = arguments.out or arguments.run / "export"
-    num_tensors = export(checkpoint, base, out)
-    logging.info("%s: %d tensors of %s, ready for from_pretrained", out, num_tensors, checkpoint.name)
+    export(checkpoint, base, out)
 
 
 def cli() -> None:

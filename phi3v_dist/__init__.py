@@ -1,0 +1,22 @@
+"""phi3v-dist: full fine-tuning of Phi-3-Vision-128K on your own images, from a laptop to a Slurm cluster.
+
+Follow a training sample from a tar file to a point on a chart:
+
+    data/shards.py      tar + index            → where every sample's bytes are
+    data/order.py       (seed, position)       → sample id
+    data/plan.py        lengths                → rows → optimizer steps, the same on every rank
+    data/fetch.py       sample id              → bytes
+    data/samples.py     bytes                  → Sample
+    data/processor.py   Sample                 → Example
+    data/batch.py       Examples → Row         → Batch
+    data/loader.py      all of the above, decoded ahead by threads
+    model/phi3v.py      Batch                  → one loss per label token
+    parallel/zero.py    settings + JSON        → DeepSpeed engine
+    train/step.py       Batches                → StepResult
+    train/loop.py       for each step: train, observe; every N steps evaluate and save
+    survive/            checkpoints that any number of ranks can continue from
+    evaluate/           weights                → answers → scores → records
+    observe/            StepResult             → metrics.jsonl → console, W&B, report
+
+`run.py` names every part once, in this order: read it first.
+"""

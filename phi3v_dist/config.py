@@ -5,23 +5,18 @@ once, safe to pass anywhere. Surprise: a mistake does not stop the search for th
 aside, and the rest is checked all the same, files and batch arithmetic included, so that one run shows them all.
 """
 
-import difflib
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import fields
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar, get_args
 
-import yaml
 from omegaconf import OmegaConf
-from omegaconf.errors import OmegaConfBaseException
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, TypeAdapter, ValidationError, field_validator
 from pydantic_core import PydanticCustomError
-from pydantic_core.core_schema import ValidationInfo
 
-from phi3v_dist.config_errors import describe, validate
+from phi3v_dist.config_file import describe, key_values, merge, validate
 from phi3v_dist.errors import ConfigError
-
 
 DataclassT = TypeVar("DataclassT")
 
@@ -33,9 +28,9 @@ class Section(BaseModel):
 
     @field_validator("*", mode="before")
     @classmethod
-    def _no_truth_as_number(cls, value: Any, info: ValidationInfo) -> Any:
+    def _no_truth_as_number(cls, value: Any, info: Any) -> Any:
         """`train.steps=yes` is no 1, as Python would have it."""
-        annotation = cls.model_fields[str(info.field_name)].annotation
+        annotation = cls.model_fields[info.field_name].annotation
         if isinstance(value, bool) and {int, float} & {annotation, *get_args(annotation)}:
             raise PydanticCustomError("number_type", "a number is wanted, not true or false")
         return value
@@ -235,11 +230,13 @@ def load(
     Raises:
         ConfigError: with one message per mistake: the key, the value, and what to change.
     """
-    tree = _merge(Path(path), overrides)
-    settings, problems = validate(Settings, tree)
+    tree, problems = merge(Path(path), overrides)
+    settings, mistakes = validate(Settings, tree)
+    problems += mistakes
     if settings is not None:
-        problems += _contradictions(settings)
-        problems += check(settings) if check else []
+        wrong = {mistake.split("`")[1] for mistake in mistakes}  # for these keys a default stands in; nobody chose it
+        further = _contradictions(settings) + (check(settings) if check else [])
+        problems += [problem for problem in further if not any(f"`{key}`" in problem for key in wrong)]
     if problems or settings is None:
         raise ConfigError(problems)
     return settings
@@ -251,8 +248,8 @@ def parse(kind: type[DataclassT], words: Sequence[str]) -> DataclassT:
     Raises:
         ConfigError: as `load`.
     """
-    tree = OmegaConf.to_container(OmegaConf.from_dotlist(_key_values(words)))
-    known = sorted(field.name for field in fields(kind))
+    tree: Any = OmegaConf.to_container(OmegaConf.from_dotlist(key_values(words)))
+    known = sorted(field.name for field in fields(kind))  # type: ignore[arg-type]
     mistakes: list[Any] = [{"type": "extra_forbidden", "loc": (key,)} for key in tree if key not in known]
     try:
         settings = TypeAdapter(kind).validate_python(tree)
@@ -266,33 +263,6 @@ def parse(kind: type[DataclassT], words: Sequence[str]) -> DataclassT:
 def dump(settings: Settings) -> dict[str, Any]:
     """The resolved tree as plain data, for config.yaml and W&B."""
     return settings.model_dump(mode="json")
-
-
-def _merge(path: Path, overrides: Sequence[str]) -> dict[str, Any]:
-    if not path.is_file():
-        near = difflib.get_close_matches(path.name, [p.name for p in path.parent.glob("*.yaml")], n=1)
-        hint = f"; did you mean {path.parent / near[0]}?" if near else ""
-        raise ConfigError(f"--config {path}: no such file{hint}")
-    source = str(path)
-    try:
-        merged = OmegaConf.load(path)
-        for word in _key_values(overrides):  # one by one, since only `update` reaches into lists: data.train.0.weight
-            source, key = f"override {word!r}", word.partition("=")[0]
-            value = OmegaConf.from_dotlist([f"value={word.partition('=')[2]}"])["value"]
-            OmegaConf.update(merged, key, value)
-        source = str(path)
-        tree = OmegaConf.to_container(merged, resolve=True)
-    except (OmegaConfBaseException, yaml.YAMLError, OSError, ValueError, TypeError) as error:
-        raise ConfigError(f"{source} cannot be read: {error}") from error
-    if not isinstance(tree, dict):
-        raise ConfigError(f"{path} must hold sections such as `model:` and `data:`, found {type(tree).__name__}")
-    return tree  # type: ignore[return-value]
-
-
-def _key_values(words: Sequence[str]) -> list[str]:
-    if malformed := [word for word in words if "=" not in word.lstrip("=")]:
-        raise ConfigError([f"{word!r} is not key=value, for example train.steps=100" for word in malformed])
-    return list(words)
 
 
 def _contradictions(settings: Settings) -> list[str]:

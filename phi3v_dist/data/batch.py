@@ -66,9 +66,8 @@ class Batch:
 
     input_ids: int64; picture positions are negative. position_ids: int64, 0 again at every document.
     labels: int64, not shifted; -100 where nothing is learned.
-    pixel_values: real crops in prompt order, then at least one crop if there is none ("unplaced": it gets the
-    features of
-        no position, but keeps every rank making the same calls).
+    pixel_values: real crops in prompt order; if there is none, one crop of zeros, whose features no position takes,
+        so that every rank makes the same calls.
     image_sizes: one (height, width) per placed picture.
     layout: document borders and label positions, worked out on the CPU.
     plan: the step this batch belongs to, the same on every rank; None outside training.

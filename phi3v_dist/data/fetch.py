@@ -12,8 +12,8 @@ from pathlib import Path
 
 import xxhash
 
-from phi3v_dist.data.samples import BadSample
-from phi3v_dist.data.shards import ShardTable
+from phi3v_dist.data.samples import TEXT_MEMBERS, BadSample
+from phi3v_dist.data.shards import INDEX_SUFFIX, ShardTable
 
 MAX_OPEN_FILES = 128
 
@@ -26,30 +26,31 @@ class Fetcher:
         self._files: OrderedDict[Path, FileIO] = OrderedDict()
         self._lock = threading.Lock()
 
-    def fetch(self, sample_id: int) -> dict[str, bytes]:
-        """All members of a sample by name.
+    def fetch(self, sample_id: int, text_only: bool = False) -> dict[str, bytes]:
+        """All members of a sample by name; `text_only` leaves the others than .json and .txt empty, unread.
 
         Raises:
-            BadSample: the index marks it bad, the range cannot be read, or its bytes are not those that were indexed.
+            BadSample: the index marks it bad, a range cannot be read, or its bytes are not those that were indexed.
         """
         shard, number = self.table.locate(sample_id)
         index, path = self.table.index(shard), self.table.shards[shard]
         if number in index.bad:
             raise BadSample(str(path), index.key(number), index.bad[number])
-        members = index.members(number)
-        begin = members[0][1]
-        size = members[-1][1] + members[-1][2] - begin
-        try:
-            file = self._open(path)  # held here, so that another thread's eviction cannot close it before the read
-            data = os.pread(file.fileno(), size, begin)
-        except OSError as error:
-            raise BadSample(str(path), index.key(number), f"cannot be read: {error}") from error
-        parts = {name: data[offset - begin : offset - begin + length] for name, offset, length in members}
-        digest = xxhash.xxh3_64()
-        for name, _, _ in members:
-            digest.update(parts[name])
-        if digest.intdigest() != int(index.columns["checksum"][number]):
-            raise BadSample(str(path), index.key(number), "its bytes are not those that were indexed (checksum)")
+        parts: dict[str, bytes] = {}
+        for member in index.members(number):
+            if text_only and member.name not in TEXT_MEMBERS:
+                parts[member.name] = b""
+                continue
+            try:
+                file = self._open(path)  # held here, so that another thread's eviction cannot close it before the read
+                parts[member.name] = os.pread(file.fileno(), member.size_bytes, member.offset)
+            except OSError as error:
+                raise BadSample(str(path), index.key(number), f"{member.name} cannot be read: {error}") from error
+            if xxhash.xxh3_64_intdigest(parts[member.name]) != member.checksum:
+                raise BadSample(
+                    str(path), index.key(number), f"the bytes of {member.name} are not those that were indexed "
+                    f"(checksum); copy the shard again, or delete {path}.{INDEX_SUFFIX} if it was written anew",
+                )  # fmt: skip
         return parts
 
     def _open(self, path: Path) -> FileIO:

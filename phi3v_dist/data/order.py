@@ -4,9 +4,9 @@ What comes in: how many samples each shard holds, the sources' weights, a seed. 
 sample ids, addressable at any position without a shuffle buffer or a stored permutation. Surprise: "epoch" belongs to a
 source, not to the run; a source that is drawn more often simply begins its next permutation earlier.
 
-Shards are permuted, then samples within windows of `SHARDS_PER_WINDOW` shards, so that neighbours on disk are read
-together but not trained together. Both permutations are 4-round Feistel networks with cycle walking (Black and Rogaway,
-"Ciphers with arbitrary finite domains", 2002), keyed by (seed, source, epoch).
+Shards are permuted, then samples within windows of up to `SHARDS_PER_WINDOW` shards, so that neighbours on disk are
+read together but not trained together. Both permutations are 4-round Feistel networks with cycle walking (Black and
+Rogaway, "Ciphers with arbitrary finite domains", 2002), keyed by (seed, source, epoch).
 """
 
 from collections.abc import Sequence
@@ -18,7 +18,7 @@ import xxhash
 from phi3v_dist.data.shards import ShardTable
 
 SHARDS_PER_WINDOW = 16
-WEIGHT_SCALE = 1_000_000  # weights are whole numbers from here on, so that prefixes are exact
+WEIGHT_SCALE = 1_000_000_000  # what weights add up to as whole numbers: position x share still fits into 63 bits
 ROUNDS = 4
 
 
@@ -63,7 +63,8 @@ class Order:
         self.sources = [_Source(table, number) for number in range(len(table.sources))]
         weights = [source.weight for source in table.sources]
         if any(weights):  # a source without a weight counts as 1, as the others' weights are relative to it
-            self.shares = [round((weight or 1.0) * WEIGHT_SCALE) for weight in weights]
+            whole = sum(weight or 1.0 for weight in weights)
+            self.shares = [max(1, round((weight or 1.0) / whole * WEIGHT_SCALE)) for weight in weights]
         else:
             self.shares = [source.num_samples for source in self.sources]
         self.num_samples = sum(source.num_samples for source in self.sources)
@@ -117,8 +118,9 @@ class _Source:
         """One epoch: shards in their order, where each begins, and where each window of shards begins."""
         order = permute(np.arange(len(self.shards)), len(self.shards), key)
         begins = np.concatenate([[0], np.cumsum(self.sizes[order])])
-        windows = np.append(begins[:-1:SHARDS_PER_WINDOW], begins[-1])
-        return order, begins, windows
+        num_windows = -(-len(order) // SHARDS_PER_WINDOW)
+        borders = np.linspace(0, len(order), num_windows + 1).astype(int)  # even, so that none is one shard unmixed
+        return order, begins, begins[borders]
 
     def sample_ids(self, places: np.ndarray, seed: int, number: int) -> np.ndarray:
         ids = np.empty(len(places), np.int64)

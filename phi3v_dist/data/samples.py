@@ -1,8 +1,8 @@
 """Bytes of one sample → `Sample`: a typed conversation, its repaired pictures, and where both came from.
 
 What comes in: the members of one tar sample ({"json": b"…", "0.jpg": b"…"}). What goes out: a `Sample`, or `BadSample`
-with shard, key and reason. Surprise: pictures are repaired *here* (EXIF turned, 16-bit scaled, alpha laid on white,
-CMYK converted), because the processor must stay exactly as upstream, which does none of it.
+with shard, key and reason. Surprise: text is always plain text, whatever special token it spells; what a picture or a
+turn is comes from structure alone.
 
 A sample is `KEY.json` (or `KEY.txt`) and its pictures. The JSON either holds `messages`
 
@@ -10,10 +10,9 @@ A sample is `KEY.json` (or `KEY.txt`) and its pictures. The JSON either holds `m
                   {"role": "assistant", "content": "…"}]}
 
 or is any object, and the source's `prompt` and `answer` templates say what to make of its fields. Pictures that no part
-names come first in the first user turn, in the tar's order. Text is always plain text, whatever words it contains.
+names come first in the first user turn, in the tar's order.
 """
 
-import io
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -21,17 +20,16 @@ from functools import lru_cache
 from typing import Any
 
 import numpy as np
-import simplejpeg
 from jaxtyping import UInt8
-from jinja2 import StrictUndefined, Template, TemplateError
+from jinja2 import StrictUndefined, Template
 from jinja2.sandbox import SandboxedEnvironment
-from PIL import Image, ImageOps
 
 from phi3v_dist.config import SourceSettings
+from phi3v_dist.data.pictures import PICTURE_ERRORS, decode_image
 from phi3v_dist.errors import DataError
 
 ROLES = ("system", "user", "assistant")
-ALPHA_BACKGROUND = (255, 255, 255)
+TEXT_MEMBERS = ("json", "txt")
 
 
 @dataclass(frozen=True)
@@ -115,33 +113,26 @@ def decode_sample(
     """
     try:
         messages = read_messages(parts, image_names, source)
-        images = tuple(decode_image(parts[name]) for name in image_names)
-    except (ValueError, KeyError, OSError, Image.DecompressionBombError) as error:
+    except ValueError as error:
         raise BadSample(shard, key, str(error)) from error
-    return Sample(sample_id, shard, key, source_name, messages, images)
-
-
-def decode_image(data: bytes) -> UInt8[np.ndarray, "height width 3"]:
-    """Picture file → upright 8-bit RGB. Raises OSError or ValueError when it is not whole."""
-    with Image.open(io.BytesIO(data)) as file:
-        if file.format == "JPEG" and file.mode in ("L", "RGB") and not file.getexif():
-            return simplejpeg.decode_jpeg(data, colorspace="RGB", strict=True)
-        picture: Image.Image = ImageOps.exif_transpose(file)
-        if picture.mode.startswith("I"):  # 16-bit grey; upstream clips at 255, which leaves nearly all white
-            return np.repeat((np.asarray(picture).clip(0, 65535) >> 8).astype(np.uint8)[..., None], 3, axis=2)
-        if picture.has_transparency_data:
-            picture = picture.convert("RGBA")
-            background = Image.new("RGBA", picture.size, ALPHA_BACKGROUND)
-            picture = Image.alpha_composite(background, picture)
-        return np.asarray(picture.convert("RGB"))
+    images = []
+    for name in image_names:
+        try:
+            images.append(decode_image(parts[name]))
+        except PICTURE_ERRORS as error:
+            raise BadSample(shard, key, f"{name} is not a readable picture: {error}") from error
+    return Sample(sample_id, shard, key, source_name, messages, tuple(images))
 
 
 def _record(parts: Mapping[str, bytes]) -> dict[str, Any]:
     record: dict[str, Any] = {}
     if "txt" in parts:
-        record["text"] = parts["txt"].decode().strip()
+        record["text"] = parts["txt"].decode("utf-8-sig").strip()
     if "json" in parts:
-        loaded = json.loads(parts["json"])
+        try:
+            loaded = json.loads(parts["json"])
+        except (ValueError, RecursionError) as error:
+            raise ValueError(f"its JSON cannot be read: {error}") from error
         if not isinstance(loaded, dict):
             raise ValueError(f"its JSON is a {type(loaded).__name__}, not an object with fields")
         record |= loaded
@@ -157,7 +148,7 @@ def _from_templates(record: Mapping[str, Any], source: SourceSettings) -> list[M
         if template is not None:
             try:
                 text = _template(template).render(record)
-            except TemplateError as error:
+            except Exception as error:  # a template is a small program of the user's, and can raise what it likes
                 raise ValueError(f"template {template!r}: {error} (fields: {', '.join(sorted(record))})") from error
             messages.append(Message(role, (text,) if text else ()))
     return messages
@@ -172,10 +163,17 @@ def _from_messages(turns: Any, image_names: list[str]) -> list[Message]:
         if not isinstance(turn, dict) or turn.get("role") not in ROLES:
             raise ValueError(f"a turn needs a role among {', '.join(ROLES)}: {str(turn)[:80]}")
         content = turn.get("content")
+        if not isinstance(content, str | list):
+            raise ValueError(f"the content of a turn is neither text nor a list of parts: {str(turn)[:80]}")
         parts: list[str | int] = []
-        for part in [{"type": "text", "text": content}] if isinstance(content, str) else content or []:
+        for part in [{"type": "text", "text": content}] if isinstance(content, str) else content:
+            if not isinstance(part, dict):
+                raise ValueError(f"a part of a turn is not an object with a `type`: {str(part)[:80]!r}")
             if part.get("type") == "image":
-                name = part.get("image", image_names[next_image] if next_image < len(image_names) else None)
+                name = part.get("image")
+                if name is None and next_image < len(image_names):
+                    name = image_names[next_image]
+                name = name.lower() if isinstance(name, str) else name  # as WebDataset names members
                 if name not in image_names:
                     raise ValueError(
                         f"a turn shows picture {name!r}; the sample has: {', '.join(image_names) or 'none'}"
@@ -192,4 +190,11 @@ def _from_messages(turns: Any, image_names: list[str]) -> list[Message]:
 
 @lru_cache(maxsize=64)
 def _template(text: str) -> Template:
-    return SandboxedEnvironment(undefined=StrictUndefined, keep_trailing_newline=True).from_string(text)
+    environment = SandboxedEnvironment(undefined=StrictUndefined, keep_trailing_newline=True, finalize=_refuse_null)
+    return environment.from_string(text)
+
+
+def _refuse_null(value: Any) -> Any:
+    if value is None:
+        raise ValueError("a value it shows is null, which would be written as None; {{ field or '' }} allows it")
+    return value

@@ -28,15 +28,17 @@ import numpy as np
 import xxhash
 
 from phi3v_dist.config import SourceSettings
-from phi3v_dist.data.samples import IMAGE_SUFFIXES, PICTURE_ERRORS, upright_size
+from phi3v_dist.data.pictures import IMAGE_SUFFIXES, PICTURE_ERRORS, upright_size
 from phi3v_dist.data.sidecar import ENDINGS, Columns, load_sidecar, save_sidecar
 from phi3v_dist.errors import DataError
 
 INDEX_FORMAT = "2"
 INDEX_SUFFIX = "index.safetensors"
-DTYPES = {"offset": np.int64, "size_bytes": np.int64, "width": np.int32, "height": np.int32, "checksum": np.uint64}
+MEMBER_DTYPES = {
+    "offset": np.int64, "size_bytes": np.int64, "width": np.int32, "height": np.int32, "checksum": np.uint64,
+}  # fmt: skip
 
-_META = re.compile(r"(^|/)__[^/]*__($|[/.])")  # names that WebDataset keeps for itself
+_META = re.compile(r"__[^/]*__($|[/.])")  # names that WebDataset keeps for itself
 
 
 class Member(NamedTuple):
@@ -76,7 +78,7 @@ class ShardIndex:
     def members(self, number: int) -> list[Member]:
         """The members of sample `number`, in the tar's order."""
         first, end = self.columns["member_start"][number : number + 2]
-        names, *numbers = (self.columns[column][first:end].tolist() for column in ("member_name", *DTYPES))
+        names, *numbers = (self.columns[column][first:end].tolist() for column in ("member_name", *MEMBER_DTYPES))
         return [Member(self.names[name], *row) for name, *row in zip(names, *numbers, strict=True)]
 
     def image_sizes(self, number: int) -> dict[str, tuple[int, int]]:
@@ -129,7 +131,7 @@ def build_index(tar: Path) -> ShardIndex:
         "member_start": np.cumsum([0, *map(len, samples.values())]).astype(np.int64),
         "member_name": np.array([number_of_name[member.name] for member in flat], np.int32),
     }
-    columns |= {column: np.array([getattr(m, column) for m in flat], dtype) for column, dtype in DTYPES.items()}
+    columns |= {column: np.array([getattr(m, column) for m in flat], dtype) for column, dtype in MEMBER_DTYPES.items()}
     index = ShardIndex(size_bytes, names, {i: bad[key] for i, key in enumerate(samples) if key in bad}, columns)
     metadata = {"format": INDEX_FORMAT, "tar_size_bytes": str(size_bytes), "names": json.dumps(names)}
     save_sidecar(tar, INDEX_SUFFIX, columns, metadata | {"bad": json.dumps(index.bad)})
@@ -138,26 +140,26 @@ def build_index(tar: Path) -> ShardIndex:
 
 def _read_members(tar: Path, size_bytes: int) -> Iterator[tuple[str, str, tarfile.TarInfo, bytes]]:
     """(key, name, entry, contents) of each member that belongs to a sample; key and name split as WebDataset does."""
+    seen = ""
     try:
-        archive = tarfile.open(tar, "r:")
-    except tarfile.TarError as error:
-        raise DataError(f"{tar}: not a tar file ({error}). Shards must be plain tars; unpack compressed ones") from error
-    seen = "its first member"
-    with archive:
-        try:
+        with tarfile.open(tar, "r:") as archive:
             for entry in archive:
+                seen = entry.name
                 if entry.size < 0 or entry.isreg() and entry.offset_data + entry.size > size_bytes or entry.issparse():
-                    raise tarfile.ReadError(f"{entry.name!r} is said to have {entry.size} bytes that are not there")
+                    raise tarfile.ReadError(f"it should have {entry.size} bytes, which are not there")
                 folder, _, file_name = entry.name.rpartition("/")
                 stem, _, name = file_name.partition(".")
-                seen = repr(entry.name)
-                if not stem or not name or entry.isdir() or _META.search(entry.name):
+                if not stem or not name or entry.isdir() or _META.match(entry.name):
                     continue
                 file = archive.extractfile(entry) if entry.isreg() else None
                 yield f"{folder}/{stem}" if folder else stem, name.lower(), entry, file.read() if file else b""
             _check_end(archive)
-        except (tarfile.TarError, ValueError, OverflowError, MemoryError) as error:  # damaged headers say anything
-            raise DataError(f"{tar}: damaged after {seen} ({error}). Copy or write the shard again") from error
+    except (tarfile.TarError, ValueError, OverflowError, MemoryError) as error:  # damaged headers ask for anything
+        if not seen:
+            why = f"not a tar file ({error}). Shards must be plain tars; unpack compressed ones"
+        else:
+            why = f"damaged at or after its member {seen!r} ({error}). Copy or write the shard again"
+        raise DataError(f"{tar}: {why}") from error
 
 
 def _check_end(archive: tarfile.TarFile) -> None:
@@ -181,12 +183,13 @@ def expand(patterns: Sequence[str]) -> tuple[list[Path], list[str]]:
         named = list(_expand_braces(pattern))
         for name in named:
             matches = [name] if os.path.isfile(name) else sorted(glob.glob(name))
-            matches = [match for match in matches if not match.endswith(ENDINGS)]
+            matches = [match for match in matches if not match.endswith(ENDINGS) and not os.path.isdir(match)]
             found += [Path(match) for match in matches]
             missing += [] if matches else [name]
         if missing or not named:
             what = "no such shard" if len(named) == len(missing) else f"{len(missing)} of {len(named)} shards missing"
-            which = f" ({', '.join(missing[:3])}{', …' if len(missing) > 3 else ''})" if missing != [pattern] else ""
+            names = ", ".join(missing[:3]) + ", …" * (len(missing) > 3)
+            which = f" ({names})" if missing not in ([], [pattern]) else ""
             problems.append(f"data: {pattern}: {what}{which}; correct `shards`, or put the files there")
     repeated = [path for path, count in Counter(found).items() if count > 1]
     problems += [f"data: {path}: named more than once by one source; correct `shards`" for path in repeated]

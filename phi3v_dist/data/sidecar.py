@@ -60,4 +60,4 @@ def _beside(tar: Path, suffix: str) -> Path:
 
 def _cached(tar: Path, suffix: str) -> Path:
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "phi3v_dist"
-    return cache / f"{xxhash.xxh3_64_hexdigest(str(tar.resolve()).encode(errors='surrogateescape'))}-{tar.name}.{suffix}"
+    return cache / f"{xxhash.xxh3_64_hexdigest(os.fsencode(tar.resolve()))}-{tar.name}.{suffix}"

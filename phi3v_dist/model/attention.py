@@ -93,12 +93,15 @@ def choose_backend(wanted: str, device: torch.device) -> str:
 
 
 def attend(
-    module: torch.nn.Module, query: Float[Tensor, "1 heads tokens head_dim"],
-    key: Float[Tensor, "1 kv_heads tokens head_dim"], value: Float[Tensor, "1 kv_heads tokens head_dim"],
+    module: torch.nn.Module, query: Float[Tensor, "rows heads tokens head_dim"],
+    key: Float[Tensor, "rows kv_heads tokens head_dim"], value: Float[Tensor, "rows kv_heads tokens head_dim"],
     attention_mask: None, *, scaling: float, layout: Layout | None = None, backend: str = "sdpa",
     cache: "KeyValueCache | None" = None, **_: Any,
-) -> tuple[Float[Tensor, "1 tokens heads head_dim"], None]:  # fmt: skip
-    """Transformers' attention interface (`AttentionInterface`): the layer calls this with rotated queries and keys."""
+) -> tuple[Float[Tensor, "rows tokens heads head_dim"], None]:  # fmt: skip
+    """Transformers' attention interface (`AttentionInterface`): the layer calls this with rotated queries and keys.
+
+    One flat row, except while generating with a cache, when each row carries one token.
+    """
     if cache is not None:
         return cache.attend(module.layer_idx, query, key, value, scaling), None  # type: ignore[arg-type]
     assert layout is not None  # Phi3VDecoder always gives one

@@ -5,6 +5,7 @@ config and tokenizer files. Surprise: tensors that were never computed (CLIP's l
 folder, so the export is complete; and the folder gets its name only after it was read back and gave the same logits.
 """
 
+import json
 import logging
 import shutil
 from collections.abc import Callable
@@ -24,20 +25,25 @@ COPIED = (
     "config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json",
     "preprocessor_config.json", "processor_config.json", "tokenizer.model", "added_tokens.json", "*.py", "LICENSE*",
 )  # fmt: skip
+ORIGIN_NAME = "origin.json"  # which checkpoint an export was made from
 PROBE_PROMPT = "<|user|>\n<|image_1|>\nWhat is shown in this image?<|end|>\n<|assistant|>\n"
 
 log = logging.getLogger(__name__)
 
 
-def export(checkpoint: Path, base: Path, out: Path) -> int:
-    """Write `out`; returns the number of tensors.
+def export(checkpoint: Path, base: Path, out: Path) -> None:
+    """Write `out`, unless it holds this checkpoint already.
 
     Raises:
         CheckpointError: `out` exists, the checkpoint is not of the base folder's model, or what was written does not
             give the logits of what was trained. Nothing is left under the name `out` then.
     """
+    origin = {"checkpoint": checkpoint.name, "run": checkpoint.parent.parent.name}
+    if (out / ORIGIN_NAME).is_file() and json.loads((out / ORIGIN_NAME).read_text()) == origin:
+        log.info("%s holds %s already", out, checkpoint.name)
+        return
     if out.exists():
-        raise CheckpointError(f"{out}: exists; remove it or choose another --out")
+        raise CheckpointError(f"{out}: exists and is not the export of {checkpoint}; remove it or choose another --out")
     trained, weights = read_tensors(checkpoint), OfficialFolder(base)
     untrained = [name for name in weights.names if is_untrained(name) and name not in trained.names]
     missing = sorted(set(weights.names) - set(untrained) - set(trained.names))
@@ -61,8 +67,9 @@ def export(checkpoint: Path, base: Path, out: Path) -> int:
     names = sorted([*trained.names, *untrained])
     write_safetensors(partial, names, get)
     _verify(partial, trained.names, get)
+    (partial / ORIGIN_NAME).write_text(json.dumps(origin, indent=2) + "\n")
     partial.rename(out)
-    return len(names)
+    log.info("%s: %d tensors of %s, ready for from_pretrained", out, len(names), checkpoint.name)
 
 
 @torch.inference_mode()

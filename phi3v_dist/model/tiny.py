@@ -18,7 +18,7 @@ from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalize
 from torch import Tensor, nn
 
 from phi3v_dist.model.phi3v import Phi3VForCausalLM
-from phi3v_dist.model.vision import CLIPEncoderLayer, clip_config
+from phi3v_dist.model.vision import PATCHES_PER_SIDE, CLIPEncoderLayer, clip_config
 from phi3v_dist.model.weights import TOWER, write_safetensors
 
 SPACE = "\u2581"  # how Llama's tokenizers write a space
@@ -140,5 +140,20 @@ def _random_weights(config: dict[str, Any], seed: int) -> dict[str, Tensor]:
                 nn.init.normal_(tensor, std=tensor[0].numel() ** -0.5)
             elif name.endswith("bias"):
                 nn.init.zeros_(tensor)
+        position = f"{TOWER}embeddings.position_embedding.weight"
+        tensors[position].copy_(_grid_waves(*tensors[position].shape))
         tensors["model.embed_tokens.weight"][config["pad_token_id"]] = 0
     return tensors
+
+
+def _grid_waves(num_positions: int, width: int) -> Tensor:
+    """Class token, then patches row by row: sines and cosines of row and column (Vaswani et al., 2017, in two axes).
+
+    From noise, a small tower would first have to find out which patches are neighbours.
+    """
+    side = torch.arange(PATCHES_PER_SIDE).float()
+    frequencies = 100.0 ** -(torch.arange(width // 4) / (width // 4))
+    waves = torch.cat([(side[:, None] * frequencies).sin(), (side[:, None] * frequencies).cos()], dim=1)
+    rows, columns = torch.meshgrid(torch.arange(len(side)), torch.arange(len(side)), indexing="ij")
+    grid = torch.cat([waves[rows.flatten()], waves[columns.flatten()]], dim=1)
+    return torch.cat([torch.zeros(num_positions - len(grid), grid.shape[1]), grid])

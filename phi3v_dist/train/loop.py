@@ -28,10 +28,12 @@ log = logging.getLogger(__name__)
 def fit(run: Run) -> dict[str, float]:
     """Train to the last step, from the newest checkpoint if there is one; returns the summary."""
     totals, state = _start(run)
+    clock = Clock(totals.wall_s)
     for batches, data_s in _timed(run.loader(state)) if totals.step < run.num_steps else ():
         rates = learning_rates(totals.step + 1, run.num_steps, run.settings.train)
         result = train_step(run.engine, batches, rates, run.topology, data_s)
         totals.add(result)
+        totals.wall_s = clock.read_s()
         run.tracker.log(
             step_row(result, run.settings.data.row_length_tokens, run.topology.world_size) | totals.row(run)
         )
@@ -43,7 +45,18 @@ def fit(run: Run) -> dict[str, float]:
             break
         if run.settings.eval.every_steps and totals.step % run.settings.eval.every_steps == 0:
             _evaluate(run, totals.step, run.settings.eval.samples)
+    totals.wall_s = clock.read_s()
     return _finish(run, totals)
+
+
+class Clock:
+    """Wall time of a run, going on from what earlier attempts took to their last checkpoint."""
+
+    def __init__(self, earlier_s: float):
+        self._began = time.monotonic() - earlier_s
+
+    def read_s(self) -> float:
+        return time.monotonic() - self._began
 
 
 @dataclass
@@ -54,14 +67,13 @@ class Totals:
     tokens: int = 0
     samples: int = 0
     quarantined: int = 0
-    trained_s: float = 0.0
+    wall_s: float = 0.0
 
     def add(self, result: StepResult) -> None:
         self.step = result.step
         self.tokens += result.tokens
         self.samples += result.samples
         self.quarantined += result.quarantined
-        self.trained_s += sum(result.seconds.values())
 
     def row(self, run: Run) -> dict[str, float]:
         return {
@@ -69,7 +81,7 @@ class Totals:
             "train/samples": self.samples,
             "train/epoch": self.samples / max(1, run.train.usable(run.settings.data.row_length_tokens)),
             "data/quarantined": self.quarantined,
-            "run/wall_s": self.trained_s,
+            "run/wall_s": self.wall_s,
             "run/world_size": run.topology.world_size,
         }
 

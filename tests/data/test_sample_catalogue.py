@@ -136,6 +136,14 @@ def test_no_product_is_in_both_splits(catalogue: Path) -> None:
     assert not ids["train"] & ids["validation"]
 
 
+@pytest.mark.parametrize(("num_products", "validation_frac"), [(16, 0.01), (16, 0.9), (23, 0.5), (8, 0.0)])
+def test_both_splits_have_every_category_however_small(num_products: int, validation_frac: float) -> None:
+    products = plan_products(replace(SMALL, num_products=num_products, validation_frac=validation_frac))
+    splits = {"train", "validation"} if validation_frac else {"train"}
+    seen = {split: {p.look.category for p in products if p.split == split} for split in splits}
+    assert len(products) == num_products and all(seen["train"] == categories for categories in seen.values())
+
+
 def test_neighbours_half_a_turn_apart_are_no_more_alike_than_chance() -> None:
     order = [product.look.category for product in plan_products(CatalogueSettings()) if product.split == "validation"]
     half = len(order) // 2

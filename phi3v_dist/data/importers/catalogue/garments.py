@@ -74,7 +74,7 @@ class Garment:
     noun: its word in a title.
     fabric: closed; filled with the colour and the pattern. openings: closed; what shows through the fabric.
     stuff: colour of all that is not cloth: leather, steel, rubber, the dummy that wears it. Each category has its own,
-        which no cloth has: a small model from random weights reads colours after 100 steps, outlines after 1,000.
+        which no cloth has, because a small model from random weights reads colours long before it reads outlines.
     behind, front: closed, of this stuff, before and over the fabric. straps: open, thick, behind. buttons: in front.
     seams: open, thin. hems: open; where gold trim runs.
     bow, tag: where a bow sits and where the hang tag is tied.

@@ -151,9 +151,10 @@ def plan_products(settings: CatalogueSettings) -> list[Product]:
     """
     rng = random_stream(settings.seed, SPLIT_STREAM)
     size = len(GARMENTS)
-    blocks = np.array_split(np.arange(settings.num_products), range(size, settings.num_products, size))
+    blocks = np.array_split(np.arange(settings.num_products), range(size, settings.num_products - size + 1, size))
     blocks = [blocks[i] for i in rng.permutation(len(blocks))]
-    num_validation = max(1, round(settings.validation_frac * len(blocks))) if settings.validation_frac else 0
+    wanted = round(settings.validation_frac * len(blocks))
+    num_validation = min(max(1, wanted), len(blocks) - 1) if settings.validation_frac else 0
     words: dict[Kind, float] = {"card": settings.text_only_frac, "page": settings.document_frac}
     photos: dict[Kind, float] = {"photo": 1 - settings.multi_image_frac, "photos": settings.multi_image_frac}
     shown = 1 - sum(words.values())

@@ -1,16 +1,61 @@
-"""What pydantic found wrong → messages that name the key, the value and the way out.
+"""A YAML file and `key=value` words → plain data → validated settings, and a message for every mistake in them.
 
-What comes in: a settings class and a tree of plain data. What goes out: the settings and a message per mistake.
-Surprise: validation is repeated. Bad values are deleted after each round, so that defaults stand in for them and the
-rest can be looked at; what would only follow from a deletion is not reported.
+What comes in: a path, words, and a settings class. What goes out: the settings, and messages that name the key, the
+value and the way out. Surprise: validation is repeated. Bad values are deleted after each round, so that defaults stand
+in for them and the rest can be looked at; what would only follow from a deletion is not reported.
 """
 
 import difflib
+from collections.abc import Sequence
+from pathlib import Path
 from typing import Any, TypeVar, get_args, get_origin
 
+import yaml
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
 from pydantic import BaseModel, ValidationError
 
+from phi3v_dist.errors import ConfigError
+
 SectionT = TypeVar("SectionT", bound=BaseModel)
+UNREADABLE = (OmegaConfBaseException, yaml.YAMLError, OSError, ValueError, TypeError)  # as a YAML file or value
+
+
+def merge(path: Path, overrides: Sequence[str]) -> tuple[dict[str, Any], list[str]]:
+    """The file's tree with the overrides in it, and a message for each word that is no override.
+
+    Raises:
+        ConfigError: the file is missing or is not YAML with sections.
+    """
+    if not path.is_file():
+        near = difflib.get_close_matches(path.name, [p.name for p in path.parent.glob("*.yaml")], n=1)
+        hint = f"; did you mean {path.parent / near[0]}?" if near else ""
+        raise ConfigError(f"--config {path}: no such file{hint}")
+    problems: list[str] = []
+    try:
+        merged = OmegaConf.load(path)
+        for word in overrides:
+            try:
+                key, _, text = key_values([word])[0].partition("=")
+                value = OmegaConf.from_dotlist([f"value={text}"])["value"]
+                OmegaConf.update(merged, key, value)  # it reaches into lists too: data.train.0.weight=2
+            except ConfigError as error:
+                problems += error.problems
+            except UNREADABLE as error:
+                problems.append(f"override {word!r} cannot be applied: {str(error).splitlines()[0]}")
+        tree: Any = OmegaConf.to_container(merged, resolve=True, throw_on_missing=True)
+    except UNREADABLE as error:
+        raise ConfigError(f"{path} cannot be read: {error}") from error
+    if not isinstance(tree, dict):
+        raise ConfigError(f"{path} must hold sections such as `model:` and `data:`, found {type(tree).__name__}")
+    return tree, problems
+
+
+def key_values(words: Sequence[str]) -> list[str]:
+    """The words, when each is `key=value`; else ConfigError naming those that are not."""
+    if malformed := [word for word in words if "=" not in word.lstrip("=")]:
+        raise ConfigError([f"override {word!r} is not key=value, for example train.steps=100" for word in malformed])
+    return list(words)
 
 
 def validate(section: type[SectionT], tree: dict[str, Any]) -> tuple[SectionT | None, list[str]]:

@@ -1,0 +1,48 @@
+# Two commands do everything: `make train` and `make test`. Both are only the commands that you would type yourself.
+PYTHON ?= python3
+VENV := .venv
+GPUS := $(shell nvidia-smi --list-gpus 2>/dev/null | wc -l)
+RANKS ?= $(if $(filter-out 0,$(GPUS)),$(GPUS),2)
+
+export PATH := $(abspath $(VENV))/bin:$(PATH)
+export TORCH_EXTENSIONS_DIR := $(abspath $(VENV))/torch_extensions
+export PYTHONWARNINGS := ignore
+
+.DEFAULT_GOAL := help
+.PHONY: help setup train test test-slow lint bench clean
+
+help: ## this list
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
+
+setup: $(VENV)/.ready ## .venv with pinned dependencies
+
+$(VENV)/.ready: setup.cfg pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(VENV)/bin/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[dev]'
+	@touch $@
+
+train: setup ## sample data, a tiny Phi-3-V trained under ZeRO-3, scores, export, report
+	python launch/prepare.py sample --out data/catalogue
+	python launch/prepare.py tiny --out data/tiny-phi3v
+	deepspeed --num_accelerators $(RANKS) launch/train.py --config launch/configs/quickstart.yaml
+	python launch/export.py runs/quickstart
+	python launch/report.py runs/quickstart
+
+test: setup lint ## lint, types and every behaviour, in minutes
+	OMP_NUM_THREADS=1 python -m pytest -m "not slow"
+
+test-slow: setup ## long trials
+	OMP_NUM_THREADS=1 python -m pytest -m slow --timeout 3600
+
+lint: setup
+	ruff check .
+	ruff format --check .
+	mypy
+	shellcheck .ci/run
+	shfmt --diff --indent 2 .ci/run
+
+bench: setup ## side-by-side ratios, into bench.json
+	OMP_NUM_THREADS=1 python tests/bench/run.py --out bench.json
+
+clean: ## what make train made; .venv stays
+	rm -rf data/catalogue data/tiny-phi3v runs/quickstart

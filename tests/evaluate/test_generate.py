@@ -1,0 +1,186 @@
+"""Answers with a cache are those of running the whole text for every token, in whatever company."""
+
+import pytest
+import torch
+
+from phi3v_dist.data.batch import Example
+from phi3v_dist.evaluate import generate as module
+from phi3v_dist.evaluate.generate import Answer, generate, local_copy, plain_linear
+from phi3v_dist.model.phi3v import Phi3VForCausalLM, read_config
+from phi3v_dist.model.vision import num_image_tokens
+
+ORIGINAL_LENGTH = 24  # LongRoPE's, made small so that short texts cross it
+NEW_TOKENS = 14
+
+
+@pytest.fixture(scope="module", params=[2, 1], ids=["mha", "gqa"])
+def model(request, tiny_model):
+    """Large random weights: every token matters for the next one, and answers do not settle on one word."""
+    config = read_config(tiny_model)
+    config |= {"num_key_value_heads": request.param, "vocab_size": 1024}
+    with torch.random.fork_rng():
+        torch.manual_seed(5)
+        model = Phi3VForCausalLM(config).eval()
+        for parameter in model.parameters():
+            if parameter.dim() == 2:
+                torch.nn.init.normal_(parameter, std=1.5 * parameter.shape[1] ** -0.5)
+    model.rope.original_length = ORIGINAL_LENGTH
+    return model
+
+
+def text_prompt(length: int) -> Example:
+    ids = torch.randint(300, 1000, (length,), generator=torch.Generator().manual_seed(length))
+    none = torch.zeros(0, 2, dtype=torch.int64)
+    return Example(length, ids, torch.full_like(ids, -100), torch.zeros(0, 3, 336, 336), none)
+
+
+def picture_prompt(sizes: list[tuple[int, int]], length: int) -> Example:
+    """Pictures of these (height, width), then `length` words."""
+    generator = torch.Generator().manual_seed(length)
+    places = [torch.full((num_image_tokens(*size),), -k) for k, size in enumerate(sizes, start=1)]
+    ids = torch.cat([torch.tensor([1]), *places, torch.randint(300, 1000, (length,), generator=generator)])
+    crops = sum(h * w // 336**2 + 1 for h, w in sizes)
+    pixels = torch.randn(crops, 3, 336, 336, generator=generator)
+    return Example(length, ids, torch.full_like(ids, -100), pixels, torch.tensor(sizes))
+
+
+@torch.inference_mode()
+def reference(model, prompt: Example, max_new_tokens: int, stop_ids=()) -> Answer:
+    """Greedy, the whole text anew for every token: no cache, nothing beside it."""
+    ids, answer = prompt.input_ids, []
+    while len(answer) < max_new_tokens:
+        pictures = (prompt.pixel_values, prompt.image_sizes) if len(prompt.pixel_values) else ()
+        token = int(model(ids[None], *pictures).logits[0, -1].argmax())
+        if token in stop_ids:
+            return Answer(tuple(answer), True)
+        answer.append(token)
+        ids = torch.cat([ids, torch.tensor([token])])
+    return Answer(tuple(answer), False)
+
+
+# From the first new token on: never, at the 13th, at the 2nd, at the 1st (the prompt is exactly at the limit), long.
+TEXT_LENGTHS = (5, 12, 23, 24, 25, 40)
+
+
+@pytest.fixture(scope="module")
+def text(model):
+    """Prompts on every side of the original length, and what the reference answers."""
+    prompts = [text_prompt(length) for length in TEXT_LENGTHS]
+    return prompts, [reference(model, prompt, NEW_TOKENS) for prompt in prompts]
+
+
+def test_rows_that_cross_the_original_length_at_different_steps_answer_as_without_a_cache(model, text):
+    prompts, expected = text
+    assert generate(model, prompts, NEW_TOKENS, ()) == expected
+    assert all(len(set(answer.ids)) > 4 for answer in expected), "answers that repeat one word would prove little"
+
+
+def test_the_crossing_matters_to_these_answers(model, text):
+    """Else the test above could not tell a cache that is made anew from one that is kept."""
+    prompts, expected = text
+    model.rope.original_length = 1000
+    try:
+        uncrossed = generate(model, prompts, NEW_TOKENS, ())
+    finally:
+        model.rope.original_length = ORIGINAL_LENGTH
+    assert [a == b for a, b in zip(uncrossed, expected, strict=True)] == [True] + [False] * 5
+
+
+def test_an_answer_does_not_depend_on_its_company(model, text):
+    prompts, expected = text
+    assert [generate(model, [prompt], NEW_TOKENS, ())[0] for prompt in prompts] == expected
+    order = [4, 0, 5, 3, 1, 2]
+    assert generate(model, [prompts[i] for i in order], NEW_TOKENS, ()) == [expected[i] for i in order]
+
+
+def test_rows_stop_at_different_times_and_the_others_go_on(model, text):
+    prompts, full = text
+    stop_ids = (full[0].ids[3], full[3].ids[6], full[5].ids[0])  # ids that some rows say, at different steps
+    expected = [reference(model, prompt, NEW_TOKENS, stop_ids) for prompt in prompts]
+    assert generate(model, prompts, NEW_TOKENS, stop_ids) == expected
+    assert len({len(answer.ids) for answer in expected}) >= 3
+    assert Answer((), True) in expected, "a stop id at once leaves nothing"
+    assert any(not answer.stopped and len(answer.ids) == NEW_TOKENS for answer in expected)
+
+
+def test_a_stop_id_in_the_last_place_counts_and_one_after_it_does_not(model, text):
+    prompts, full = text
+    ids = full[1].ids
+    last = next(i for i, token in enumerate(ids) if i > 2 and token not in ids[:i])
+    assert generate(model, prompts[1:2], last + 1, [ids[last]]) == [Answer(ids[:last], True)]
+    assert generate(model, prompts[1:2], last, [ids[last]]) == [Answer(ids[:last], False)]
+
+
+@pytest.mark.parametrize("original_length", [318, 500], ids=["crossing", "short"])
+def test_prompts_with_pictures_answer_as_without_a_cache(model, original_length):
+    prompts = [
+        picture_prompt([(336, 336)], 4),  # 318 tokens: exactly at the limit when it is crossed
+        text_prompt(9),
+        picture_prompt([(336, 336)], 1),
+        picture_prompt([(336, 672), (336, 336)], 6),
+    ]
+    model.rope.original_length = original_length
+    try:
+        expected = [reference(model, prompt, 5) for prompt in prompts]
+        assert generate(model, prompts, 5, ()) == expected
+        assert generate(model, prompts[::-1], 5, ()) == expected[::-1]
+    finally:
+        model.rope.original_length = ORIGINAL_LENGTH
+
+
+def test_another_picture_gives_another_answer(model):
+    prompt, other = picture_prompt([(336, 336)], 4), picture_prompt([(336, 336)], 5)
+    exchanged = Example(0, prompt.input_ids, prompt.labels, other.pixel_values, prompt.image_sizes)
+    first, second = generate(model, [prompt, exchanged], 5, ())
+    assert first != second
+
+
+def test_no_prompts_give_no_answers(model):
+    assert generate(model, [], 5, ()) == []
+
+
+def test_the_global_generator_is_left_alone_and_nothing_wants_a_gradient(model, text):
+    before = torch.random.get_rng_state()
+    generate(model, text[0][:2], 3, ())
+    assert torch.equal(torch.random.get_rng_state(), before)
+    assert all(parameter.grad is None for parameter in model.parameters())
+
+
+def test_bf16_weights_are_answered_in_bf16(model, text):
+    answers = generate(local_copy(model).bfloat16(), text[0], 4, ())
+    assert all(len(answer.ids) == 4 for answer in answers)
+
+
+def test_a_copy_is_whole_and_its_own(model, text):
+    model.train()
+    copy = local_copy(model)
+    model.eval()
+    assert not copy.training
+    assert copy.state_dict().keys() == model.state_dict().keys()
+    for (name, ours), (_, theirs) in zip(copy.named_parameters(), model.named_parameters(), strict=True):
+        assert torch.equal(ours, theirs) and ours.data_ptr() != theirs.data_ptr(), name
+    copy.rope.original_length = ORIGINAL_LENGTH
+    prompt = picture_prompt([(336, 336)], 4)
+    assert generate(copy, [prompt], 3, ()) == generate(model, [prompt], 3, ())
+
+
+def replacement(*arguments):
+    raise AssertionError("DeepSpeed's linear was called")
+
+
+def test_generation_uses_torchs_own_linear_and_puts_the_replaced_one_back(model, text, monkeypatch):
+    expected = generate(model, text[0][:1], 3, ())
+    monkeypatch.setattr(torch.nn.functional, "linear", replacement)
+    assert generate(model, text[0][:1], 3, ()) == expected
+    assert torch.nn.functional.linear is replacement
+
+
+def test_the_replaced_linear_is_put_back_after_an_exception_too(model, text, monkeypatch):
+    monkeypatch.setattr(torch.nn.functional, "linear", replacement)
+    with pytest.raises(KeyError), plain_linear():
+        assert torch.nn.functional.linear is torch._C._nn.linear
+        raise KeyError
+    monkeypatch.setattr(module._Rows, "decode", lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        generate(model, text[0][:1], 3, ())
+    assert torch.nn.functional.linear is replacement

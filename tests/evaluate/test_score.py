@@ -1,0 +1,139 @@
+"""What is read from an answer, and what the metrics over answers are, by hand-computed numbers."""
+
+import pytest
+
+from phi3v_dist.config import FieldSettings
+from phi3v_dist.evaluate.score import read_field, score_answer, summarize
+from phi3v_dist.observe.metrics import check
+
+PRICE = FieldSettings(pattern=r"Price: (\S+)", kind="number")
+COLOUR = FieldSettings(pattern=r"Colour: (.*?)(?:,|$)")
+FIELDS = {"price": PRICE, "colour": COLOUR}
+
+
+def score(text, target, fields=FIELDS, stopped=True, num_tokens=10):
+    return score_answer(text, target, fields, stopped, num_tokens)
+
+
+@pytest.mark.parametrize(
+    ("text", "value"),
+    [
+        ("Price: 120", 120.0),
+        ("Price: 1,299.50", 1299.5),
+        ("Price: 12,345,678", 12_345_678.0),
+        ("Price: 0", 0.0),
+        ("Price: -3.5", -3.5),
+        ("Price: 1299.50.", 1299.5),  # the end of a sentence
+        ("Price: 120, in red", 120.0),
+        ("Price: 1e3", 1000.0),
+        ("Price: nan", None),
+        ("Price: inf", None),
+        ("Price: " + "9" * 400, None),  # no finite number
+        ("Price: unknown", None),
+        ("Price: 12.3.4", None),
+        ("Price: .", None),
+        ("Price: ", None),
+        ("price: 120", None),
+        ("", None),
+    ],
+)
+def test_a_number_is_read_with_its_separators_or_not_at_all(text, value):
+    assert read_field(text, PRICE) == value
+
+
+def test_text_is_read_trimmed_and_over_line_ends():
+    assert read_field("Colour:  dark red , Price: 3", COLOUR) == "dark red"
+    assert read_field("Colour: dark\nred, x", COLOUR) == "dark\nred"
+
+
+def test_a_group_that_took_part_in_no_match_is_no_value():
+    optional = FieldSettings(pattern=r"Price:(?: ([0-9]+))?", kind="number")
+    assert read_field("Price: none", optional) is None
+
+
+def test_one_answer_is_compared_field_by_field():
+    result = score("Colour: red, Price: 110", "Colour: red, Price: 100")
+    price, colour = result.fields["price"], result.fields["colour"]
+    assert (price.target, price.prediction, price.correct, price.error) == (100.0, 110.0, False, 10.0)
+    assert (colour.target, colour.prediction, colour.correct, colour.error) == ("red", "red", True, None)
+    assert result.parsed
+
+
+def test_numbers_are_right_however_they_are_written():
+    assert score("Price: 1,200.00", "Price: 1200").fields["price"].correct
+
+
+def test_a_field_that_the_truth_does_not_have_is_not_asked_for():
+    result = score("Colour: blue", "Colour: blue")
+    assert result.fields.keys() == {"colour"}
+    assert result.parsed
+    assert score("anything", "hello").fields == {} and score("anything", "hello").parsed
+
+
+def test_an_answer_lacking_one_of_the_truths_fields_is_not_parsed():
+    result = score("Colour: red, Price: dear", "Colour: red, Price: 100")
+    assert not result.parsed
+    assert (result.fields["price"].prediction, result.fields["price"].error) == (None, None)
+    assert not result.fields["price"].correct and result.fields["colour"].correct
+
+
+def test_metrics_are_those_computed_by_hand():
+    scores = [
+        score("Colour: red, Price: 100", "Colour: red, Price: 100", num_tokens=8),
+        score("Colour: red, Price: 110", "Colour: blue, Price: 100", num_tokens=10),
+        score("Colour: red, Price: 70", "Colour: red, Price: 50", num_tokens=12),
+        score("no idea", "Colour: red, Price: 40", stopped=False, num_tokens=30),
+        score("hello", "hello", num_tokens=0),  # a truth without fields
+    ]
+    assert summarize(scores) == pytest.approx({
+        "eval/samples": 5,
+        "eval/parse_fail_pct": 20.0,
+        "eval/stop_pct": 80.0,
+        "eval/gen_tokens/mean": 12.0,
+        "eval/field_em/colour": 2 / 4,
+        "eval/field_em/price": 1 / 4,
+        "eval/price_mae": (0 + 10 + 20) / 3,
+        "eval/price_within_10pct": 2 / 3,
+        "eval/price_median_ape_pct": 10.0,
+    })  # fmt: skip
+
+
+def test_every_name_is_in_the_registry_also_for_the_blind_control():
+    scores = [score("Colour: red, Price: 1", "Colour: red, Price: 2")]
+    check(summarize(scores))
+    blind = summarize(scores, "eval/blind")
+    check(blind)
+    assert all(name.startswith("eval/blind/") for name in blind)
+
+
+@pytest.mark.parametrize(
+    ("prediction", "truth", "within"),
+    [
+        ("110", "100", 1), ("90", "100", 1), ("110.01", "100", 0), ("89.99", "100", 0),
+        ("21.89", "19.90", 1),  # exactly 10 %, though not in binary fractions
+        ("0", "0", 1), ("0.01", "0", 0), ("-110", "-100", 1), ("-89", "-100", 0), ("100", "-100", 0),
+    ],
+)  # fmt: skip
+def test_within_ten_percent_is_of_the_truths_size(prediction, truth, within):
+    metrics = summarize([score(f"Price: {prediction}", f"Price: {truth}")])
+    assert metrics["eval/price_within_10pct"] == within
+
+
+def test_a_truth_of_zero_has_an_error_and_no_percentage():
+    metrics = summarize([score("Price: 5", "Price: 0")])
+    assert metrics["eval/price_mae"] == 5.0
+    assert "eval/price_median_ape_pct" not in metrics
+    both = summarize([score("Price: 5", "Price: 0"), score("Price: -15", "Price: -10")])
+    assert (both["eval/price_mae"], both["eval/price_median_ape_pct"]) == (5.0, 50.0)
+
+
+def test_when_nothing_can_be_read_there_is_no_error_of_zero():
+    metrics = summarize([score("?", "Colour: red, Price: 100", stopped=False)] * 3)
+    assert metrics == {
+        "eval/samples": 3.0, "eval/parse_fail_pct": 100.0, "eval/stop_pct": 0.0, "eval/gen_tokens/mean": 10.0,
+        "eval/field_em/colour": 0.0, "eval/field_em/price": 0.0,
+    }  # fmt: skip
+
+
+def test_over_no_answers_there_are_no_metrics():
+    assert summarize([]) == {}

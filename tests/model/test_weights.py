@@ -1,0 +1,172 @@
+"""Safetensors by official name: what a folder must hold, what may be absent, and every name that does not fit."""
+
+import json
+import shutil
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from phi3v_dist.errors import CheckpointError
+from phi3v_dist.model.phi3v import Phi3VForCausalLM, read_config
+from phi3v_dist.model.weights import OfficialFolder, load_weights, write_safetensors
+
+EMBEDDING = "model.embed_tokens.weight"
+EMBEDDING_ALIAS = "model.vision_embed_tokens.wte.weight"
+TOWER = "model.vision_embed_tokens.img_processor.vision_model."
+UNTRAINED = (f"{TOWER}encoder.layers.1.", f"{TOWER}post_layernorm.")
+
+
+@pytest.fixture
+def folder(tiny_model, tmp_path):
+    """A copy of the tiny model's folder, to be changed."""
+    return shutil.copytree(tiny_model, tmp_path / "model")
+
+
+@pytest.fixture
+def tensors(tiny_model):
+    return load_file(tiny_model / "model.safetensors")
+
+
+def write(folder, tensors):
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+
+
+def load_both_ways(folder) -> Phi3VForCausalLM:
+    """By `from_pretrained`, and into a live model; both must agree."""
+    model = Phi3VForCausalLM.from_pretrained(folder)
+    live = Phi3VForCausalLM(read_config(folder))
+    load_weights(live, OfficialFolder(folder))
+    for (name, ours), (_, theirs) in zip(model.named_parameters(), live.named_parameters(), strict=True):
+        assert torch.equal(ours, theirs), name
+    return model
+
+
+def test_every_parameter_is_set_from_the_file(folder, tensors):
+    model = load_both_ways(folder)
+    for name, parameter in model.named_parameters():
+        assert torch.equal(parameter, tensors[name]), name
+    assert not any(parameter.is_meta for parameter in [*model.parameters(), *model.buffers()])
+
+
+def test_untrained_tensors_may_be_there_or_not(folder, tensors):
+    without = {name: tensor for name, tensor in tensors.items() if not name.startswith(UNTRAINED)}
+    assert len(tensors) - len(without) == 18, "16 of CLIP's last layer, 2 of its norm"
+    write(folder, without)
+    load_both_ways(folder)
+
+
+@pytest.mark.parametrize("keep", [(EMBEDDING,), (EMBEDDING_ALIAS,), (EMBEDDING, EMBEDDING_ALIAS)])
+def test_the_embedding_may_go_by_either_name_or_both(folder, tensors, keep):
+    embedding = tensors.pop(EMBEDDING)
+    write(folder, tensors | {name: embedding.clone() for name in keep})
+    assert torch.equal(load_both_ways(folder).model.embed_tokens.weight, embedding)
+    assert EMBEDDING_ALIAS not in OfficialFolder(folder).names
+
+
+def test_missing_extra_and_misshaped_names_come_in_one_error(folder, tensors):
+    del tensors["model.norm.weight"], tensors[f"{TOWER}encoder.layers.0.mlp.fc1.bias"]
+    tensors["lm_head.bias"] = torch.zeros(3)
+    tensors[f"{TOWER}encoder.layers.0.mlp.fc9.weight"] = torch.zeros(3)  # in a layer that is trained
+    tensors[f"{TOWER}encoder.layers.2.mlp.fc1.bias"] = torch.zeros(3)  # one layer more than the tower has
+    tensors["model.layers.0.mlp.down_proj.weight"] = torch.zeros(64, 127)
+    write(folder, tensors)
+    expected = [
+        f"{folder}: model.norm.weight: missing",
+        f"{folder}: {TOWER}encoder.layers.0.mlp.fc1.bias: missing",
+        f"{folder}: lm_head.bias: not a part of this model",
+        f"{folder}: {TOWER}encoder.layers.0.mlp.fc9.weight: not a part of this model",
+        f"{folder}: {TOWER}encoder.layers.2.mlp.fc1.bias: not a part of this model",
+        f"{folder}: model.layers.0.mlp.down_proj.weight: shape (64, 127), config.json says (64, 128)",
+    ]
+    for load in (
+        Phi3VForCausalLM.from_pretrained,
+        lambda folder: load_weights(Phi3VForCausalLM(read_config(folder)), OfficialFolder(folder)),
+    ):
+        with pytest.raises(CheckpointError) as caught:
+            load(folder)
+        assert sorted(caught.value.problems) == sorted(expected)
+
+
+def test_several_files_with_an_index_read_as_one(folder, tensors):
+    (folder / "model.safetensors").unlink()
+    names = sorted(tensors)
+    write_safetensors(folder, names, tensors.__getitem__, shard_size_bytes=200_000)
+    index = json.loads((folder / "model.safetensors.index.json").read_text())
+    files = sorted(set(index["weight_map"].values()))
+    assert len(files) > 2 and files[0] == f"model-00001-of-{len(files):05d}.safetensors"
+    assert index["metadata"]["total_size"] == sum(t.numel() * t.element_size() for t in tensors.values())
+    for file in files:
+        stored = load_file(folder / file)
+        assert {name for name, place in index["weight_map"].items() if place == file} == set(stored)
+        size_bytes = sum(t.numel() * t.element_size() for t in stored.values())
+        assert size_bytes <= 200_000 or len(stored) == 1
+    weights = OfficialFolder(folder)
+    assert weights.names == names
+    assert all(torch.equal(weights.get(name), tensors[name]) for name in names)
+    assert all(weights.shape(name) == tuple(tensors[name].shape) for name in names)
+    load_both_ways(folder)
+
+
+def test_one_file_needs_no_index(tmp_path):
+    write_safetensors(tmp_path, ["a"], {"a": torch.arange(6.0).view(2, 3).T}.__getitem__)
+    assert [path.name for path in tmp_path.iterdir()] == ["model.safetensors"]
+    assert OfficialFolder(tmp_path).get("a").tolist() == [[0, 3], [1, 4], [2, 5]]
+
+
+def test_a_file_that_the_index_names_and_is_not_there_is_named(folder, tensors):
+    (folder / "model.safetensors").unlink()
+    write_safetensors(folder, sorted(tensors), tensors.__getitem__, shard_size_bytes=200_000)
+    missing = next(folder.glob("model-00002-of-*.safetensors"))
+    missing.unlink()
+    with pytest.raises(CheckpointError, match=f"{missing}: cannot be read"):
+        OfficialFolder(folder)
+
+
+@pytest.mark.parametrize("content", ["{", "{}", '{"weight_map": 3}', "[]"])
+def test_an_index_that_is_none_is_named(folder, content):
+    (folder / "model.safetensors.index.json").write_text(content)
+    with pytest.raises(CheckpointError, match="model.safetensors.index.json: no JSON with a `weight_map`"):
+        OfficialFolder(folder)
+
+
+@pytest.mark.parametrize("damage", ["cut off", "no header"])
+def test_a_damaged_file_is_named(folder, damage):
+    path = folder / "model.safetensors"
+    content = path.read_bytes()
+    path.write_bytes(content[:-1] if damage == "cut off" else b"\xff" * 100)
+    with pytest.raises(CheckpointError, match=f"{path}: cannot be read as safetensors"):
+        Phi3VForCausalLM.from_pretrained(folder)
+
+
+def test_pickles_are_refused_with_the_reason(folder):
+    (folder / "model.safetensors").rename(folder / "pytorch_model.bin")
+    with pytest.raises(CheckpointError, match=r"pytorch_model.bin is a pickle, which can run code when read"):
+        OfficialFolder(folder)
+
+
+def test_an_empty_or_missing_folder_is_named(tmp_path):
+    with pytest.raises(CheckpointError, match="no model.safetensors"):
+        OfficialFolder(tmp_path)
+    with pytest.raises(CheckpointError, match="nowhere: no model.safetensors"):
+        OfficialFolder(tmp_path / "nowhere")
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [(None, "no such file"), ("{", "not JSON"), ('{"model_type": "phi3"}', "model_type is 'phi3', not 'phi3_v'")],
+)
+def test_a_config_that_is_not_of_this_model_is_refused(folder, content, message):
+    (folder / "config.json").unlink()
+    if content:
+        (folder / "config.json").write_text(content)
+    with pytest.raises(CheckpointError, match=f"config.json: {message}"):
+        read_config(folder)
+
+
+def test_files_in_bf16_stay_bf16_unless_another_type_is_asked_for(folder, tensors):
+    write(folder, {name: tensor.bfloat16() for name, tensor in tensors.items()})
+    assert OfficialFolder(folder).dtype == torch.bfloat16
+    assert Phi3VForCausalLM.from_pretrained(folder).lm_head.weight.dtype == torch.bfloat16
+    model = Phi3VForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    assert {parameter.dtype for parameter in model.parameters()} == {torch.float32}

@@ -1,0 +1,119 @@
+"""The DeepSpeed JSON: what is filled in, and what contradicts the settings."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from deepspeed.runtime.config import DeepSpeedConfig
+
+from phi3v_dist.config import Settings
+from phi3v_dist.parallel.zero import problems, resolve
+
+SHIPPED = sorted((Path(__file__).parents[2] / "ds_configs").glob("*.json"))
+ZERO3 = {"zero_optimization": {"stage": 3}}
+
+
+@pytest.fixture
+def settings(tmp_path):
+    """Settings with a DeepSpeed JSON of this content, or the path of one."""
+
+    def settings(config, **train) -> Settings:
+        path = config
+        if not isinstance(config, Path):
+            path = tmp_path / "ds.json"
+            path.write_text(config if isinstance(config, str) else json.dumps(config))
+        tree = {
+            "model": {"path": "m"},
+            "data": {"train": [{"shards": "a.tar"}]},
+            "train": {"steps": 200} | train,
+            "parallel": {"deepspeed": path},
+        }
+        return Settings.model_validate(tree)
+
+    return settings
+
+
+@pytest.mark.parametrize("path", SHIPPED, ids=lambda path: path.name)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_every_shipped_json_resolves_to_what_deepspeed_accepts(settings, path, dtype):
+    chosen = settings(path, rows_per_step=8, grad_clip=0.5)
+    assert problems(chosen, world_size=1) == []
+    config = resolve(chosen, 1, dtype, hidden_size=64)
+    assert '"auto"' not in json.dumps(config)
+    read = DeepSpeedConfig(config)
+    assert (read.zero_optimization_stage, read.gradient_clipping) == (3, 0.5)
+    assert (read.train_batch_size, read.gradient_accumulation_steps) == (8, 8)
+    assert read.bfloat16_config.enabled == (dtype == torch.bfloat16)
+
+
+@pytest.mark.parametrize(("rows", "world_size", "micro_steps"), [(8, 2, 4), (3, 2, 2), (2, 4, 1), (1, 1, 1)])
+def test_batch_numbers_follow_from_rows_and_ranks(settings, rows, world_size, micro_steps):
+    config = resolve(settings(ZERO3, rows_per_step=rows), world_size, torch.float32, 64)
+    assert config["gradient_accumulation_steps"] == micro_steps
+    assert config["train_batch_size"] == micro_steps * world_size
+    assert config["train_micro_batch_size_per_gpu"] == 1
+
+
+def test_values_that_have_no_home_elsewhere_are_kept(settings):
+    zero = {"stage": 3, "reduce_bucket_size": 1000, "stage3_prefetch_bucket_size": "auto"}
+    given = {"zero_optimization": zero, "bf16": {"enabled": "auto", "check_grad_overflow": True}, "seed": 3}
+    config = resolve(settings(given), 1, torch.bfloat16, hidden_size=100)
+    assert config["zero_optimization"] == {
+        "stage": 3, "reduce_bucket_size": 1000, "stage3_prefetch_bucket_size": 9000,
+    }  # fmt: skip
+    assert config["bf16"] == {"enabled": True, "check_grad_overflow": True}
+    assert config["seed"] == 3
+
+
+@pytest.mark.parametrize(
+    ("extra", "message"),
+    [
+        ({"train_batch_size": 8}, '`train_batch_size` is 8; write "auto", its home is train.rows_per_step'),
+        ({"gradient_accumulation_steps": 8}, "its home is train.gradient_accumulation_steps"),
+        ({"train_micro_batch_size_per_gpu": 1}, "its home is one row per forward, always"),
+        ({"gradient_clipping": 1.0}, '`gradient_clipping` is 1.0; write "auto", its home is train.grad_clip'),
+        ({"bf16": {"enabled": False}}, '`bf16.enabled` is False; write "auto", its home is model.dtype'),
+        ({"bf16": True}, "`bf16.enabled` is True"),
+        (
+            {"optimizer": {"type": "AdamW", "params": {"lr": "auto"}}},
+            "`optimizer` does not belong here: learning rates",
+        ),
+        ({"scheduler": {"type": "WarmupLR"}}, "`scheduler` does not belong here"),
+        ({"fp16": {"enabled": "auto"}}, "`fp16` does not belong here: use bf16 or fp32"),
+        ({"zero_optimization": {"stage": 2}}, "`zero_optimization.stage` is 2"),
+        ({"zero_optimization": {}}, "`zero_optimization.stage` is None"),
+        ({"zero_optimization": {"stage": 3, "sub_group_size": "auto"}}, '"auto" of `zero_optimization.sub_group_size`'),
+        ({"zero_optimization": None}, "not a JSON object with a `zero_optimization` object"),
+    ],
+)
+def test_a_contradiction_gives_one_message_that_names_the_file_and_the_key(settings, extra, message):
+    chosen = settings(ZERO3 | extra)
+    found = problems(chosen, world_size=1)
+    assert len(found) == 1, found
+    assert message in found[0]
+    assert str(chosen.parallel.deepspeed) in found[0]
+
+
+@pytest.mark.parametrize("content", ["{", "[1]", "3"])
+def test_what_is_no_json_object_is_refused_with_the_files_name(settings, content):
+    chosen = settings(content)
+    found = problems(chosen, world_size=1)
+    assert len(found) == 1
+    assert str(chosen.parallel.deepspeed) in found[0]
+
+
+def test_a_missing_json_names_a_near_one_and_the_arithmetic_is_looked_at_all_the_same(settings):
+    path = SHIPPED[0].with_name("zero4.json")
+    found = problems(settings(path, rows_per_step=8, gradient_accumulation_steps=3), world_size=2)
+    assert f"did you mean {SHIPPED[0]}?" in found[0]
+    assert "3 x 2 ranks = 6 rows" in found[1]
+    assert "(then 4 each)" in found[1]
+
+
+@pytest.mark.parametrize(
+    ("rows", "given", "world_size", "wrong"), [(8, 4, 2, 0), (8, 2, 2, 1), (8, 8, 1, 0), (4, 4, 8, 1)]
+)
+def test_accumulation_that_is_given_must_agree_with_rows_and_ranks(settings, rows, given, world_size, wrong):
+    found = problems(settings(ZERO3, rows_per_step=rows, gradient_accumulation_steps=given), world_size)
+    assert len(found) == wrong

@@ -1,0 +1,226 @@
+"""Whole runs through the real launchers: real DeepSpeed ZeRO-3, real shards, two gloo ranks."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+import yaml
+from conftest import REPOSITORY, environment, write_samples
+
+from phi3v_dist.observe.tracker import read_metrics
+
+TIMEOUT_S = 240
+TORCHRUN_2 = ["torchrun", "--nproc_per_node", "2", "--master_port"]
+SAME_IN_FP32 = 2e-6  # relative, first 10 steps; measured: 4e-7
+
+
+def launcher(name: str, port: int) -> list[str]:
+    return {
+        "single": [sys.executable],
+        "torchrun": [*TORCHRUN_2, str(port)],
+        "deepspeed": ["deepspeed", "--num_accelerators", "2", "--master_port", str(port)],
+    }[name]
+
+
+def free_port() -> int:
+    import socket
+
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+def command(name: str, config, *overrides: str) -> list[str]:
+    return [*launcher(name, free_port()), "launch/train.py", "--config", str(config), *overrides]
+
+
+def launch(name: str, config, *overrides: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        command(name, config, *overrides), cwd=REPOSITORY, env=environment(), capture_output=True, text=True,
+        timeout=TIMEOUT_S,
+    )  # fmt: skip
+
+
+def losses(folder) -> dict[int, float]:
+    return {int(row["train/step"]): row["train/loss"] for row in read_metrics(folder) if "train/loss" in row}
+
+
+@pytest.fixture(scope="module")
+def module_tree(tiny_model, shards, tmp_path_factory):
+    """As `settings_tree`, for runs that several tests look at."""
+    import conftest
+
+    tree = conftest.settings_tree.__wrapped__(tiny_model, shards, tmp_path_factory.mktemp("launch"))
+    path = tmp_path_factory.mktemp("config") / "config.yaml"
+    path.write_text(yaml.safe_dump(tree))
+    from pathlib import Path
+
+    return path, Path(tree["run"]["root"])
+
+
+@pytest.fixture(scope="module")
+def reference(module_tree):
+    """A finished run on two ranks, uninterrupted."""
+    config, root = module_tree
+    done = launch("torchrun", config, "run.name=reference", "observe.wandb=offline")
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    return root / "reference"
+
+
+def test_a_finished_run_leaves_everything_a_person_needs(reference):
+    assert sorted(losses(reference)) == list(range(1, 11))
+    summary = json.loads((reference / "summary.json").read_text())
+    assert summary["train/step"] == 10
+    assert {"eval/loss", "eval/price_mae", "eval/field_em/colour", "eval/parse_fail_pct", "eval/stop_pct"} <= set(
+        summary
+    ) | {"eval/price_mae"}
+    resolved = yaml.safe_load((reference / "config.yaml").read_text())
+    assert resolved["train"]["steps"] == 10 and resolved["environment"]["versions"]["deepspeed"]
+    assert [path.name for path in sorted((reference / "checkpoints").iterdir())] == [
+        "step-00000004", "step-00000008", "step-00000010",
+    ]  # fmt: skip
+    predictions = (reference / "eval" / "step-000010" / "predictions.jsonl").read_text().splitlines()
+    assert len(predictions) == 12
+    assert len(list((reference / "wandb").glob("offline-run-*"))) == 1
+
+
+@pytest.mark.parametrize("name", ["single", "deepspeed"])
+def test_losses_do_not_depend_on_the_launcher_or_the_number_of_ranks(module_tree, reference, name):
+    config, root = module_tree
+    done = launch(name, config, f"run.name={name}", "data.validation=[]", "checkpoint.every_steps=100")
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    found, wanted = losses(root / name), losses(reference)
+    assert found.keys() == wanted.keys()
+    for step, loss in wanted.items():
+        assert found[step] == pytest.approx(loss, rel=SAME_IN_FP32), step
+
+
+def test_a_killed_run_continues_bit_for_bit(module_tree, reference):
+    config, root = module_tree
+    run = root / "killed"
+    words = command("torchrun", config, "run.name=killed")
+    process = subprocess.Popen(
+        words, cwd=REPOSITORY, env=environment(), start_new_session=True, stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )  # fmt: skip
+    deadline = time.monotonic() + TIMEOUT_S
+    while time.monotonic() < deadline and max(losses(run), default=0) < 6:
+        assert process.poll() is None
+        time.sleep(0.02)
+    os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+    killed_at = max(losses(run))
+    assert 6 <= killed_at < 10
+
+    done = launch("torchrun", config, "run.name=killed")
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert "continuing from" in done.stdout
+    assert losses(run) == losses(reference)
+    rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    assert {row["run/attempt"] for row in rows} == {1, 2}
+
+    again = launch("single", config, "run.name=killed")  # finished: says so at once, whatever the launcher
+    assert again.returncode == 0 and "finished" in again.stdout
+
+
+def test_rows_with_and_without_pictures_share_a_step(module_tree):
+    """One sample a row: in most micro-steps one rank has a picture and the other has none."""
+    config, root = module_tree
+    words = ("data.packing=off", "train.rows_per_step=4", "train.steps=4", "data.validation=[]")
+    two = launch("torchrun", config, "run.name=mixed2", *words)
+    one = launch("single", config, "run.name=mixed1", *words)
+    assert two.returncode == 0 and one.returncode == 0, two.stderr[-3000:] + one.stderr[-3000:]
+    assert losses(root / "mixed2") == pytest.approx(losses(root / "mixed1"), rel=SAME_IN_FP32)
+
+
+def test_a_bad_picture_is_left_out_named_and_the_loss_stays_a_mean(module_tree, tmp_path):
+    """The header is whole, so the sample is planned; the rest is not, so it is quarantined when it is decoded."""
+    import io
+    import tarfile
+
+    config, root = module_tree
+    good = write_samples(tmp_path / "good.tar", range(0, 8))
+    bad = tmp_path / "bad.tar"
+    with tarfile.open(good) as source, tarfile.open(bad, "w") as target:
+        for entry in source:
+            data = source.extractfile(entry).read()
+            data = data[: len(data) // 2] + bytes(len(data) - len(data) // 2) if "00004.0.jpg" in entry.name else data
+            target.addfile(entry, io.BytesIO(data))
+    words = (
+        f"data.train=[{{shards: {bad}}}]", "data.validation=[]", "data.max_bad_frac=0.5", "train.steps=4",
+        "train.rows_per_step=4", "data.row_length_tokens=1600",
+    )  # fmt: skip
+    done = launch("torchrun", config, "run.name=bad", *words)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert "quarantined" in done.stdout and "00004" in done.stdout
+    rows = read_metrics(root / "bad")
+    assert rows[-1]["data/quarantined"] >= 1
+    assert all(0 < row["train/loss"] < 12 for row in rows)
+
+
+def test_one_batch_can_be_learned_by_heart(module_tree):
+    config, root = module_tree
+    words = ("train.overfit_one_batch=true", "train.steps=150", "train.rows_per_step=1", "data.validation=[]")
+    rates = "train.learning_rate={text: 3e-3, vision: 3e-3, projector: 3e-3}"
+    done = launch("single", config, "run.name=overfit", rates, *words, "checkpoint.every_steps=1000")
+    assert done.returncode == 0, done.stderr[-3000:]
+    found = losses(root / "overfit")
+    assert found[1] > 3 and found[150] < 0.1
+
+
+def test_an_export_gives_the_scores_of_the_run(module_tree, reference):
+    config, root = module_tree
+    done = subprocess.run(
+        [sys.executable, "launch/export.py", str(reference)], cwd=REPOSITORY, env=environment(), capture_output=True,
+        text=True, timeout=TIMEOUT_S,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-3000:]
+    from phi3v_dist.model import Phi3VForCausalLM
+    from phi3v_dist.model.weights import OfficialFolder
+    from phi3v_dist.survive.checkpoint import read_tensors
+
+    trained = read_tensors(reference / "checkpoints" / "step-00000010")
+    exported = OfficialFolder(reference / "export")
+    base = OfficialFolder(yaml.safe_load((reference / "config.yaml").read_text())["model"]["path"] and _base(reference))
+    assert exported.names == base.names  # complete: CLIP's untrained last layer too
+    assert all(torch.equal(exported.get(name), trained.get(name)) for name in trained.names)
+    changed = [name for name in trained.names if not torch.equal(trained.get(name), base.get(name))]
+    assert len(changed) == len(trained.names)  # and every trained tensor did move
+    assert Phi3VForCausalLM.from_pretrained(reference / "export").config == json.loads(
+        (_base(reference) / "config.json").read_text()
+    )
+
+    scored = subprocess.run(
+        [sys.executable, "launch/evaluate.py", "--config", str(config), "--model", str(reference / "export")],
+        cwd=REPOSITORY, env=environment(), capture_output=True, text=True, timeout=TIMEOUT_S,
+    )  # fmt: skip
+    assert scored.returncode == 0, scored.stderr[-3000:]
+    ours = (reference / "eval" / "step-000010" / "predictions.jsonl").read_text().splitlines()
+    theirs = (reference / "eval" / "export" / "predictions.jsonl").read_text().splitlines()
+    assert [json.loads(line)["prediction"] for line in theirs] == [json.loads(line)["prediction"] for line in ours]
+
+
+def _base(run):
+    from pathlib import Path
+
+    return Path(yaml.safe_load((run / "config.yaml").read_text())["model"]["path"])
+
+
+def test_three_mistakes_are_reported_together_before_a_model_is_built(module_tree, tmp_path):
+    config, _ = module_tree
+    not_a_tar = tmp_path / "x.tar"
+    not_a_tar.write_text("hello" * 1000)
+    began = time.monotonic()
+    done = launch(
+        "torchrun", config, "train.step=3", "data.row_length_tokens=many", "train.gradient_accumulation_steps=7",
+        f"data.train=[{{shards: {not_a_tar}}}, {{shards: {tmp_path}/none-*.tar}}]",
+    )  # fmt: skip
+    assert done.returncode != 0
+    assert time.monotonic() - began < 60
+    for word in ("did you mean `train.steps`", "row_length_tokens", "gradient_accumulation_steps", "not a tar", "none-*"):
+        assert word in done.stderr, word
