@@ -59,7 +59,7 @@ class Sample:
     key: str
     source: str
     messages: tuple[Message, ...]
-    images: tuple[UInt8[np.ndarray, "height width 3"], ...]
+    images: tuple[UInt8[np.ndarray, "_height _width 3"], ...]
 
 
 class BadSample(DataError):

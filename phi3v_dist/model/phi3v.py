@@ -86,7 +86,7 @@ class Phi3VDecoder(nn.Module):
     def embed(
         self, input_ids: Int[Tensor, "rows tokens"], pixel_values: Tensor | None, image_sizes: Tensor | None
     ) -> Float[Tensor, "rows tokens hidden"]:
-        """Words by table, negative ids by the pictures' features in order."""
+        """Words by table, negative ids by the pictures' features in order; ValueError when those are not given."""
         embeds = self.embed_tokens(input_ids.clamp(min=0))
         if pixel_values is not None and image_sizes is not None:
             features = self.vision_embed_tokens(pixel_values, image_sizes)
@@ -94,6 +94,8 @@ class Phi3VDecoder(nn.Module):
             placed, unplaced = features[:num_placed].to(embeds.dtype), features[num_placed:]
             embeds = embeds.masked_scatter((input_ids < 0)[..., None], placed)
             embeds = embeds + 0.0 * unplaced.sum()  # keeps the tower in every rank's graph, pictures or not
+        elif (input_ids < 0).any():
+            raise ValueError("the text has places for pictures, but pixel_values or image_sizes is missing")
         return self.embed_dropout(embeds)
 
     def forward(

@@ -28,11 +28,13 @@ SPECIAL_TOKENS = (
     ("<|endoftext|>", False), ("<|assistant|>", True), ("<|system|>", False), ("<|end|>", False), ("<|user|>", False),
     ("<|image|>", True),
 )  # fmt: skip
-CLIP = {"hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 4, "num_attention_heads": 4}
+CLIP = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 3, "num_attention_heads": 1}
 DECODER = {
-    "hidden_size": 192, "intermediate_size": 384, "num_hidden_layers": 3, "num_attention_heads": 6,
-    "num_key_value_heads": 6,
+    "hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 3, "num_attention_heads": 4,
+    "num_key_value_heads": 4,
 }  # fmt: skip
+INTO_RESIDUAL = ("o_proj.weight", "down_proj.weight", "out_proj.weight", "fc2.weight")
+RESIDUAL_SCALE = 0.3  # layers begin as small changes to what passes by them
 NUM_CROPS = 4
 OPENAI_MEAN = [0.48145466, 0.4578275, 0.40821073]
 OPENAI_STD = [0.26862954, 0.26130258, 0.27577711]
@@ -121,7 +123,7 @@ def _config(tokenizer: Tokenizer, clip: dict[str, int], decoder: dict[str, int])
 
 
 def _random_weights(config: dict[str, Any], seed: int) -> dict[str, Tensor]:
-    """Matrices with the variance that keeps a signal's size (1 / inputs), norms 1, biases 0."""
+    """Matrices with the variance that keeps a signal's size (1 / inputs), smaller at the end of a layer; biases 0."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = Phi3VForCausalLM(config)
@@ -133,9 +135,12 @@ def _random_weights(config: dict[str, Any], seed: int) -> dict[str, Tensor]:
         }
         tensors |= {f"{TOWER}post_layernorm.{n}": t for n, t in norm.state_dict().items()}
         for name, tensor in tensors.items():
-            if name.endswith(("embedding.weight", "embed_tokens.weight", "_GN", "class_embedding")):
-                if not name.endswith("patch_embedding.weight"):
-                    nn.init.normal_(tensor, std=0.02)
+            if name.endswith("embed_tokens.weight"):
+                nn.init.normal_(tensor, std=0.5)  # of the size of the pictures' features, which stand beside it
+            elif name.endswith(("_GN", "class_embedding")):
+                nn.init.normal_(tensor, std=0.02)
+            elif name.endswith(INTO_RESIDUAL):
+                nn.init.normal_(tensor, std=RESIDUAL_SCALE * tensor[0].numel() ** -0.5)
             elif tensor.dim() >= 2:
                 nn.init.normal_(tensor, std=tensor[0].numel() ** -0.5)
             elif name.endswith("bias"):

@@ -14,7 +14,7 @@ from phi3v_dist.config import TrainSettings
 
 VISION = "model.vision_embed_tokens.img_processor."
 PROJECTOR = "model.vision_embed_tokens."
-NOT_DECAYED = ("norm", "layrnorm", "_GN", "class_embedding", "position_embedding", "bias")
+NOT_DECAYED = ("norm", "_GN", "class_embedding", "position_embedding", "bias")
 
 
 def part_of(name: str) -> str:

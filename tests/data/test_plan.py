@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 
 from phi3v_dist.data.plan import (
     MAX_CARRIES,
+    SIZE_CLASSES,
     Lengths,
     PlannedRow,
     PlannedStep,
@@ -115,7 +116,7 @@ def length_mixes() -> dict[str, tuple[int, np.ndarray]]:
 
 @pytest.mark.parametrize("mix", length_mixes())
 def test_the_state_is_json_of_less_than_64_kb(mix: str) -> None:
-    """Measured with ids of 10 digits: 5 KB at most, but 49 KB where 4,000 words fill no row ("131072, words")."""
+    """Measured with ids of 10 digits: 3 KB, but 49 KB where 4,000 samples of a few words fill no row."""
     row_length_tokens, tokens = length_mixes()[mix]
     planner = planner_of(
         tokens, row_length_tokens=row_length_tokens, window_samples=1024, rows_per_step=8, end=None
@@ -147,7 +148,7 @@ def test_rows_are_nearly_full_on_long_tailed_lengths() -> None:
     tokens = np.random.default_rng(0).lognormal(7.9, 1.5, 8000)  # median 2.7 thousand tokens
     steps = list(planner_of(tokens, row_length_tokens=32_768, window_samples=1024, rows_per_step=8))
     fill_frac = sum(step.tokens for step in steps) / (32_768 * sum(len(step.rows) for step in steps))
-    assert fill_frac > 0.99  # measured 0.996
+    assert fill_frac > 0.99  # measured 0.998
 
 
 def test_an_end_without_a_full_step_gives_one_short_step_or_none() -> None:
@@ -170,17 +171,22 @@ def test_overfitting_repeats_the_first_step_also_after_a_restart() -> None:
     assert list(islice(again, 2)) == steps[2:]
 
 
+@settings(deadline=None)
 @given(st.lists(st.integers(1, ROW_TOKENS), max_size=60))
-def test_packing_is_best_fit_decreasing(sizes: list[int]) -> None:
+def test_packing_is_best_fit_decreasing_by_classes_of_size(sizes: list[int]) -> None:
     bins = pack(sizes, ROW_TOKENS)
     assert sorted(place for bin_ in bins for place in bin_) == list(range(len(sizes)))
     left: list[int] = []  # the same, the slow way
-    for size in sorted(sizes, reverse=True):
+    for size in sorted(sizes, key=lambda size: size * SIZE_CLASSES // ROW_TOKENS, reverse=True):
         room = [free for free in left if free >= size]
         if room:
             left.remove(min(room))
         left.append((min(room) if room else ROW_TOKENS) - size)
     assert sorted(ROW_TOKENS - sum(sizes[place] for place in bin_) for bin_ in bins) == sorted(left)
+
+
+def test_samples_of_nearly_one_length_share_rows_as_they_come() -> None:
+    assert pack([31, 30, 30, 31, 31, 31], ROW_TOKENS) == [[0, 1, 2], [3, 4, 5]]
 
 
 ROW_SIZES = st.lists(st.integers(1, 9), min_size=1, max_size=40)

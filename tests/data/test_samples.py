@@ -205,8 +205,9 @@ ORIENTATION_IN_LETTERS = b"MM\0*\0\0\0\x08\0\x01\x01\x12\0\x02\0\0\0\x02" + b"6\
 @pytest.mark.filterwarnings("ignore::UserWarning")
 @pytest.mark.parametrize("tags", [b"", b"no TIFF header", b"MM\0*\0\0\0\x08\xff\xff", ORIENTATION_IN_LETTERS])
 def test_exif_that_is_nonsense_turns_nothing(tags: bytes) -> None:
-    wrong = encode(PICTURE, "JPEG", exif=b"Exif\0\0" + tags)
-    assert (upright_size(wrong), decode_image(wrong).shape) == ((9, 6), (6, 9, 3))
+    for file_format in ("JPEG", "PNG", "WEBP"):
+        wrong = encode(PICTURE, file_format, exif=b"Exif\0\0" + tags)
+        assert (upright_size(wrong), decode_image(wrong).shape) == ((9, 6), (6, 9, 3))
 
 
 def test_16_bit_grey_is_scaled_to_8() -> None:

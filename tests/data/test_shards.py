@@ -108,6 +108,13 @@ def header_claiming(size_bytes: int) -> bytes:
     return entry.tobuf(tarfile.GNU_FORMAT)
 
 
+def sparse_member() -> bytes:
+    """A file stored without its holes (`tar --sparse`): its bytes in the tar are not its bytes."""
+    entry = tarfile.TarInfo("001.txt")
+    entry.size, entry.pax_headers = 512, {"GNU.sparse.map": "0,512", "GNU.sparse.size": "512"}
+    return entry.tobuf(tarfile.PAX_FORMAT) + bytes(512)
+
+
 TAR = tar_of(WORDS)
 WRONG_SHARDS = {
     "text": (b"words, not a tar " * 100, "not a tar file"),
@@ -122,6 +129,7 @@ WRONG_SHARDS = {
     "two-joined": (TAR + TAR, "damaged at or after its member '004.txt'"),
     "claims-32-tebibytes": (TAR[:1024] + header_claiming(1 << 45), "damaged at or after its member '001.txt'"),
     "claims-less-than-nothing": (header_claiming(-512) + TAR, "damaged at or after its member '001.txt'"),
+    "sparse": (TAR[:1024] + sparse_member() + TAR[1024:], "damaged at or after its member '001.txt'"),
     "without-samples": (tar_of([("README", b"words")]), "holds no samples; a sample is files such as"),
 }
 

@@ -1,5 +1,7 @@
 """Answers with a cache are those of running the whole text for every token, in whatever company."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -130,9 +132,16 @@ def test_prompts_with_pictures_answer_as_without_a_cache(model, original_length)
 
 def test_another_picture_gives_another_answer(model):
     prompt, other = picture_prompt([(336, 336)], 4), picture_prompt([(336, 336)], 5)
-    exchanged = Example(0, prompt.input_ids, prompt.labels, other.pixel_values, prompt.image_sizes)
-    first, second = generate(model, [prompt, exchanged], 5, ())
+    first, second = generate(model, [prompt, replace(prompt, pixel_values=other.pixel_values)], 5, ())
     assert first != second
+
+
+def test_a_prompt_whose_pictures_are_missing_is_refused(model):
+    prompt = picture_prompt([(336, 336)], 4)
+    with pytest.raises(ValueError, match="places for pictures, but pixel_values or image_sizes is missing"):
+        generate(model, [replace(prompt, pixel_values=torch.zeros(0, 3, 336, 336))], 5, ())
+    with pytest.raises(ValueError, match="is missing"):
+        model(prompt.input_ids[None])
 
 
 def test_no_prompts_give_no_answers(model):

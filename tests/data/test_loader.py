@@ -1,0 +1,252 @@
+"""Planned steps → Batches: the same rows for any number of ranks, and nothing that a bad sample can move."""
+
+import hashlib
+import logging
+import shutil
+import threading
+import time
+from collections import Counter
+from dataclasses import dataclass, field, replace
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from phi3v_dist.config import SourceSettings
+from phi3v_dist.data.batch import Batch, Example, Filling, Row, collate
+from phi3v_dist.data.fetch import Fetcher
+from phi3v_dist.data.lengths import measure
+from phi3v_dist.data.loader import Decoder, Loader
+from phi3v_dist.data.order import Order
+from phi3v_dist.data.plan import Planner, accumulation
+from phi3v_dist.data.processor import Phi3VProcessor
+from phi3v_dist.data.shards import ShardTable
+
+IGNORE = -100
+ROWS_PER_STEP = 4
+
+
+@dataclass(frozen=True)
+class World:
+    """A data set and the plan over it, from which loaders are made."""
+
+    decoder: Decoder
+    planner: Planner
+
+    @classmethod
+    def open(cls, folder: Path, model: Path, end: int | None = None) -> "World":
+        table = ShardTable.open([SourceSettings(shards=[str(folder / "train-*.tar")])])
+        processor = Phi3VProcessor.from_pretrained(model, num_crops=1)
+        planner = Planner(
+            Order(table, seed=0).sample_ids, measure(table, processor), rows_per_step=ROWS_PER_STEP,
+            row_length_tokens=800, window_samples=20, packing=True, seed=0, end=end,
+        )  # fmt: skip
+        return cls(Decoder(table, Fetcher(table), processor), planner)
+
+    def loader(self, consumer: int = 0, num_consumers: int = 1, **changes: Any) -> Loader:
+        loader = Loader(
+            steps=self.planner, decoder=self.decoder, lengths=self.planner.lengths, consumer=consumer,
+            num_consumers=num_consumers, micro_steps=accumulation(ROWS_PER_STEP, num_consumers), num_workers=2,
+            prefetch_rows=4,
+        )  # fmt: skip
+        return replace(loader, **changes)
+
+    def steps(self, num_steps: int, **changes: Any) -> list[list[Batch]]:
+        return list(islice(self.loader(**changes), num_steps))
+
+
+@pytest.fixture(scope="module")
+def world(shards: Path, tiny_model: Path) -> World:
+    return World.open(shards, tiny_model)
+
+
+def fingerprint(batch: Batch) -> str:
+    """Everything in a Batch, in a form that compares to the last bit."""
+    values = [*vars(batch).values(), *vars(batch.layout).values()]
+    digest = hashlib.sha256()
+    for value in values:
+        digest.update(value.numpy().tobytes() if isinstance(value, torch.Tensor) else repr(value).encode())
+    return digest.hexdigest()
+
+
+def is_empty(batch: Batch) -> bool:
+    return batch.input_ids.shape[1] == 8 and not batch.label_tokens
+
+
+@pytest.mark.parametrize("num_consumers", [2, 3, 5])
+def test_all_ranks_together_get_the_rows_that_one_alone_gets(world: World, num_consumers: int) -> None:
+    alone = world.steps(3)
+    ranks = [world.steps(3, consumer=rank, num_consumers=num_consumers) for rank in range(num_consumers)]
+    for number, step in enumerate(alone):
+        shares = [rank[number] for rank in ranks]
+        assert {len(share) for share in shares} == {accumulation(ROWS_PER_STEP, num_consumers)}
+        batches = [batch for share in shares for batch in share]
+        rows = Counter(fingerprint(batch) for batch in batches if not is_empty(batch))
+        assert rows == Counter(fingerprint(batch) for batch in step)
+        assert sum(map(is_empty, batches)) == len(batches) - ROWS_PER_STEP
+        assert sum(batch.label_tokens for batch in batches) == step[0].plan.label_tokens
+
+
+def test_the_state_of_a_step_leads_on_to_the_same_batches(world: World) -> None:
+    whole = world.steps(5)
+    rest = world.steps(3, steps=world.planner.resume(whole[1][0].plan.state))
+    assert [list(map(fingerprint, step)) for step in rest] == [list(map(fingerprint, step)) for step in whole[2:]]
+
+
+def test_batches_do_not_depend_on_threads_or_prefetch(world: World) -> None:
+    one, many = (world.steps(4, num_workers=n, prefetch_rows=rows) for n, rows in ((1, 1), (4, 40)))
+    assert [list(map(fingerprint, step)) for step in one] == [list(map(fingerprint, step)) for step in many]
+
+
+def test_a_plan_that_ends_gives_all_its_steps(shards: Path, tiny_model: Path) -> None:
+    finite = World.open(shards, tiny_model, end=40)
+    steps = [step[0].plan for step in finite.loader(prefetch_rows=40)]
+    assert steps == list(finite.planner)
+    assert sorted(i for step in steps for i in step.sample_ids) == list(range(40))
+
+
+def test_a_bad_sample_becomes_filling_and_moves_nothing(shards: Path, tiny_model: Path, tmp_path: Path, caplog) -> None:
+    folder = Path(shutil.copytree(shards, tmp_path / "copy"))
+    damaged = World.open(folder, tiny_model)
+    clean = damaged.steps(2)
+    table = damaged.decoder.table
+    victim = next(i for i in clean[0][0].plan.sample_ids if damaged.planner.lengths.crops[i])
+    shard, number = table.locate(victim)
+    (photo,) = [member for member in table.index(shard).members(number) if member.name == "0.jpg"]
+    with table.shards[shard].open("r+b") as file:
+        file.seek(photo.offset + photo.size_bytes // 2)
+        file.write(b"damage")
+    with caplog.at_level(logging.WARNING):
+        steps = damaged.steps(2)
+    key, tokens = table.index(shard).key(number), int(damaged.planner.lengths.tokens[victim])
+    (warning,) = {record.getMessage() for record in caplog.records if "quarantined" in record.getMessage()}
+    assert f"{table.shards[shard]}: sample '{key}': the bytes of 0.jpg are not those" in warning
+    for before, after in zip(sum(clean, []), sum(steps, []), strict=True):
+        assert after.layout.lengths == before.layout.lengths and after.plan == before.plan
+        if not after.quarantined:
+            assert fingerprint(after) == fingerprint(before)
+            continue
+        (filling,) = after.quarantined
+        assert (filling.sample_id, filling.num_tokens, filling.name[-len(key) :]) == (victim, tokens, key)
+        changed = (after.input_ids != before.input_ids)[0].nonzero().flatten()
+        begin = int(after.layout.cu_seqlens[(after.layout.cu_seqlens <= changed[0]).nonzero()[-1, 0]])
+        here = slice(begin, begin + tokens)
+        pad_id = damaged.decoder.processor.tokenizer.pad_token_id
+        assert set(after.input_ids[0, here].tolist()) == {pad_id} and set(after.labels[0, here].tolist()) == {IGNORE}
+        kept = torch.ones(after.input_ids.shape[1], dtype=torch.bool)
+        kept[here] = False
+        assert torch.equal(after.labels[0, kept], before.labels[0, kept])
+        assert after.label_tokens == before.label_tokens - damaged.planner.lengths.label_tokens[victim]
+    assert sum(len(batch.quarantined) for batch in steps[0]) == 1
+
+
+def test_a_length_that_is_not_the_planned_one_makes_a_bad_sample(world: World, caplog) -> None:
+    longer = replace(world.planner.lengths, tokens=world.planner.lengths.tokens + 1)
+    first = world.steps(1, lengths=longer)[0]
+    assert sorted(f.sample_id for batch in first for f in batch.quarantined) == sorted(first[0].plan.sample_ids)
+    assert "delete its lengths file" in caplog.text
+
+
+@dataclass(frozen=True)
+class Watched(Decoder):
+    """Remembers what it decoded, and fails at one sample."""
+
+    decoded: list[int] = field(default_factory=list)
+    fail_at: int | None = None
+
+    def example(self, sample_id: int, planned_tokens: int) -> Example:
+        self.decoded.append(sample_id)
+        if sample_id == self.fail_at:
+            raise RuntimeError("a mistake of ours")
+        return super().example(sample_id, planned_tokens)
+
+
+def watched(world: World, fail_at: int | None = None) -> Watched:
+    return Watched(world.decoder.table, world.decoder.fetcher, world.decoder.processor, fail_at=fail_at)
+
+
+def decoding_threads() -> list[str]:
+    return [thread.name for thread in threading.enumerate() if thread.name.startswith("decode")]
+
+
+@pytest.mark.timeout(30)
+def test_a_mistake_that_is_not_a_bad_sample_reaches_the_caller(world: World) -> None:
+    plan = list(islice(world.planner, 2))
+    batches = iter(world.loader(decoder=watched(world, fail_at=plan[1].sample_ids[0])))
+    next(batches)
+    with pytest.raises(RuntimeError, match="a mistake of ours"):
+        next(batches)
+    assert not decoding_threads()
+
+
+@pytest.mark.timeout(30)
+@pytest.mark.parametrize(("prefetch_rows", "steps_held"), [(1, 2), (4, 2), (9, 3)])
+def test_no_more_is_decoded_ahead_than_was_asked_for(world: World, prefetch_rows: int, steps_held: int) -> None:
+    decoder = watched(world)
+    batches = iter(world.loader(decoder=decoder, prefetch_rows=prefetch_rows))
+    next(batches)
+    planned = sorted(i for step in islice(world.planner, steps_held) for i in step.sample_ids)
+    deadline = time.monotonic() + 20
+    while len(decoder.decoded) < len(planned) and time.monotonic() < deadline:
+        time.sleep(0.01)
+    time.sleep(0.1)
+    assert sorted(decoder.decoded) == planned
+    batches.close()
+    assert not decoding_threads()
+
+
+@pytest.mark.timeout(30)
+def test_a_loader_that_is_left_early_throws_away_work_in_flight(world: World) -> None:
+    decoder = watched(world)
+    batches = iter(world.loader(decoder=decoder, prefetch_rows=400, num_workers=1))
+    next(batches)
+    batches.close()
+    assert not decoding_threads()
+    assert len(decoder.decoded) < 100  # of 101 steps submitted
+
+
+def example_of(labels: list[int], sample_id: int) -> Example:
+    ids = torch.arange(len(labels)) + 10
+    return Example(
+        sample_id, ids, torch.tensor(labels), torch.zeros(0, 3, 336, 336), torch.zeros(0, 2, dtype=torch.int64)
+    )
+
+
+LABELS = st.lists(st.sampled_from([IGNORE, IGNORE, 7, 8, 9]), min_size=1, max_size=12)
+PARTS = st.lists(LABELS | st.integers(1, 9), min_size=1, max_size=6)
+
+
+@settings(deadline=None)
+@given(PARTS)
+def test_borders_and_targets_are_those_of_each_document_alone(parts: list[list[int] | int]) -> None:
+    row = Row(tuple(Filling(p) if isinstance(p, int) else example_of(p, i) for i, p in enumerate(parts)))
+    batch = collate(row, pad_id=0)
+    documents = [[IGNORE] * part if isinstance(part, int) else part for part in parts]
+    borders, positions, wanted, targets = [0], [], [], []
+    for labels in documents:
+        wanted += [borders[-1] + i - 1 for i, label in enumerate(labels) if i > 0 and label != IGNORE]
+        targets += [label for label in labels[1:] if label != IGNORE]
+        positions += range(len(labels))
+        borders.append(borders[-1] + len(labels))
+    layout = batch.layout
+    assert layout.cu_seqlens.tolist() == borders and list(layout.lengths) == [len(labels) for labels in documents]
+    assert batch.position_ids[0].tolist() == positions and batch.labels[0].tolist() == sum(documents, [])
+    assert layout.rope_lengths.tolist() == [len(labels) for labels in documents for _ in labels]
+    assert layout.num_targets == batch.label_tokens == len(targets)
+    assert layout.target_positions.tolist() == (wanted or [0]) and layout.targets.tolist() == (targets or [IGNORE])
+    assert batch.pixel_values.shape == (1, 3, 336, 336) and not batch.pixel_values.any()
+
+
+def test_a_batch_holds_the_pictures_of_its_row_in_order(world: World) -> None:
+    for batch in world.steps(1)[0]:
+        row = next(r for r in batch.plan.rows if r.tokens == batch.input_ids.shape[1])
+        examples = [world.decoder.example(i, int(world.planner.lengths.tokens[i])) for i in row.sample_ids]
+        assert torch.equal(batch.input_ids[0], torch.cat([example.input_ids for example in examples]))
+        assert torch.equal(batch.image_sizes, torch.cat([example.image_sizes for example in examples]))
+        pixels = torch.cat([example.pixel_values for example in examples])
+        assert torch.equal(batch.pixel_values, pixels) if len(pixels) else not batch.pixel_values.any()
+        assert len(pixels) == row.crops and batch.label_tokens == row.label_tokens
