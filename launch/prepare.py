@@ -50,7 +50,6 @@ def write_sample(arguments: argparse.Namespace) -> None:
 
 def write_tiny_model(arguments: argparse.Namespace) -> None:
     from phi3v_dist.data.importers.sample import vocabulary_text
-
     from phi3v_dist.model.tiny import write_tiny
 
     if (arguments.out / "model.safetensors").exists():

@@ -1,4 +1,4 @@
-"""Icons of a theme, by group, to WebDataset tars: python icons_to_shards.py /usr/share/icons/oxygen/base/128x128 data/icons"""
+"""Icons of a theme, by group, to WebDataset tars: icons_to_shards.py /usr/share/icons/oxygen/base/128x128 data/icons"""
 
 import hashlib
 import sys

@@ -100,7 +100,9 @@ def packed_against_padded(model: Phi3VForCausalLM, decoder: Decoder) -> Entry:
         model(**inputs).loss.backward()
         model.zero_grad()
 
-    return compare("step, packed against padded", "real tokens/s", num_tokens, lambda: step(packed), lambda: step(padded))
+    return compare(
+        "step, packed against padded", "real tokens/s", num_tokens, lambda: step(packed), lambda: step(padded)
+    )
 
 
 class PlainDataset(Dataset):

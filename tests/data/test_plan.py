@@ -136,6 +136,13 @@ def test_no_sample_waits_more_than_a_few_windows(tokens: int) -> None:
     assert min(waited) >= 0 and max(waited) <= MAX_CARRIES
 
 
+def test_little_is_carried_where_no_row_can_be_full() -> None:
+    carried = [
+        sum(map(len, step.state["carry"])) for step in planner_of([60] * 300, window_samples=40, rows_per_step=1)
+    ]
+    assert max(carried) == 10  # a quarter of the window
+
+
 def test_a_small_data_set_that_comes_round_does_not_pile_up() -> None:
     planner = planner_of([2, 3, 4], window_samples=3, rows_per_step=1, end=None)  # an epoch is a window of 9 tokens
     for step in islice(planner, 30):
@@ -146,9 +153,9 @@ def test_a_small_data_set_that_comes_round_does_not_pile_up() -> None:
 
 def test_rows_are_nearly_full_on_long_tailed_lengths() -> None:
     tokens = np.random.default_rng(0).lognormal(7.9, 1.5, 8000)  # median 2.7 thousand tokens
-    steps = list(planner_of(tokens, row_length_tokens=32_768, window_samples=1024, rows_per_step=8))
+    steps = list(planner_of(tokens, row_length_tokens=32_768, window_samples=256, rows_per_step=8))
     fill_frac = sum(step.tokens for step in steps) / (32_768 * sum(len(step.rows) for step in steps))
-    assert fill_frac > 0.99  # measured 0.998
+    assert fill_frac > 0.995  # measured 0.9972; 0.9929 when rows half full are left as they are
 
 
 def test_an_end_without_a_full_step_gives_one_short_step_or_none() -> None:

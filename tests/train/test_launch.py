@@ -1,12 +1,11 @@
 """Whole runs through the real launchers: real DeepSpeed ZeRO-3, real shards, two gloo ranks."""
 
 import json
-import os
-import signal
 import subprocess
 import sys
 import time
 
+import psutil
 import pytest
 import torch
 import yaml
@@ -76,9 +75,7 @@ def test_a_finished_run_leaves_everything_a_person_needs(reference):
     assert sorted(losses(reference)) == list(range(1, 11))
     summary = json.loads((reference / "summary.json").read_text())
     assert summary["train/step"] == 10
-    assert {"eval/loss", "eval/price_mae", "eval/field_em/colour", "eval/parse_fail_pct", "eval/stop_pct"} <= set(
-        summary
-    ) | {"eval/price_mae"}
+    assert {"eval/loss", "eval/field_em/colour", "eval/parse_fail_pct", "eval/stop_pct"} <= set(summary)
     resolved = yaml.safe_load((reference / "config.yaml").read_text())
     assert resolved["train"]["steps"] == 10 and resolved["environment"]["versions"]["deepspeed"]
     assert [path.name for path in sorted((reference / "checkpoints").iterdir())] == [
@@ -105,14 +102,15 @@ def test_a_killed_run_continues_bit_for_bit(module_tree, reference):
     run = root / "killed"
     words = command("torchrun", config, "run.name=killed")
     process = subprocess.Popen(
-        words, cwd=REPOSITORY, env=environment(), start_new_session=True, stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
+        words, cwd=REPOSITORY, env=environment(), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
     )  # fmt: skip
     deadline = time.monotonic() + TIMEOUT_S
     while time.monotonic() < deadline and max(losses(run), default=0) < 6:
         assert process.poll() is None
         time.sleep(0.02)
-    os.killpg(process.pid, signal.SIGKILL)
+    everything = [process, *psutil.Process(process.pid).children(recursive=True)]  # ranks have sessions of their own
+    for each in everything:
+        each.kill()
     process.wait()
     killed_at = max(losses(run))
     assert 6 <= killed_at < 10
@@ -186,7 +184,7 @@ def test_an_export_gives_the_scores_of_the_run(module_tree, reference):
 
     trained = read_tensors(reference / "checkpoints" / "step-00000010")
     exported = OfficialFolder(reference / "export")
-    base = OfficialFolder(yaml.safe_load((reference / "config.yaml").read_text())["model"]["path"] and _base(reference))
+    base = OfficialFolder(_base(reference))
     assert exported.names == base.names  # complete: CLIP's untrained last layer too
     assert all(torch.equal(exported.get(name), trained.get(name)) for name in trained.names)
     changed = [name for name in trained.names if not torch.equal(trained.get(name), base.get(name))]
@@ -222,5 +220,6 @@ def test_three_mistakes_are_reported_together_before_a_model_is_built(module_tre
     )  # fmt: skip
     assert done.returncode != 0
     assert time.monotonic() - began < 60
-    for word in ("did you mean `train.steps`", "row_length_tokens", "gradient_accumulation_steps", "not a tar", "none-*"):
+    words = ("did you mean `train.steps`", "row_length_tokens", "gradient_accumulation_steps", "not a tar", "none-*")
+    for word in words:
         assert word in done.stderr, word
