@@ -15,10 +15,12 @@ install_import_hook("phi3v_dist", "beartype.beartype")  # before the first impor
 
 import numpy as np  # noqa: E402
 import pytest  # noqa: E402
+import torch  # noqa: E402
 import webdataset  # noqa: E402
 import yaml  # noqa: E402
 from PIL import Image  # noqa: E402
 
+torch.set_num_threads(1)  # two threads on a busy machine wait for each other, ten times slower
 TESTS = Path(__file__).parent
 REPOSITORY = TESTS.parent
 TINY_SIZES = {
