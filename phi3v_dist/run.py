@@ -120,8 +120,10 @@ def problems(settings: Settings, world_size: int) -> list[str]:
         choose_backend(settings.model.attention, Topology.from_environment().device)
     except Phi3VError as error:
         found += error.problems
-    if settings.eval.reference and not settings.eval.reference.is_file():
-        found.append(f"`eval.reference` {settings.eval.reference}: no such file")
+    try:
+        _reference(settings.eval.reference)
+    except (OSError, ValueError, TypeError, AttributeError) as error:
+        found.append(f"`eval.reference` {settings.eval.reference}: not a JSON file of figures: {error}")
     if not found:
         sides = {"train": settings.data.train, "validation": settings.data.validation}
         for side, sources in sides.items():

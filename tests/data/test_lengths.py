@@ -62,16 +62,8 @@ def test_lengths_are_measured_once_and_again_for_other_crops_or_templates(
 ) -> None:
     measured: list[Path] = []
     four_crops = Phi3VProcessor.from_pretrained(tiny_model, num_crops=4)
-    lengths = [
-        measure(open_table(shard, **templates), processor, on_shard=measured.append)
-        for processor, templates in [
-            (processor, {}),
-            (processor, {}),
-            (four_crops, {}),
-            (four_crops, {}),
-            (four_crops, {"prompt": "What is it?"}),
-        ]  # fmt: skip
-    ]
+    asked = [(processor, {})] * 2 + [(four_crops, {})] * 2 + [(four_crops, {"prompt": "What is it?"})] * 2
+    lengths = [measure(open_table(shard, **templates), by, on_shard=measured.append) for by, templates in asked]
     assert len(measured) == 3
     assert lengths[0].tokens.tolist() == lengths[1].tokens.tolist() != lengths[2].tokens.tolist()
 
