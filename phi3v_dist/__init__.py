@@ -6,7 +6,7 @@ Follow a training sample from a tar file to a point on a chart:
     data/order.py       (seed, position)       → sample id
     data/plan.py        lengths                → rows → optimizer steps, the same on every rank
     data/fetch.py       sample id              → bytes
-    data/samples.py     bytes                  → Sample
+    data/samples.py     bytes                  → Sample (pictures.py repairs, templates make turns)
     data/processor.py   Sample                 → Example
     data/batch.py       Examples → Row         → Batch
     data/loader.py      all of the above, decoded ahead by threads

@@ -164,7 +164,7 @@ def pack(sizes: Sequence[int], capacity: int) -> list[list[int]]:
 
     Sizes within 1 / `SIZE_CLASSES` of the capacity count as equal and keep the input's order, which is shuffled. Sorted
     to the token, rows would fill up with samples of one length, and so often of one kind: on the sample catalogue the
-    loss then jumped from 0.5 to 1.3 whenever the lengths moved on. The fill is the same to 0.2 %.
+    loss then jumped from 0.5 to 1.3 whenever the lengths moved on. It costs at most 0.6 points of fill.
 
     The same input gives the same bins, lists of places in `sizes`.
     """
