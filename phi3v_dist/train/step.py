@@ -11,6 +11,8 @@ import time
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
+
 from phi3v_dist.data.batch import Batch
 from phi3v_dist.data.plan import PlannedStep
 from phi3v_dist.errors import DataError, DivergedError
@@ -53,7 +55,7 @@ def train_step(
     plan = batches[0].plan
     assert plan is not None  # the loader's batches have one
     seconds = {"data": data_s, "fwd": 0.0, "bwd": 0.0, "opt": 0.0}
-    loss_sum = 0.0
+    summed = torch.zeros((), dtype=torch.float64, device=engine.device)  # read once, so that no micro-step waits
     for group in engine.optimizer.param_groups:
         group["lr"] = rates[group["part"]]
     for batch in batches:
@@ -61,7 +63,7 @@ def train_step(
         losses = engine(**batch.inputs(engine.device)).token_losses.sum()
         forward = time.perf_counter()
         engine.backward(losses * (topology.world_size / plan.label_tokens), scale_wrt_gas=False)
-        loss_sum += losses.item()
+        summed += losses.detach()
         backward = time.perf_counter()
         seconds["fwd"] += forward - began
         seconds["bwd"] += backward - forward
@@ -69,7 +71,7 @@ def train_step(
             engine.step()
     began = time.perf_counter()
     loss_sum, label_tokens, images, quarantined = topology.sum(
-        [loss_sum, *(float(sum(column)) for column in zip(*map(_counts, batches), strict=True))]
+        [summed.item(), *(float(sum(column)) for column in zip(*map(_counts, batches), strict=True))]
     )
     _update(engine, plan, loss_sum, int(label_tokens))
     seconds["opt"] = time.perf_counter() - began
