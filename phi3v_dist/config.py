@@ -53,6 +53,9 @@ class RunSettings(Section):
 class ModelSettings(Section):
     path: Path
     """Folder in the official layout: config.json, *.safetensors, tokenizer and preprocessor files."""
+    init_from: str | None = None
+    """Weights to begin with, when not those in `path`: another run's folder or one of its checkpoints, a model folder
+    such as an export, or `random`. To go on with a run, use its name again instead."""
     longrope: Literal["document", "max_position", "key_length"] = "document"
     """Which length chooses LongRoPE's short or long factors: each document's own (default), or an official batch
     rule."""
@@ -116,6 +119,31 @@ class LearningRate(Section):
     projector: float = Field(1e-5, ge=0)
 
 
+Trained = Literal["full", "lora", "frozen"]
+
+
+class PartsSettings(Section):
+    """How each part is trained: every weight, adapters on its linear layers, or not at all."""
+
+    text: Trained = "full"
+    """Word embeddings, decoder layers and head. With `lora` embeddings, norms and head stay as they are."""
+    vision: Trained = "full"
+    """The CLIP tower."""
+    projector: Trained = "full"
+    """From CLIP's features to the decoder's, separators included."""
+
+
+class LoraSettings(Section):
+    """Low-rank adapters, for the parts that `train.parts` sets to `lora`; they usually want 10 x the learning rate."""
+
+    rank: int = Field(16, ge=1, le=4096)
+    alpha: int = Field(32, ge=1)
+    """An adapter counts alpha / rank times."""
+    dropout: float = Field(0.0, ge=0, lt=1)
+    targets: list[str] | None = Field(None, min_length=1)
+    """Last words of layer names, such as `qkv_proj`; default: every linear layer of those parts."""
+
+
 Beta = Annotated[float, Field(ge=0, lt=1)]
 
 
@@ -128,6 +156,8 @@ class TrainSettings(Section):
     """Rows in one optimizer step over the whole job, whatever the number of ranks."""
     gradient_accumulation_steps: int | None = Field(None, ge=1)
     """Rows one rank takes per step; default: rows_per_step / ranks, rounded up. Given, it must agree."""
+    parts: PartsSettings = PartsSettings()
+    lora: LoraSettings = LoraSettings()
     learning_rate: LearningRate = LearningRate()
     warmup_steps: int = Field(100, ge=0)
     """Linear rise from 0; then a cosine."""
@@ -269,6 +299,8 @@ def _contradictions(settings: Settings) -> list[str]:
     """What pydantic cannot see: settings that are fine alone and not together."""
     problems = []
     train = settings.train
+    if set(train.parts.model_dump().values()) == {"frozen"}:
+        problems.append("`train.parts` freezes everything, so there is nothing to train")
     if (train.steps is None) == (train.epochs is None):
         found = f"steps={train.steps}, epochs={train.epochs}"
         problems.append(f"`train.steps` or `train.epochs` must be given, one of the two (found {found})")

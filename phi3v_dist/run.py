@@ -12,6 +12,7 @@ import importlib.metadata
 import json
 import logging
 import subprocess
+import sys
 import uuid
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +20,7 @@ from typing import Any
 
 import torch
 import yaml
+from transformers.initialization import no_init_weights
 
 from phi3v_dist import config
 from phi3v_dist.config import Settings, SourceSettings
@@ -31,9 +33,11 @@ from phi3v_dist.data.processor import Phi3VProcessor
 from phi3v_dist.data.shards import ShardTable
 from phi3v_dist.errors import DataError, Phi3VError
 from phi3v_dist.evaluate.evaluator import Evaluator
+from phi3v_dist.model.adapters import choose_trained, lora_targets
 from phi3v_dist.model.attention import choose_backend
 from phi3v_dist.model.phi3v import Phi3VForCausalLM, read_config
-from phi3v_dist.model.weights import OfficialFolder, load_weights
+from phi3v_dist.model.sources import initial_weights
+from phi3v_dist.model.weights import check_names, load_weights
 from phi3v_dist.observe.console import ConsoleTracker
 from phi3v_dist.observe.tracker import AllOf, JsonlTracker, NoTracker, Tracker
 from phi3v_dist.observe.wandb_tracker import WandbTracker
@@ -115,7 +119,10 @@ def problems(settings: Settings, world_size: int) -> list[str]:
             found += error.problems
     try:
         read_config(settings.model.path)
-        OfficialFolder(settings.model.path)
+        weights = initial_weights(settings.model.path, settings.model.init_from, settings.run.seed)
+        model = Phi3VForCausalLM.without_weights(read_config(settings.model.path))
+        check_names({name: tuple(parameter.shape) for name, parameter in model.named_parameters()}, weights)
+        lora_targets(model, settings.train)
         Phi3VProcessor.from_pretrained(settings.model.path, settings.data.num_crops)
         choose_backend(settings.model.attention, Topology.from_environment().device)
     except Phi3VError as error:
@@ -198,9 +205,12 @@ def _engine(settings: Settings, topology: Topology, device: torch.device) -> Any
     dtype = _dtype(settings.model.dtype, device)
     model_config = read_config(settings.model.path)
     ds_config = zero.resolve(settings, topology.world_size, dtype, model_config["hidden_size"])
-    with deepspeed.zero.Init(config_dict_or_path=ds_config):  # its `dtype=` is ignored on a CPU (0.19.8): bf16 there
+    # zero.Init's own `dtype=` is ignored on a CPU (0.19.8): bf16 there. Nothing is drawn: every weight is set below.
+    with no_init_weights(), deepspeed.zero.Init(config_dict_or_path=ds_config):
         model = Phi3VForCausalLM(model_config, settings.model.longrope, settings.model.attention)
-    load_weights(model, OfficialFolder(settings.model.path), topology.rank)
+    weights = initial_weights(settings.model.path, settings.model.init_from, settings.run.seed)
+    load_weights(model, weights, show_progress=topology.is_main and sys.stdout.isatty())
+    choose_trained(model, settings.train, settings.run.seed)
     model.set_gradient_checkpointing(settings.model.gradient_checkpointing)
     return zero.initialize(model, build_optimizer(model, settings.train), ds_config)
 

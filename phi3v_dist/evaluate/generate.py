@@ -17,10 +17,10 @@ import torch
 from torch import Tensor
 
 from phi3v_dist.data.batch import Example
+from phi3v_dist.model.adapters import merged_parameters
 from phi3v_dist.model.attention import Layout
 from phi3v_dist.model.cache import KeyValueCache
 from phi3v_dist.model.phi3v import Phi3VForCausalLM
-from phi3v_dist.model.weights import gathered
 
 
 @dataclass(frozen=True)
@@ -33,10 +33,7 @@ class Answer:
 
 def local_copy(model: Phi3VForCausalLM) -> Phi3VForCausalLM:
     """A plain model with the weights of one that may be partitioned; then all ranks must call this together."""
-    tensors = {}
-    for name, parameter in model.named_parameters():
-        with gathered(parameter), torch.no_grad():
-            tensors[name] = parameter.detach().clone()
+    tensors = dict(merged_parameters(model))
     return Phi3VForCausalLM.without_weights(model.config, model.longrope, model.attention).take(tensors)
 
 

@@ -1,29 +1,35 @@
 """A checkpoint → a folder that others open.
 
-What comes in: a committed checkpoint and the base folder the run began from. What goes out: official safetensors,
-config and tokenizer files. Surprise: tensors that were never computed (CLIP's last layer and norm) come from the base
-folder, so the export is complete; and the folder gets its name only after it was read back and gave the same logits.
+What comes in: a committed checkpoint in its run folder. What goes out: official safetensors, config and tokenizer files
+and a model card; or, of a LoRA run, peft's adapter folder. Surprise: nothing here ever holds the model. Tensors pass
+one by one, and the probe runs through a model whose modules fetch their weights when they are called, so the real model
+is exported and checked in less than 2 GB.
 """
 
 import json
 import logging
+import os
 import shutil
-from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 from PIL import Image
-from torch import Tensor
+from torch import nn
 
+from phi3v_dist.config import Settings
 from phi3v_dist.data.processor import Phi3VProcessor
 from phi3v_dist.errors import CheckpointError
+from phi3v_dist.model.adapters import write_adapter
+from phi3v_dist.model.card import model_card
 from phi3v_dist.model.phi3v import Phi3VForCausalLM, read_config
-from phi3v_dist.model.weights import OfficialFolder, is_untrained, write_safetensors
-from phi3v_dist.survive.checkpoint import read_tensors
+from phi3v_dist.model.sources import TrainedWeights
+from phi3v_dist.model.weights import OfficialFolder, Weights, write_safetensors
+from phi3v_dist.survive.manifest import fsync_folder
 
 COPIED = (
-    "config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json",
-    "preprocessor_config.json", "processor_config.json", "tokenizer.model", "added_tokens.json", "*.py", "LICENSE*",
+    "config.json", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "preprocessor_config.json",
+    "processor_config.json", "tokenizer.model", "added_tokens.json", "*.py", "LICENSE*", "NOTICE*",
 )  # fmt: skip
 ORIGIN_NAME = "origin.json"  # which checkpoint an export was made from
 PROBE_PROMPT = "<|user|>\n<|image_1|>\nWhat is shown in this image?<|end|>\n<|assistant|>\n"
@@ -31,56 +37,110 @@ PROBE_PROMPT = "<|user|>\n<|image_1|>\nWhat is shown in this image?<|end|>\n<|as
 log = logging.getLogger(__name__)
 
 
-def export(checkpoint: Path, base: Path, out: Path) -> None:
+def export(weights: TrainedWeights, settings: Settings, out: Path, merge: bool = False) -> None:
     """Write `out`, unless it holds this checkpoint already.
 
+    Args:
+        settings: of the run, with `model.path` where its files are now.
+        merge: of a LoRA run, add the adapters to the weights and write the whole model.
+
     Raises:
-        CheckpointError: `out` exists, the checkpoint is not of the base folder's model, or what was written does not
-            give the logits of what was trained. Nothing is left under the name `out` then.
+        CheckpointError: `out` exists, the checkpoint is not of the base folder's model, or what was written is not
+            what was trained. Nothing is left under the name `out` then.
     """
-    origin = {"checkpoint": checkpoint.name, "run": checkpoint.parent.parent.name}
+    base, adapter_only = settings.model.path, bool(weights.adapters) and not merge
+    if adapter_only and weights.in_full:
+        raise CheckpointError(
+            f"{weights.where}: beside adapters it has {len(weights.in_full)} weights trained in full, such as "
+            f"{weights.in_full[0]}, for which peft's format has no place: export with --merge"
+        )
+    origin = weights.describe() | {"longrope": settings.model.longrope, "adapter_only": adapter_only}
     if (out / ORIGIN_NAME).is_file() and json.loads((out / ORIGIN_NAME).read_text()) == origin:
-        log.info("%s holds %s already", out, checkpoint.name)
+        log.info("%s holds %s already", out, weights.where)
         return
     if out.exists():
-        raise CheckpointError(f"{out}: exists and is not the export of {checkpoint}; remove it or choose another --out")
-    trained, weights = read_tensors(checkpoint), OfficialFolder(base)
-    untrained = [name for name in weights.names if is_untrained(name) and name not in trained.names]
-    missing = sorted(set(weights.names) - set(untrained) - set(trained.names))
-    extra = sorted(set(trained.names) - set(weights.names))
-    if missing or extra:
         raise CheckpointError(
-            [f"{checkpoint} does not hold {name} of {base}" for name in missing]
-            + [f"{checkpoint} holds {name}, which {base} does not know" for name in extra]
+            f"{out}: exists and is not the export of {weights.where}; remove it or choose another --out"
         )
-    dtype = weights.dtype
-
-    def get(name: str) -> Tensor:
-        return weights.get(name) if name in untrained else trained.get(name).to(dtype)
-
     partial = out.with_name(out.name + ".partial")
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
+    if adapter_only:
+        write_adapter(partial, weights.adapters, settings.train.lora, base)
+    else:
+        _copy_files(base, partial)
+        write_safetensors(partial, weights)
+        _verify(partial, weights, settings.model.longrope)
+    _write(partial / "README.md", model_card(origin, settings))
+    _write(partial / ORIGIN_NAME, json.dumps(origin, indent=2) + "\n")
+    fsync_folder(partial)
+    partial.rename(out)
+    fsync_folder(out.parent)
+    what = "adapters for peft" if adapter_only else f"{len(weights.names)} tensors, ready for from_pretrained"
+    log.info("%s: %s of %s", out, what, weights.where)
+
+
+def _copy_files(base: Path, folder: Path) -> None:
+    """Everything but weights, as it is; and a generation_config.json that stops where the chat template ends a turn."""
     for pattern in COPIED:
         for path in base.glob(pattern):
-            shutil.copy(path, partial / path.name)
-    names = sorted([*trained.names, *untrained])
-    write_safetensors(partial, names, get)
-    _verify(partial, trained.names, get)
-    (partial / ORIGIN_NAME).write_text(json.dumps(origin, indent=2) + "\n")
-    partial.rename(out)
-    log.info("%s: %d tensors of %s, ready for from_pretrained", out, len(names), checkpoint.name)
+            shutil.copy(path, folder / path.name)
+    given = base / "generation_config.json"
+    generation: dict[str, Any] = json.loads(given.read_text()) if given.is_file() else {"bos_token_id": 1}
+    processor = Phi3VProcessor.from_pretrained(base)
+    generation |= {"eos_token_id": sorted(processor.stop_ids), "pad_token_id": processor.tokenizer.pad_token_id}
+    _write(folder / "generation_config.json", json.dumps(generation, indent=2) + "\n")
+
+
+def _write(path: Path, text: str) -> None:
+    with path.open("w") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
 
 
 @torch.inference_mode()
-def _verify(folder: Path, names: list[str], get: Callable[[str], Tensor]) -> None:
-    """Read the folder back as a user would and compare logits on a picture and a question."""
-    processor = Phi3VProcessor.from_pretrained(folder)
+def _verify(folder: Path, weights: Weights, longrope: str) -> None:
+    """Read the folder back: every name, shape, type and bit, and the logits on a picture and a question."""
+    written = OfficialFolder(folder)
+    problems = [f"{name}: missing" for name in weights.names if name not in written.names]
+    for name in written.names:
+        tensor, wanted = written.get(name), weights.get(name)
+        if not torch.isfinite(tensor).all():
+            problems.append(f"{name}: holds numbers that are not finite; the run had diverged, export an earlier step")
+        elif tensor.dtype != wanted.dtype or not torch.equal(tensor, wanted):
+            problems.append(f"{name}: read back, it is not what was written")
+    if problems:
+        raise CheckpointError([f"{folder}: {problem}" for problem in problems])
+    processor = Phi3VProcessor.from_pretrained(folder, num_crops=1)
     inputs = dict(processor(PROBE_PROMPT, Image.linear_gradient("L").resize((640, 480)).convert("RGB")))
     inputs.pop("num_img_tokens")
-    reread = Phi3VForCausalLM.from_pretrained(folder)(**inputs).logits
-    direct = Phi3VForCausalLM.without_weights(read_config(folder)).take({name: get(name) for name in names})
-    difference = (direct(**inputs).logits - reread).abs().max().item()
-    if difference != 0.0 or not torch.isfinite(reread).all():
+    reread, direct = (streamed(read_config(folder), w, longrope)(**inputs).logits for w in (written, weights))
+    difference = (direct - reread).abs().max().item()
+    if difference != 0.0:
         raise CheckpointError(f"{folder}: read back, its logits differ by {difference}; the folder is kept for a look")
-    log.info("read back: logits on a probe picture are equal")
+    log.info("read back: every tensor is equal, and so are the logits on a probe picture")
+
+
+def streamed(config: dict[str, Any], weights: Weights, longrope: Any) -> Phi3VForCausalLM:
+    """A model in fp32 whose modules fetch their weights when called and drop them after: one in memory at a time."""
+    model = Phi3VForCausalLM.without_weights(config, longrope, attention="sdpa").eval()
+
+    def fetch(prefix: str, module: nn.Module) -> None:
+        for name in module._parameters:
+            weight = weights.get(f"{prefix}.{name}").float()
+            module._parameters[name] = nn.Parameter(weight, requires_grad=False)
+
+    def drop(module: nn.Module) -> None:
+        for name, parameter in module._parameters.items():
+            assert parameter is not None  # no module of the model has an empty place
+            module._parameters[name] = nn.Parameter(parameter.to("meta"), requires_grad=False)
+
+    for prefix, module in model.named_modules():
+        for name in [name for name, parameter in module._parameters.items() if parameter is None]:
+            del module._parameters[name]  # a linear layer without a bias keeps the name
+            setattr(module, name, None)
+        if module._parameters:
+            module.register_forward_pre_hook(lambda module, _, prefix=prefix: fetch(prefix, module))
+            module.register_forward_hook(lambda module, *_: drop(module))
+    return model

@@ -9,17 +9,15 @@ so token counts are those of the real model). The tokenizer is a byte-fallback B
 """
 
 import json
+import math
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-import torch
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
-from torch import Tensor, nn
 
-from phi3v_dist.model.phi3v import Phi3VForCausalLM
-from phi3v_dist.model.vision import PATCHES_PER_SIDE, CLIPEncoderLayer, clip_config
-from phi3v_dist.model.weights import TOWER, write_safetensors
+from phi3v_dist.model.sources import RandomWeights
+from phi3v_dist.model.weights import write_safetensors
 
 SPACE = "\u2581"  # how Llama's tokenizers write a space
 WORDS = 1500  # learned pieces; every other text falls back to bytes
@@ -33,8 +31,6 @@ DECODER = {
     "hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 3, "num_attention_heads": 4,
     "num_key_value_heads": 4,
 }  # fmt: skip
-INTO_RESIDUAL = ("o_proj.weight", "down_proj.weight", "out_proj.weight", "fc2.weight")
-RESIDUAL_SCALE = 0.3  # layers begin as small changes to what passes by them
 NUM_CROPS = 4
 OPENAI_MEAN = [0.48145466, 0.4578275, 0.40821073]
 OPENAI_STD = [0.26862954, 0.26130258, 0.27577711]
@@ -49,7 +45,6 @@ def write_tiny(folder: Path, sentences: Iterable[str], seed: int = 0, **sizes: d
     folder.mkdir(parents=True, exist_ok=True)
     tokenizer = _tokenizer(sentences)
     config = _config(tokenizer, CLIP | sizes.get("clip", {}), DECODER | sizes.get("decoder", {}))
-    tensors = _random_weights(config, seed)
     _write_json(folder / "config.json", config)
     tokenizer.save(str(folder / "tokenizer.json"))
     names = {"bos_token": "<s>", "eos_token": "<|endoftext|>", "pad_token": "<|endoftext|>", "unk_token": "<unk>"}
@@ -61,8 +56,9 @@ def write_tiny(folder: Path, sentences: Iterable[str], seed: int = 0, **sizes: d
     stop = [tokenizer.token_to_id(text) for text in ("<|endoftext|>", "<|assistant|>", "<|end|>")]
     ends = {"bos_token_id": 1, "eos_token_id": stop, "pad_token_id": stop[0]}
     _write_json(folder / "generation_config.json", ends)
-    write_safetensors(folder, sorted(tensors), tensors.__getitem__)
-    return sum(tensor.numel() for tensor in tensors.values())
+    weights = RandomWeights(config, seed)
+    write_safetensors(folder, weights)
+    return sum(math.prod(weights.shape(name)) for name in weights.names)
 
 
 def _write_json(path: Path, content: dict[str, Any]) -> None:
@@ -120,45 +116,3 @@ def _config(tokenizer: Tokenizer, clip: dict[str, int], decoder: dict[str, int])
             "image_dim_out": clip["hidden_size"], "num_img_tokens": 144, "clip_config": clip,
         },
     }  # fmt: skip
-
-
-def _random_weights(config: dict[str, Any], seed: int) -> dict[str, Tensor]:
-    """Matrices with the variance that keeps a signal's size (1 / inputs), smaller at the end of a layer; biases 0."""
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        model = Phi3VForCausalLM(config)
-        clip = clip_config(config)
-        last_layer, norm = CLIPEncoderLayer(clip), nn.LayerNorm(clip.hidden_size)
-        tensors = dict(model.state_dict())
-        tensors |= {
-            f"{TOWER}encoder.layers.{clip.num_hidden_layers - 1}.{n}": t for n, t in last_layer.state_dict().items()
-        }
-        tensors |= {f"{TOWER}post_layernorm.{n}": t for n, t in norm.state_dict().items()}
-        for name, tensor in tensors.items():
-            if name.endswith("embed_tokens.weight"):
-                nn.init.normal_(tensor, std=0.5)  # of the size of the pictures' features, which stand beside it
-            elif name.endswith(("_GN", "class_embedding")):
-                nn.init.normal_(tensor, std=0.02)
-            elif name.endswith(INTO_RESIDUAL):
-                nn.init.normal_(tensor, std=RESIDUAL_SCALE * tensor[0].numel() ** -0.5)
-            elif tensor.dim() >= 2:
-                nn.init.normal_(tensor, std=tensor[0].numel() ** -0.5)
-            elif name.endswith("bias"):
-                nn.init.zeros_(tensor)
-        position = f"{TOWER}embeddings.position_embedding.weight"
-        tensors[position].copy_(_grid_waves(*tensors[position].shape))
-        tensors["model.embed_tokens.weight"][config["pad_token_id"]] = 0
-    return tensors
-
-
-def _grid_waves(num_positions: int, width: int) -> Tensor:
-    """Class token, then patches row by row: sines and cosines of row and column (Vaswani et al., 2017, in two axes).
-
-    From noise, a small tower would first have to find out which patches are neighbours.
-    """
-    side = torch.arange(PATCHES_PER_SIDE).float()
-    frequencies = 100.0 ** -(torch.arange(width // 4) / (width // 4))
-    waves = torch.cat([(side[:, None] * frequencies).sin(), (side[:, None] * frequencies).cos()], dim=1)
-    rows, columns = torch.meshgrid(torch.arange(len(side)), torch.arange(len(side)), indexing="ij")
-    grid = torch.cat([waves[rows.flatten()], waves[columns.flatten()]], dim=1)
-    return torch.cat([torch.zeros(num_positions - len(grid), grid.shape[1]), grid])

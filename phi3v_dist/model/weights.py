@@ -1,22 +1,26 @@
-"""Official safetensors → parameters, and parameters → official safetensors.
+"""Official tensors by name → parameters, and → official safetensors.
 
-What comes in: a folder with `model.safetensors` or `model.safetensors.index.json` and its shards. What goes out: a
-model whose every parameter was set, or one error that lists every name that did not fit. Surprise: tensors are read
-one at a time, by rank 0, straight into ZeRO-3's partitions, so no rank ever holds a second copy of the model.
+What comes in: `Weights`, anything that gives tensors by official name one at a time (here: a folder with
+`model.safetensors` or `model.safetensors.index.json` and its shards; others in sources.py). What goes out: a model
+whose every parameter was set, or one error that lists every name that did not fit. Surprise: every rank maps the files
+into memory and copies only its own ZeRO-3 partition, so nothing travels between ranks and no rank ever holds the model.
 """
 
 import json
+import os
 import re
-from collections.abc import Callable, Iterator
-from contextlib import nullcontext
-from pathlib import Path
+from pathlib import Path, PurePosixPath
+from typing import Protocol, runtime_checkable
 
 import torch
+from rich.progress import track
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from phi3v_dist.errors import CheckpointError
+from phi3v_dist.parallel.partitions import full_shape, is_partitioned, set_partition
+from phi3v_dist.survive.manifest import fsync_folder
+from phi3v_dist.survive.tensor_file import TORCH_DTYPES, Specs, blocks, size_bytes
 
 EMBEDDING = "model.embed_tokens.weight"
 EMBEDDING_ALIAS = "model.vision_embed_tokens.wte.weight"  # the same tensor under the image embedding's own name
@@ -24,6 +28,26 @@ TOWER = "model.vision_embed_tokens.img_processor.vision_model."
 TOWER_LAYER = re.compile(re.escape(TOWER) + r"encoder\.layers\.(\d+)\.")
 SHARD_SIZE_BYTES = 4 * 1024**3
 INDEX_NAME = "model.safetensors.index.json"
+PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
+
+
+@runtime_checkable
+class Weights(Protocol):
+    """Tensors of a model by official name. What `get` gives may be mapped from a file: it is for reading only.
+
+    where: what to call this source in a message.
+    """
+
+    where: str
+
+    @property
+    def names(self) -> list[str]: ...
+
+    def shape(self, name: str) -> tuple[int, ...]: ...
+
+    def dtype(self, name: str) -> torch.dtype: ...
+
+    def get(self, name: str) -> Tensor: ...
 
 
 class OfficialFolder:
@@ -34,23 +58,27 @@ class OfficialFolder:
     """
 
     def __init__(self, folder: Path):
-        self.folder = folder
+        self.folder, self.where = folder, str(folder)
         index = folder / INDEX_NAME
+        single = folder / "model.safetensors"
         if index.is_file():
             files = _files_of_index(index)
+        elif single.is_file():
+            files = [single.name]
         else:
-            single = folder / "model.safetensors"
-            files = (
-                [single.name] if single.is_file() else sorted(path.name for path in folder.glob("model*.safetensors"))
-            )
+            files = sorted(path.name for path in folder.glob("model*.safetensors"))
         if not files:
-            pickles = sorted(path.name for path in [*folder.glob("*.bin"), *folder.glob("*.pt")])
-            why = f"; {pickles[0]} is a pickle, which can run code when read: convert it first" if pickles else ""
+            pickles = sorted(path.name for pattern in PICKLES for path in folder.glob(pattern))
+            why = f"; {_refusal(pickles[0])}" if pickles else ""
             raise CheckpointError(f"{folder}: no model.safetensors and no {INDEX_NAME}{why}")
+        self._files = {name: _open(folder / name) for name in files}
         self._file_of: dict[str, str] = {}
-        for name in files:
-            with self._open(name) as file:
-                self._file_of |= dict.fromkeys(file.keys(), name)
+        for file_name, file in self._files.items():
+            for name in file.keys():  # noqa: SIM118
+                if name in self._file_of:
+                    twice = f"{self._file_of[name]} and {file_name}"
+                    raise CheckpointError(f"{folder}: {name} is in {twice}; remove the files of another model")
+                self._file_of[name] = file_name
         if EMBEDDING not in self._file_of and EMBEDDING_ALIAS in self._file_of:
             self._file_of[EMBEDDING] = self._file_of[EMBEDDING_ALIAS]
         self._file_of.pop(EMBEDDING_ALIAS, None)
@@ -59,50 +87,71 @@ class OfficialFolder:
     def names(self) -> list[str]:
         return sorted(self._file_of)
 
-    @property
-    def dtype(self) -> torch.dtype:
-        """The type of the language model's head, which every folder has."""
-        return self.get("lm_head.weight").dtype if "lm_head.weight" in self._file_of else torch.float32
+    def shape(self, name: str) -> tuple[int, ...]:
+        return tuple(self._slice(name).get_shape())
+
+    def dtype(self, name: str) -> torch.dtype:
+        stored = self._slice(name).get_dtype()
+        if stored not in TORCH_DTYPES:
+            raise CheckpointError(
+                f"{self._path(name)}: {name} is stored as {stored}; known are {', '.join(TORCH_DTYPES)}"
+            )
+        return TORCH_DTYPES[stored]
 
     def get(self, name: str) -> Tensor:
-        """One tensor, on the CPU."""
-        with self._open(self._file_of[name]) as file:
-            return file.get_tensor(name if name in file.keys() else EMBEDDING_ALIAS)  # noqa: SIM118
+        """One tensor, mapped from the file: a page is read when one of its elements is."""
+        file = self._files[self._file_of[name]]
+        return file.get_tensor(name if name in file.keys() else EMBEDDING_ALIAS)  # noqa: SIM118
 
-    def shape(self, name: str) -> tuple[int, ...]:
-        with self._open(self._file_of[name]) as file:
-            return tuple(file.get_slice(name if name in file.keys() else EMBEDDING_ALIAS).get_shape())  # noqa: SIM118
+    def _slice(self, name: str):  # type: ignore[no-untyped-def]
+        file = self._files[self._file_of[name]]
+        return file.get_slice(name if name in file.keys() else EMBEDDING_ALIAS)  # noqa: SIM118
 
-    def _open(self, name: str) -> safe_open:
-        path = self.folder / name
-        try:
-            return safe_open(path, framework="pt")
-        except (OSError, SafetensorError) as error:
-            raise CheckpointError(f"{path}: cannot be read as safetensors: {error}") from error
+    def _path(self, name: str) -> Path:
+        return self.folder / self._file_of[name]
+
+
+def _open(path: Path) -> safe_open:
+    if path.suffix != ".safetensors":
+        raise CheckpointError(f"{path.parent / INDEX_NAME}: {_refusal(path.name)}")
+    try:
+        return safe_open(path, framework="pt")
+    except (OSError, SafetensorError) as error:
+        raise CheckpointError(f"{path}: cannot be read as safetensors: {error}") from error
+
+
+def _refusal(name: str) -> str:
+    return f"{name} is no safetensors file; a pickle can run code when it is read, so convert it first"
 
 
 def _files_of_index(path: Path) -> list[str]:
     try:
-        return sorted(set(json.loads(path.read_text())["weight_map"].values()))
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        files = sorted(set(json.loads(path.read_text())["weight_map"].values()))
+        strangers = [name for name in files if PurePosixPath(name).name != name]
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise CheckpointError(f"{path}: no JSON with a `weight_map` from names to files ({error!r})") from error
+    if strangers:
+        raise CheckpointError(f"{path}: names files outside of its folder: {', '.join(strangers)}")
+    return files
 
 
-def load_weights(model: nn.Module, weights: OfficialFolder, rank: int = 0) -> None:
-    """Set every parameter of `model`, which may be partitioned by ZeRO-3 (then this is a collective call).
+@torch.no_grad()
+def load_weights(model: nn.Module, weights: Weights, show_progress: bool = False) -> None:
+    """Set every parameter of `model`; of a partitioned one, this rank's share. No communication.
 
     Raises:
         CheckpointError: names or shapes do not fit; all of them are listed.
     """
     parameters = dict(model.named_parameters())
-    check_names({name: tuple(_full_shape(p)) for name, p in parameters.items()}, weights)
-    for name, parameter in parameters.items():
-        with gathered(parameter, modify=True), torch.no_grad():
-            if rank == 0:
-                parameter.copy_(weights.get(name))
+    check_names({name: full_shape(parameter) for name, parameter in parameters.items()}, weights)
+    for name in track(parameters, f"reading {weights.where}", disable=not show_progress, transient=True):
+        if is_partitioned(parameters[name]):
+            set_partition(parameters[name], weights.get(name))
+        else:
+            parameters[name].copy_(weights.get(name))
 
 
-def check_names(shapes: dict[str, tuple[int, ...]], weights: OfficialFolder) -> None:
+def check_names(shapes: dict[str, tuple[int, ...]], weights: Weights) -> None:
     """Compare the model's names and shapes with the folder's; tensors that are never computed may be extra."""
     found = set(weights.names)
     problems = [f"{name}: missing" for name in sorted(shapes.keys() - found)]
@@ -116,7 +165,7 @@ def check_names(shapes: dict[str, tuple[int, ...]], weights: OfficialFolder) -> 
         if weights.shape(name) != shapes[name]:
             problems.append(f"{name}: shape {weights.shape(name)}, config.json says {shapes[name]}")
     if problems:
-        raise CheckpointError([f"{weights.folder}: {problem}" for problem in problems])
+        raise CheckpointError([f"{weights.where}: {problem}" for problem in problems])
 
 
 def is_untrained(name: str) -> bool:
@@ -132,47 +181,34 @@ def _tower_layer(name: str) -> int:
     return int(match[1]) if match else -1
 
 
-def gathered(parameter: nn.Parameter, modify: bool = False):  # type: ignore[no-untyped-def]
-    """The whole parameter on every rank, for the length of a `with`; changes made by rank 0 are kept with `modify`."""
-    if not hasattr(parameter, "ds_id"):
-        return nullcontext()
-    import deepspeed
-
-    return deepspeed.zero.GatheredParameters(parameter, modifier_rank=0 if modify else None)
-
-
-def _full_shape(parameter: nn.Parameter) -> torch.Size:
-    return getattr(parameter, "ds_shape", parameter.shape)
-
-
-def write_safetensors(
-    folder: Path, names: list[str], get: Callable[[str], Tensor], shard_size_bytes: int = SHARD_SIZE_BYTES
-) -> None:
-    """Write tensors by official name, one shard of memory at a time, with an index when there are several."""
-    shards = list(_cut_into_shards(names, get, shard_size_bytes))
-    total = 0
+def write_safetensors(folder: Path, weights: Weights, shard_size_bytes: int = SHARD_SIZE_BYTES) -> None:
+    """Write all tensors, one in memory at a time, with an index when there are several files; flushed to the disk."""
+    specs: Specs = {name: (weights.shape(name), weights.dtype(name)) for name in weights.names}
+    shards = _cut_into_shards(specs, shard_size_bytes)
     weight_map: dict[str, str] = {}
-    for number, shard_names in enumerate(shards, start=1):
+    for number, names in enumerate(shards, start=1):
         single = len(shards) == 1
         file_name = "model.safetensors" if single else f"model-{number:05d}-of-{len(shards):05d}.safetensors"
-        tensors = {name: get(name).contiguous() for name in shard_names}
-        save_file(tensors, folder / file_name, metadata={"format": "pt"})
-        total += sum(t.numel() * t.element_size() for t in tensors.values())
-        weight_map |= dict.fromkeys(shard_names, file_name)
+        with (folder / file_name).open("wb") as file:
+            for block in blocks({name: specs[name] for name in names}, weights.get, {"format": "pt"}):
+                file.write(block)
+            file.flush()
+            os.fsync(file.fileno())
+        weight_map |= dict.fromkeys(names, file_name)
     if len(shards) > 1:
+        total = sum(size_bytes(*spec) for spec in specs.values())
         index = {"metadata": {"total_size": total}, "weight_map": weight_map}
         (folder / INDEX_NAME).write_text(json.dumps(index, indent=2, sort_keys=True) + "\n")
+    fsync_folder(folder)
 
 
-def _cut_into_shards(names: list[str], get: Callable[[str], Tensor], limit_bytes: int) -> Iterator[list[str]]:
-    shard: list[str] = []
-    size_bytes = 0
-    for name in names:
-        tensor = get(name)
-        tensor_bytes = tensor.numel() * tensor.element_size()
-        if shard and size_bytes + tensor_bytes > limit_bytes:
-            yield shard
-            shard, size_bytes = [], 0
-        shard.append(name)
-        size_bytes += tensor_bytes
-    yield shard
+def _cut_into_shards(specs: Specs, limit_bytes: int) -> list[list[str]]:
+    shards: list[list[str]] = [[]]
+    used_bytes = 0
+    for name, spec in specs.items():
+        if shards[-1] and used_bytes + size_bytes(*spec) > limit_bytes:
+            shards.append([])
+            used_bytes = 0
+        shards[-1].append(name)
+        used_bytes += size_bytes(*spec)
+    return shards

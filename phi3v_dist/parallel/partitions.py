@@ -1,7 +1,8 @@
 """A ZeRO-3 engine ↔ named pieces of flat tensors: the one module that reaches inside DeepSpeed.
 
 In: an engine between two optimizer steps. Out: for every parameter the elements this rank owns, of the fp32 master and
-of each optimizer state, under the parameter's name; and the way back, at any world size.
+of each optimizer state, under the parameter's official name; and the way back, at any world size. Frozen weights are
+only fingerprinted: they are still in the folder they came from.
 
 Surprise: ZeRO-3 cuts every parameter by itself. Rank r of W owns elements [r*P, (r+1)*P) of the flattened tensor with
 P = ceil(numel / W), so a late rank may own nothing; what fills its share up to P is uninitialised memory, which must
@@ -10,18 +11,23 @@ never be saved or hashed.
 
 import math
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from dataclasses import dataclass
 from importlib.metadata import version
 from typing import Any
 
 import torch
-from torch import Tensor
+import torch.distributed as dist
+from torch import Tensor, nn
 
 from phi3v_dist.errors import CheckpointError
 
 TESTED_DEEPSPEED = "0.19.8"
 COUNTERS = ("global_steps", "global_samples", "skipped_steps", "micro_steps")
+FINGERPRINT_BLOCK = 2**22  # elements widened to int64 at a time
 LOSS_SCALE_NUMBERS = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")
+
+WRAPPED = ".base_layer."  # where peft puts a module that got an adapter
 
 # (tensor name, state, start, length) → those elements of the flattened tensor
 ReadElements = Callable[[str, str, int, int], Tensor]
@@ -31,15 +37,17 @@ ReadElements = Callable[[str, str, int, int], Tensor]
 class TensorSpec:
     """A tensor of the model, whole.
 
-    role: "trained" (has a master and optimizer states), "frozen" (has neither) or "buffer".
+    role: "trained", "frozen" (not stored) or "buffer".
     dtypes: state → dtype as stored. "weight" is the master of a trained tensor; Adam adds "exp_avg" and "exp_avg_sq",
-        which do not exist before the first step.
+        which do not exist before the first step. Of a frozen tensor, "weight" is the type of computation.
+    fingerprint: of a frozen tensor in that type, hexadecimal; see `fingerprint`.
     """
 
     shape: tuple[int, ...]
     role: str
     param_group: int | None
     dtypes: dict[str, str]
+    fingerprint: str | None = None
 
     @property
     def numel(self) -> int:
@@ -60,15 +68,16 @@ class Piece:
 
 
 class Partitions:
-    """This rank's share of what an engine trains."""
+    """This rank's share of what an engine holds. One without an optimizer has weights only; they can be saved."""
 
     def __init__(self, engine: Any):
         _require_supported(engine)
         self.engine = engine
         self.zero = engine.optimizer
+        self.has_optimizer = hasattr(self.zero, "fp16_groups")
         # Membership in a sub-group decides what is trained: requires_grad may have been switched off since.
         self._place: dict[int, tuple[int, int]] = {}  # id of parameter → (sub-group, offset in its flat tensor)
-        for sub_group, params in enumerate(self.zero.fp16_groups):
+        for sub_group, params in enumerate(self.zero.fp16_groups if self.has_optimizer else ()):
             offset = 0
             for param in params:
                 self._place[id(param)] = (sub_group, offset)
@@ -76,56 +85,75 @@ class Partitions:
 
     def require_between_steps(self) -> None:
         """Refuse inside an accumulation window: its gradients are in no checkpoint and would be lost."""
-        if self.zero.micro_step_id > 0 or self.zero._epilogue_ran_this_backward:
+        if self.has_optimizer and (self.zero.micro_step_id > 0 or self.zero._epilogue_ran_this_backward):
             raise CheckpointError(
                 f"cannot save after global step {self.engine.global_steps}: gradients of the next step are already "
                 "accumulated and would be lost. Save right after the engine.step() that updated the weights."
             )
 
     def specs(self) -> dict[str, TensorSpec]:
+        """Every tensor. Collective when some are frozen."""
         specs = {}
-        for name, param in self.engine.module.named_parameters():
+        fingerprints = self._fingerprints()
+        for name, param in self._named_parameters():
+            shape = tuple(param.ds_shape)
             if id(param) in self._place:
                 sub_group, _ = self._place[id(param)]
                 dtypes = {state: _dtype_name(flat) for state, flat in self._flat_states(sub_group).items()}
                 group = self.zero.sub_group_to_group_id[sub_group]
-                specs[name] = TensorSpec(tuple(param.ds_shape), "trained", group, dtypes)
+                specs[name] = TensorSpec(shape, "trained", group, dtypes)
             else:
+                role = "frozen" if name in fingerprints else "trained"
                 dtypes = {"weight": _dtype_name(param.ds_tensor)}
-                specs[name] = TensorSpec(tuple(param.ds_shape), "frozen", None, dtypes)
+                specs[name] = TensorSpec(shape, role, None, dtypes, fingerprints.get(name))
         for name, buffer in self._buffers():
             specs[name] = TensorSpec(tuple(buffer.shape), "buffer", None, {"weight": _dtype_name(buffer)})
         return specs
 
+    def _fingerprints(self) -> dict[str, str]:
+        """Of every frozen tensor, the same on all ranks. Without an optimizer nothing is known to be frozen."""
+        if not self.has_optimizer:
+            return {}
+        frozen = {name: param for name, param in self._named_parameters() if id(param) not in self._place}
+        if not frozen:
+            return {}
+        sums = torch.stack([fingerprint(_own_elements(param), _owned(param)[0]) for param in frozen.values()])
+        dist.all_reduce(sums)
+        return {name: fingerprint_text(total) for name, total in zip(frozen, sums, strict=True)}
+
     def aliases(self) -> dict[str, str]:
         """Second names of tied parameters → the name they are saved under."""
-        first = {id(param): name for name, param in self.engine.module.named_parameters()}
-        every = self.engine.module.named_parameters(remove_duplicate=False)
+        first = {id(param): name for name, param in self._named_parameters()}
+        every = self._named_parameters(remove_duplicate=False)
         return {name: first[id(param)] for name, param in every if name != first[id(param)]}
 
     def pieces(self) -> Iterator[Piece]:
-        """What this rank owns, an empty piece where it owns nothing; buffers are rank 0's."""
-        for name, param in self.engine.module.named_parameters():
+        """What this rank owns of all that is stored, an empty piece where it owns nothing; buffers are rank 0's."""
+        for name, param in self._named_parameters():
             start, length = _owned(param)
             if id(param) in self._place:
                 sub_group, offset = self._place[id(param)]
                 flats = self._flat_states(sub_group)
                 yield Piece(name, start, {state: flat.narrow(0, offset, length) for state, flat in flats.items()})
-            else:
-                yield Piece(name, start, {"weight": param.ds_tensor.detach().flatten()[:length]})
+            elif not self.has_optimizer:
+                yield Piece(name, start, {"weight": _own_elements(param)})
         for name, buffer in self._buffers():
             elements = buffer.detach().flatten()
             yield Piece(name, 0, {"weight": elements if self.engine.global_rank == 0 else elements[:0]})
 
     def settings(self) -> dict[str, Any]:
         """The engine's numbers, as JSON: counters, hyperparameters now in force, schedule, loss scale."""
+        counters = {name: getattr(self.engine, name) for name in COUNTERS}
+        if not self.has_optimizer:
+            nothing: dict[str, Any] = {"param_groups": [], "optimizer_scalars": [], "schedule": None, "loss_scale": {}}
+            return {"counters": counters} | nothing
         groups = [{k: v for k, v in g.items() if k != "params"} for g in self.zero.optimizer.param_groups]
         scalars: list[dict[str, Any]] = [{} for _ in groups]
         for sub_group in range(len(self.zero.fp16_groups)):
             scalars[self.zero.sub_group_to_group_id[sub_group]] = self._scalar_states(sub_group)
         scheduler, scaler = self.engine.lr_scheduler, self.zero.loss_scaler
         return {
-            "counters": {name: getattr(self.engine, name) for name in COUNTERS},
+            "counters": counters,
             "param_groups": groups,
             "optimizer_scalars": scalars,
             "schedule": None if scheduler is None else scheduler.state_dict(),
@@ -134,6 +162,8 @@ class Partitions:
 
     def differences(self, saved: dict[str, TensorSpec], settings: dict[str, Any]) -> list[str]:
         """Why a checkpoint cannot be loaded into this engine, one line for each tensor; empty if it can."""
+        if not self.has_optimizer:
+            return ["the engine has no optimizer, so there is nothing to continue: use `model.init_from`"]
         present, problems = self.specs(), []
         for name in sorted(saved.keys() | present.keys()):
             if name not in present:
@@ -141,12 +171,7 @@ class Partitions:
             elif name not in saved:
                 problems.append(f"{name}: in the model, not in the checkpoint")
             else:
-                there, here = saved[name], present[name]
-                for what in ("shape", "role", "param_group"):
-                    if getattr(there, what) != getattr(here, what):
-                        found = f"{what} {getattr(there, what)} in the checkpoint, {getattr(here, what)} in the model"
-                        problems.append(f"{name}: {found}")
-                        break
+                problems += _spec_differences(name, saved[name], present[name])
         num_saved, num_present = len(settings["param_groups"]), len(self.zero.optimizer.param_groups)
         if num_saved != num_present:
             problems.append(f"{num_saved} parameter groups in the checkpoint, {num_present} in the optimizer")
@@ -161,15 +186,12 @@ class Partitions:
         zero.checkpoint_event_prologue()  # drops gathered copies of the old weights
         zero.zero_grad()
         self._create_optimizer_states(specs, settings["optimizer_scalars"])
-        for name, param in self.engine.module.named_parameters():
-            start, length = _owned(param)
-            if id(param) in self._place:
+        for name, param in self._named_parameters():
+            if id(param) in self._place:  # the others are frozen, and `differences` found them to be what they were
+                start, length = _owned(param)
                 sub_group, offset = self._place[id(param)]
                 for state, flat in self._flat_states(sub_group).items():
                     _fill(flat.narrow(0, offset, param.partition_numel()), read(name, state, start, length))
-            else:
-                _fill(param.ds_tensor, read(name, "weight", start, length))
-                param.ds_secondary_tensor = None  # hpZ: DeepSpeed drops the copies of trained parameters only
         for name, buffer in self._buffers():
             buffer.copy_(read(name, "weight", 0, buffer.numel()).view(buffer.shape))
         for sub_group in range(len(zero.fp16_groups)):
@@ -193,7 +215,7 @@ class Partitions:
 
     def _create_optimizer_states(self, specs: dict[str, TensorSpec], scalars: list[dict[str, Any]]) -> None:
         """A fresh optimizer has no states before its first step, so make them in the form they were saved in."""
-        names = {id(param): name for name, param in self.engine.module.named_parameters()}
+        names = {id(param): name for name, param in self._named_parameters()}
         for sub_group, params in enumerate(self.zero.fp16_groups):
             flat = self.zero.fp32_partitioned_groups_flat[sub_group]
             state: dict[str, Any] = {}
@@ -227,6 +249,10 @@ class Partitions:
                 )
         return scalars
 
+    def _named_parameters(self, remove_duplicate: bool = True) -> Iterator[tuple[str, Any]]:
+        for name, param in self.engine.module.named_parameters(remove_duplicate=remove_duplicate):
+            yield official_name(name), param
+
     def _buffers(self) -> list[tuple[str, Tensor]]:
         persistent = self.engine.module.state_dict(keep_vars=True).keys()
         return [(name, buffer) for name, buffer in self.engine.module.named_buffers() if name in persistent]
@@ -239,9 +265,75 @@ def _owned(param: Any) -> tuple[int, int]:
     return start, min(share, param.ds_numel - start)
 
 
+def _own_elements(param: Any) -> Tensor:
+    """This rank's elements in the type of computation, without padding."""
+    return param.ds_tensor.detach().flatten()[: _owned(param)[1]]
+
+
+def is_partitioned(param: nn.Parameter) -> bool:
+    return hasattr(param, "ds_id")
+
+
+def gathered(parameters: list[nn.Parameter]):  # type: ignore[no-untyped-def]
+    """The whole parameters on every rank, for the length of a `with`."""
+    if not any(is_partitioned(parameter) for parameter in parameters):
+        return nullcontext()
+    import deepspeed
+
+    return deepspeed.zero.GatheredParameters(parameters)
+
+
+@torch.no_grad()
+def set_partition(param: Any, whole: Tensor) -> None:
+    """This rank's share of a freshly partitioned parameter, from the whole tensor. Other ranks do theirs."""
+    assert param.ds_status.name == "NOT_AVAILABLE", f"{param.ds_shape} is gathered, so its copy would be stale"
+    start, length = _owned(param)
+    _fill(param.ds_tensor, whole.flatten()[start : start + length])
+    param.ds_secondary_tensor = None  # hpZ made one of what was in memory before
+
+
+def official_name(name: str) -> str:
+    """A parameter's name without what peft adds; names of adapters themselves stay."""
+    return name.replace(WRAPPED, ".")
+
+
+def full_shape(param: nn.Parameter) -> tuple[int, ...]:
+    return tuple(getattr(param, "ds_shape", param.shape))
+
+
+def fingerprint(elements: Tensor, start: int = 0) -> Tensor:
+    """The sum of bits x odd position over elements [start, …) of a flattened tensor, int64, modulo 2^64.
+
+    Those of a tensor's pieces add up to that of the whole, however it is cut. It finds accidents, not forgeries.
+    """
+    integers = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[elements.element_size()]
+    total = torch.zeros((), dtype=torch.int64, device=elements.device)
+    for begin in range(0, elements.numel(), FINGERPRINT_BLOCK):
+        bits = elements[begin : begin + FINGERPRINT_BLOCK].view(integers).to(torch.int64)
+        first = 2 * (start + begin) + 1
+        total += (bits * torch.arange(first, first + 2 * len(bits), 2, device=bits.device)).sum()
+    return total
+
+
+def fingerprint_text(total: Tensor) -> str:
+    return f"{int(total) % 2**64:016x}"
+
+
 def _fill(target: Tensor, elements: Tensor) -> None:
     target[: elements.numel()].copy_(elements)
     target[elements.numel() :].zero_()
+
+
+def _spec_differences(name: str, there: TensorSpec, here: TensorSpec) -> list[str]:
+    for what in ("shape", "role", "param_group"):
+        if getattr(there, what) != getattr(here, what):
+            return [f"{name}: {what} {getattr(there, what)} in the checkpoint, {getattr(here, what)} in the model"]
+    if here.role == "frozen" and (there.fingerprint, there.dtypes) != (here.fingerprint, here.dtypes):
+        return [
+            f"{name}: frozen, and not the weights it was saved with ({there.dtypes['weight']} {there.fingerprint}, now "
+            f"{here.dtypes['weight']} {here.fingerprint}): `model.path`, `model.init_from` or `model.dtype` changed"
+        ]
+    return []
 
 
 def _per_element(value: Any, master: Tensor) -> bool:
@@ -264,6 +356,8 @@ def _require_supported(engine: Any) -> None:
         stage = engine.zero_optimization_stage()
         raise CheckpointError(f"checkpoints hold ZeRO-3 partitions; this engine runs stage {stage}. Set stage 3.")
     zero = engine.optimizer
+    if not hasattr(zero, "fp16_groups"):
+        return  # without an optimizer none of what follows exists
     split_optimizer = zero.offload_optimizer and zero.partial_offload != 1
     unsupported = {
         "its optimizer state on NVMe (offload_optimizer.device)": zero.swap_optimizer,

@@ -98,15 +98,15 @@ class Checkpoints:
 
     def newest(self) -> Path | None:
         """The newest checkpoint whose every byte is as it was written. Damaged ones are named and passed over."""
-        committed = self._everyone(self._committed() if _rank() == 0 else [])[0]
-        for path in committed:
+        found = self._everyone(committed(self.folder) if _rank() == 0 else [])[0]
+        for path in found:
             problems = self._damage(path)
             if not problems:
                 return path
             if _rank() == 0:
                 log.warning("checkpoint %s is damaged and passed over: %s", path, "; ".join(problems))
-        if committed and _rank() == 0:
-            log.warning("none of the %d checkpoints in %s can be used", len(committed), self.folder)
+        if found and _rank() == 0:
+            log.warning("none of the %d checkpoints in %s can be used", len(found), self.folder)
         return None
 
     def load(self, engine: Any, path: Path) -> Position:
@@ -167,12 +167,6 @@ class Checkpoints:
         self._sound[final] = True
         return final
 
-    def _committed(self) -> list[Path]:
-        """Newest first; one that was being replaced comes after the one that replaces it."""
-        folders = self.folder.iterdir() if self.folder.is_dir() else []
-        found = [(match, path) for path in folders if (match := STEP_FOLDER.fullmatch(path.name))]
-        return [path for _, path in sorted(found, key=lambda item: (-int(item[0][1]), bool(item[0][2])))]
-
     def _damage(self, path: Path) -> list[str]:
         """Every rank hashes its share of the files; all get the same answer."""
         shares = self._everyone(damage(path, _rank(), _world_size()))
@@ -191,7 +185,7 @@ class Checkpoints:
     def _prune(self, saved: Path) -> None:
         """Keep the one just saved and the newest others up to `keep`; a damaged one does not count as kept."""
         num_kept = 1
-        for path in self._committed():
+        for path in committed(self.folder):
             if path == saved:
                 continue
             if num_kept >= self.keep:
@@ -208,6 +202,13 @@ class Checkpoints:
         values: list[Any] = [None] * _world_size()
         dist.all_gather_object(values, value, group=self._group)
         return values
+
+
+def committed(folder: Path) -> list[Path]:
+    """Checkpoints in a folder, newest first; one that was being replaced comes after the one that replaces it."""
+    folders = folder.iterdir() if folder.is_dir() else []
+    found = [(match, path) for path in folders if (match := STEP_FOLDER.fullmatch(path.name))]
+    return [path for _, path in sorted(found, key=lambda item: (-int(item[0][1]), bool(item[0][2])))]
 
 
 def read_tensors(path: Path) -> TensorReader:

@@ -20,19 +20,19 @@ from typing import Any
 import xxhash
 
 from phi3v_dist.errors import CheckpointError
+from phi3v_dist.survive.tensor_file import BLOCK_BYTES
 
 log = logging.getLogger(__name__)
 
 FORMAT = "phi3v-dist checkpoint"
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 UPGRADE = (
-    "Version 1 is the first. A reader that finds a version it does not know must refuse; the release that introduces "
-    "version 2 names in docs/checkpoint-format.md the command that converts this one."
+    "Version 1 also held frozen weights; there is no program that converts one: export it with the release that wrote "
+    "it and begin from the export (`model.init_from`). A reader that finds a version it does not know must refuse."
 )
 MANIFEST = "manifest.json"
 RANK_FILE = re.compile(r"rank-\d{5,}\.safetensors")
 TEMPORARY = ".tmp-"  # begins the name of every folder that is no checkpoint: being written, or being removed
-BLOCK_BYTES = 8 * 2**20  # read, written and hashed at a time
 
 
 class DamagedError(CheckpointError):

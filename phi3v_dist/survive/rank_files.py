@@ -10,7 +10,7 @@ size in one process.
 import errno
 import json
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -22,7 +22,6 @@ from torch import Tensor
 
 from phi3v_dist.parallel.partitions import TensorSpec
 from phi3v_dist.survive.manifest import (
-    BLOCK_BYTES,
     DamagedError,
     fsync_folder,
     hash_file,
@@ -30,26 +29,15 @@ from phi3v_dist.survive.manifest import (
     read_manifest,
     wrong_sizes,
 )
-
-SAFETENSORS_DTYPES = {
-    torch.float64: "F64",
-    torch.float32: "F32",
-    torch.bfloat16: "BF16",
-    torch.float16: "F16",
-    torch.int64: "I64",
-    torch.int32: "I32",
-    torch.int16: "I16",
-    torch.int8: "I8",
-    torch.uint8: "U8",
-    torch.bool: "BOOL",
-}
+from phi3v_dist.survive.tensor_file import blocks
 
 
 def write_rank_file(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> dict[str, Any]:
     """Write, flush to the disk, read back; returns the manifest's entry. Raises OSError."""
     digest = xxhash.xxh3_128()
     with path.open("xb") as file:
-        for block in _blocks(tensors, metadata):
+        specs = {key: (tuple(tensor.shape), tensor.dtype) for key, tensor in tensors.items()}
+        for block in blocks(specs, tensors.__getitem__, metadata):
             file.write(block)
             digest.update(block)
         file.flush()
@@ -63,24 +51,6 @@ def write_rank_file(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping
     return entry
 
 
-def _blocks(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> Iterator[bytes | memoryview]:
-    """The file in order: header length, header, elements. Wide types first, so that every tensor is aligned."""
-    ordered = sorted(tensors.items(), key=lambda item: -item[1].element_size())
-    header: dict[str, Any] = {"__metadata__": dict(metadata)}
-    end = 0
-    for key, tensor in ordered:
-        begin, end = end, end + tensor.numel() * tensor.element_size()
-        dtype = SAFETENSORS_DTYPES[tensor.dtype]
-        header[key] = {"dtype": dtype, "shape": list(tensor.shape), "data_offsets": [begin, end]}
-    text = json.dumps(header).encode()
-    text += b" " * (-len(text) % 8)
-    yield len(text).to_bytes(8, "little") + text
-    for _, tensor in ordered:
-        elements = tensor.detach().cpu().contiguous().view(torch.uint8).numpy().data
-        for begin in range(0, len(elements), BLOCK_BYTES):
-            yield elements[begin : begin + BLOCK_BYTES]
-
-
 class TensorReader:
     """The tensors of a committed checkpoint, read when asked for: of every rank, in any process, without an engine."""
 
@@ -91,7 +61,7 @@ class TensorReader:
         if sizes:
             raise DamagedError([f"{path / problem}" for problem in sizes])
         self.specs = {
-            name: TensorSpec(tuple(spec["shape"]), spec["role"], spec["param_group"], spec["dtypes"])
+            name: TensorSpec(**spec | {"shape": tuple(spec["shape"])})
             for name, spec in self.manifest["tensors"].items()
         }
         self.aliases: dict[str, str] = self.manifest["aliases"]
@@ -107,7 +77,7 @@ class TensorReader:
 
     @property
     def dtypes(self) -> dict[str, str]:
-        """As stored: float32 for masters, the type of computation for frozen tensors."""
+        """As stored, float32 for masters; the type of computation for frozen tensors, which are not stored."""
         return {name: spec.dtypes["weight"] for name, spec in self.specs.items()}
 
     def get(self, name: str, state: str = "weight") -> Tensor:

@@ -11,15 +11,9 @@ import torch
 from torch import nn
 
 from phi3v_dist.config import TrainSettings
+from phi3v_dist.model.adapters import part_of
 
-VISION = "model.vision_embed_tokens.img_processor."
-PROJECTOR = "model.vision_embed_tokens."
 NOT_DECAYED = ("norm", "_GN", "class_embedding", "position_embedding", "bias")
-
-
-def part_of(name: str) -> str:
-    """Official parameter name → `vision`, `projector` or `text`. Separators belong to the projector."""
-    return "vision" if name.startswith(VISION) else "projector" if name.startswith(PROJECTOR) else "text"
 
 
 def is_decayed(name: str) -> bool:

@@ -6,6 +6,7 @@ import shutil
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from stored import InMemory
 
 from phi3v_dist.errors import CheckpointError
 from phi3v_dist.model.phi3v import Phi3VForCausalLM, read_config
@@ -91,7 +92,7 @@ def test_missing_extra_and_misshaped_names_come_in_one_error(folder, tensors):
 def test_several_files_with_an_index_read_as_one(folder, tensors):
     (folder / "model.safetensors").unlink()
     names = sorted(tensors)
-    write_safetensors(folder, names, tensors.__getitem__, shard_size_bytes=200_000)
+    write_safetensors(folder, InMemory(tensors), shard_size_bytes=200_000)
     index = json.loads((folder / "model.safetensors.index.json").read_text())
     files = sorted(set(index["weight_map"].values()))
     assert len(files) > 2 and files[0] == f"model-00001-of-{len(files):05d}.safetensors"
@@ -109,14 +110,14 @@ def test_several_files_with_an_index_read_as_one(folder, tensors):
 
 
 def test_one_file_needs_no_index(tmp_path):
-    write_safetensors(tmp_path, ["a"], {"a": torch.arange(6.0).view(2, 3).T}.__getitem__)
+    write_safetensors(tmp_path, InMemory({"a": torch.arange(6.0).view(2, 3).T}))
     assert [path.name for path in tmp_path.iterdir()] == ["model.safetensors"]
     assert OfficialFolder(tmp_path).get("a").tolist() == [[0, 3], [1, 4], [2, 5]]
 
 
 def test_a_file_that_the_index_names_and_is_not_there_is_named(folder, tensors):
     (folder / "model.safetensors").unlink()
-    write_safetensors(folder, sorted(tensors), tensors.__getitem__, shard_size_bytes=200_000)
+    write_safetensors(folder, InMemory(tensors), shard_size_bytes=200_000)
     missing = next(folder.glob("model-00002-of-*.safetensors"))
     missing.unlink()
     with pytest.raises(CheckpointError, match=f"{missing}: cannot be read"):
@@ -141,7 +142,23 @@ def test_a_damaged_file_is_named(folder, damage):
 
 def test_pickles_are_refused_with_the_reason(folder):
     (folder / "model.safetensors").rename(folder / "pytorch_model.bin")
-    with pytest.raises(CheckpointError, match=r"pytorch_model.bin is a pickle, which can run code when read"):
+    with pytest.raises(CheckpointError, match=r"pytorch_model.bin is no .*; a pickle can run code when it is read"):
+        OfficialFolder(folder)
+    (folder / "model.safetensors.index.json").write_text('{"weight_map": {"lm_head.weight": "pytorch_model.bin"}}')
+    with pytest.raises(CheckpointError, match=r"index.json: pytorch_model.bin is no .*; a pickle can run code"):
+        OfficialFolder(folder)
+
+
+def test_an_index_that_leads_out_of_its_folder_is_refused(folder):
+    (folder / "model.safetensors.index.json").write_text('{"weight_map": {"a": "../other/model.safetensors"}}')
+    with pytest.raises(CheckpointError, match=r"names files outside of its folder: ../other/model.safetensors"):
+        OfficialFolder(folder)
+
+
+def test_a_tensor_in_two_files_is_refused(folder, tensors):
+    (folder / "model.safetensors").rename(folder / "model-00001-of-00002.safetensors")
+    save_file({"lm_head.weight": torch.zeros(1)}, folder / "model-00002-of-00002.safetensors")
+    with pytest.raises(CheckpointError, match="lm_head.weight is in model-00001-of-00002.* and model-00002-of-00002"):
         OfficialFolder(folder)
 
 
@@ -166,7 +183,7 @@ def test_a_config_that_is_not_of_this_model_is_refused(folder, content, message)
 
 def test_files_in_bf16_stay_bf16_unless_another_type_is_asked_for(folder, tensors):
     write(folder, {name: tensor.bfloat16() for name, tensor in tensors.items()})
-    assert OfficialFolder(folder).dtype == torch.bfloat16
+    assert OfficialFolder(folder).dtype("lm_head.weight") == torch.bfloat16
     assert Phi3VForCausalLM.from_pretrained(folder).lm_head.weight.dtype == torch.bfloat16
     model = Phi3VForCausalLM.from_pretrained(folder, dtype=torch.float32)
     assert {parameter.dtype for parameter in model.parameters()} == {torch.float32}

@@ -44,13 +44,18 @@ LAUNCHES = [
 
 
 class OddSizes(nn.Module):
-    """No size divides by 2 or 3; one tensor is smaller than the ranks are many; some are frozen, tied or buffers."""
+    """No size divides by 2 or 3; one tensor is smaller than the ranks are many; some are frozen, tied or buffers.
 
-    def __init__(self, dropout: float, width: int = 13):
+    Frozen weights do not follow the seed of the process: they are read from where they always were.
+    """
+
+    def __init__(self, dropout: float, width: int = 13, frozen_seed: int = 0):
         super().__init__()
         self.embed = nn.Embedding(VOCAB, width)
         self.wte = self.embed
         self.frozen = nn.Linear(width, 7).requires_grad_(False)
+        for param in self.frozen.parameters():
+            nn.init.normal_(param, generator=torch.Generator().manual_seed(frozen_seed))
         self.up = nn.Linear(7, 11)
         self.norm = nn.LayerNorm(11)
         self.temperature = nn.Parameter(torch.ones(1))
@@ -226,6 +231,8 @@ def refusals(engine, folder: Path) -> dict:
             return self.extra.weight.sum()
 
     other = build("fp32", 1, model=Other())
+    elsewhere = build("fp32", 1, model=OddSizes(0.0, frozen_seed=1))
+    notes["other frozen weights"] = refusal(lambda: checkpoints.load(elsewhere, folder / "fp32" / "step-00000003"))
     notes["other model"] = refusal(lambda: checkpoints.load(other, checkpoints.folder / "step-00000004"))
     return notes
 

@@ -6,8 +6,9 @@ import pytest
 import torch
 
 from phi3v_dist.config import TrainSettings
+from phi3v_dist.model.adapters import part_of
 from phi3v_dist.model.phi3v import Phi3VForCausalLM
-from phi3v_dist.train.optim import build_optimizer, is_decayed, learning_rates, part_of
+from phi3v_dist.train.optim import build_optimizer, is_decayed, learning_rates
 
 TOWER = "model.vision_embed_tokens.img_processor.vision_model"
 

@@ -1,0 +1,76 @@
+"""What an exported folder says about itself: README.md in the hub's model-card form.
+
+What comes in: where the weights came from, and the run's settings and folder. What goes out: Markdown with the YAML
+head that the hub reads. Surprise: the licence is the base folder's own word or "other"; we never guess one.
+"""
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from phi3v_dist.config import Settings
+
+SCORES = re.compile(r"eval/(?!blind/)")
+
+
+def model_card(origin: dict[str, Any], settings: Settings) -> str:
+    """Markdown. Scores are those of the run's summary, where it has one."""
+    base = settings.model.path
+    summary_path = settings.run.folder / "summary.json"
+    summary = json.loads(summary_path.read_text()) if summary_path.is_file() else {}
+    scores = {name: value for name, value in summary.items() if SCORES.match(name)}
+    notices = sorted(path.name for pattern in ("LICENSE*", "NOTICE*") for path in base.glob(pattern))
+    licence = _licence(base)
+    head = {
+        "license": licence or "other", "base_model": _name_of(base),
+        "library_name": "peft" if origin["adapter_only"] else "transformers",
+        "pipeline_tag": "image-text-to-text", "tags": ["phi3_v", "phi3v-dist"],
+    }  # fmt: skip
+    train, data = settings.train, settings.data
+    parts = ", ".join(f"{part}: {how}" for part, how in train.parts.model_dump().items())
+    rates = ", ".join(f"{part} {rate:g}" for part, rate in train.learning_rate.model_dump().items())
+    lines = [
+        f"# {settings.run.name}",
+        f"{_name_of(base)}, fine-tuned with phi3v-dist: checkpoint {origin['checkpoint']} of run {origin['run']}.",
+        "## Data",
+        *[f"- trained on `{shards}`" for source in data.train for shards in source.shards],
+        *[f"- evaluated on `{shards}`" for source in data.validation for shards in source.shards],
+        "## Training",
+        f"- parts: {parts}",
+        f"- peak learning rates: {rates}; weight decay {train.weight_decay:g}; gradient clipping {train.grad_clip:g}",
+        f"- {train.rows_per_step} rows of up to {data.row_length_tokens:,} tokens in a step; "
+        f"{summary.get('train/step', 'an unknown number of')} steps, {summary.get('train/samples', 'unknown')} samples",
+        f"- crops per picture: {data.num_crops or 'as preprocessor_config.json says'}",
+        f"- LongRoPE factors by the rule `{settings.model.longrope}`: serve it with an engine that chooses alike",
+        "## Scores",
+        *([f"- {name}: {value:g}" for name, value in scores.items()] or ["- not evaluated"]),
+        "## Licence",
+        f"- the base model's own: {licence or 'not stated in its folder; look it up before you pass this on'}",
+        *[f"- {name} was copied from it" for name in notices],
+        "- the data's licences are for whoever publishes this to state",
+    ]
+    return f"---\n{yaml.safe_dump(head, sort_keys=False)}---\n\n" + "\n".join(lines).replace("\n#", "\n\n#") + "\n"
+
+
+def _licence(base: Path) -> str | None:
+    """The `license` in the head of the base folder's README.md."""
+    readme = base / "README.md"
+    if not readme.is_file():
+        return None
+    match = re.match(r"---\n(.*?)\n---", readme.read_text(errors="replace"), re.DOTALL)
+    try:
+        head = yaml.safe_load(match[1]) if match else {}
+    except yaml.YAMLError:
+        return None
+    return head.get("license") if isinstance(head, dict) else None
+
+
+def _name_of(base: Path) -> str:
+    """The hub's name where `prepare.py weights` noted it, else what config.json says, else the folder's."""
+    digests = base / "digests.json"
+    if digests.is_file():
+        return str(json.loads(digests.read_text()).get("repo", base.name))
+    return str(json.loads((base / "config.json").read_text()).get("_name_or_path") or base.name)
