@@ -20,7 +20,6 @@ from typing import Any
 
 import torch
 import yaml
-from transformers.initialization import no_init_weights
 
 from phi3v_dist import config
 from phi3v_dist.config import Settings, SourceSettings
@@ -200,14 +199,12 @@ def plan(settings: Settings, train: Data) -> tuple[Planner, int]:
 
 def _engine(settings: Settings, topology: Topology, device: torch.device) -> Any:
     """The model, its weights read straight into ZeRO-3's partitions, and DeepSpeed around it."""
-    import deepspeed
-
     dtype = _dtype(settings.model.dtype, device)
     model_config = read_config(settings.model.path)
     ds_config = zero.resolve(settings, topology.world_size, dtype, model_config["hidden_size"])
-    # zero.Init's own `dtype=` is ignored on a CPU (0.19.8): bf16 there. Nothing is drawn: every weight is set below.
-    with no_init_weights(), deepspeed.zero.Init(config_dict_or_path=ds_config):
-        model = Phi3VForCausalLM(model_config, settings.model.longrope, settings.model.attention)
+    model = zero.build_partitioned(
+        lambda: Phi3VForCausalLM(model_config, settings.model.longrope, settings.model.attention), ds_config
+    )
     weights = initial_weights(settings.model.path, settings.model.init_from, settings.run.seed)
     load_weights(model, weights, show_progress=topology.is_main and sys.stdout.isatty())
     choose_trained(model, settings.train, settings.run.seed)

@@ -13,7 +13,7 @@ import yaml
 
 from phi3v_dist.config import Settings
 
-SCORES = re.compile(r"eval/(?!blind/)")
+SCORES = re.compile(r"eval/(?!blind/|best_)")
 
 
 def model_card(origin: dict[str, Any], settings: Settings) -> str:
@@ -31,7 +31,8 @@ def model_card(origin: dict[str, Any], settings: Settings) -> str:
     }  # fmt: skip
     train, data = settings.train, settings.data
     parts = ", ".join(f"{part}: {how}" for part, how in train.parts.model_dump().items())
-    rates = ", ".join(f"{part} {rate:g}" for part, rate in train.learning_rate.model_dump().items())
+    trained = [part for part, how in train.parts.model_dump().items() if how != "frozen"]
+    rates = ", ".join(f"{part} {getattr(train.learning_rate, part):g}" for part in trained)
     lines = [
         f"# {settings.run.name}",
         f"{_name_of(base)}, fine-tuned with phi3v-dist: checkpoint {origin['checkpoint']} of run {origin['run']}.",

@@ -1,6 +1,7 @@
 """Whole runs through the real launchers: real DeepSpeed ZeRO-3, real shards, two gloo ranks."""
 
 import json
+import shutil
 import subprocess
 import sys
 import time
@@ -201,6 +202,78 @@ def test_an_export_gives_the_scores_of_the_run(module_tree, reference):
     ours = (reference / "eval" / "step-000010" / "predictions.jsonl").read_text().splitlines()
     theirs = (reference / "eval" / "export" / "predictions.jsonl").read_text().splitlines()
     assert [json.loads(line)["prediction"] for line in theirs] == [json.loads(line)["prediction"] for line in ours]
+
+
+PARTS = "train.parts={text: lora, vision: frozen, projector: full}"
+
+
+@pytest.fixture(scope="module")
+def adapted(module_tree):
+    """A finished run on two ranks: adapters on the text, a frozen tower, a projector trained in full."""
+    config, root = module_tree
+    done = launch("torchrun", config, "run.name=adapted", PARTS, "train.lora={rank: 4, alpha: 8, dropout: 0.1}")
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    return root / "adapted"
+
+
+def test_a_checkpoint_of_an_adapted_run_holds_what_was_trained_and_no_more(adapted, tiny_model):
+    from phi3v_dist.model.adapters import is_adapter, part_of
+    from phi3v_dist.model.weights import OfficialFolder, is_untrained
+    from phi3v_dist.survive.checkpoint import read_tensors
+
+    checkpoint = read_tensors(adapted / "checkpoints" / "step-00000010")
+    stored = {name for name, spec in checkpoint.specs.items() if spec.role == "trained"}
+    base = OfficialFolder(tiny_model)
+    projector = {name for name in base.names if part_of(name) == "projector"}
+    assert stored == projector | {name for name in checkpoint.names if is_adapter(name)}
+    assert set(checkpoint.names) - stored == {n for n in base.names if n not in projector and not is_untrained(n)} | {
+        name for name in base.names if ".encoder.layers.0." in name
+    }
+    content = b"".join(path.read_bytes() for path in (adapted / "checkpoints" / "step-00000010").glob("rank-*"))
+    assert b"qkv_proj.lora_A" in content and b"weight/model.norm.weight" not in content
+    assert all(checkpoint.get(name).any() for name in stored if "lora_B" in name), "every adapter has learned"
+
+
+def test_an_adapted_run_continues_bit_for_bit_at_its_world_size_and_nearly_so_at_another(module_tree, adapted):
+    config, root = module_tree
+    for name, how in (("again-2", "torchrun"), ("again-1", "single")):
+        run = shutil.copytree(adapted, root / name)
+        for made_later in (run / "checkpoints" / "step-00000008", run / "checkpoints" / "step-00000010"):
+            shutil.rmtree(made_later)
+        (run / "summary.json").unlink()
+        words = (PARTS, "train.lora={rank: 4, alpha: 8, dropout: 0.1}", "data.validation=[]")
+        done = launch(how, config, f"run.name={name}", *words)
+        assert done.returncode == 0 and "step-00000004, step 4 of 10" in done.stdout, done.stderr[-3000:]
+        if how == "torchrun":
+            assert losses(run) == losses(adapted)
+        else:  # dropout draws other numbers there
+            assert losses(run) == pytest.approx(losses(adapted), rel=0.05)
+
+
+def test_an_adapted_run_exports_as_a_whole_and_another_begins_with_it(module_tree, adapted, tiny_model):
+    from phi3v_dist.model.weights import OfficialFolder
+
+    config, root = module_tree
+    words = [sys.executable, "launch/export.py", str(adapted)]
+    options = {"cwd": REPOSITORY, "env": environment(), "capture_output": True, "text": True, "timeout": TIMEOUT_S}
+    refused = subprocess.run(words, **options)
+    assert refused.returncode == 4 and "export with --merge" in refused.stderr
+    done = subprocess.run([*words, "--merge"], **options)
+    assert done.returncode == 0, done.stderr[-3000:]
+    base, merged = OfficialFolder(tiny_model), OfficialFolder(adapted / "export")
+    changed = {name for name in base.names if not torch.equal(base.get(name), merged.get(name))}
+    assert all("_proj" in name or "_GN" in name for name in changed) and len(changed) == 4 * 2 + 6
+
+    first_losses = {}
+    for name, start in (("from-run", adapted), ("from-export", adapted / "export")):
+        begun = launch(
+            "single", config, f"run.name={name}", f"model.init_from={start}", "train.steps=1", "train.warmup_steps=0",
+            "data.validation=[]",
+        )  # fmt: skip
+        assert begun.returncode == 0, begun.stderr[-3000:]
+        first_losses[name] = losses(root / name)[1]
+    assert first_losses["from-run"] == first_losses["from-export"]
+    assert first_losses["from-run"] < losses(adapted)[1], "it begins where the other ended"
 
 
 def _base(run):
