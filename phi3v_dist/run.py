@@ -34,6 +34,7 @@ from phi3v_dist.data.shards import ShardTable
 from phi3v_dist.errors import DataError, Phi3VError
 from phi3v_dist.evaluate.evaluator import Evaluator
 from phi3v_dist.model.attention import choose_backend
+from phi3v_dist.model.hub import check_sizes
 from phi3v_dist.model.phi3v import Phi3VForCausalLM, read_config
 from phi3v_dist.model.weights import OfficialFolder, load_weights
 from phi3v_dist.observe.console import ConsoleTracker
@@ -123,6 +124,7 @@ def problems(settings: Settings, world_size: int) -> list[str]:
         except DataError as error:
             found += error.problems
     try:
+        check_sizes(settings.model.path)
         read_config(settings.model.path)
         OfficialFolder(settings.model.path)
         Phi3VProcessor.from_pretrained(settings.model.path, settings.data.num_crops)
