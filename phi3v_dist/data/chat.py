@@ -3,8 +3,10 @@
 What comes in: `Message`s and how many tokens each of their pictures takes; what goes out: ids in which every position
 of picture k holds -k, and labels on the assistant's answers only. Words of the data are always plain text: a user who
 types "<|end|>" ends nothing. For all other text the ids equal what the published processor gives for the chat
-template's text. Surprise: the beginning-of-sequence token stands at the start *and again after every picture*, because
-the published processor tokenises each piece between pictures by itself.
+template's text. Decoded piece by piece, between special ids, they give the same words again, but for two things that
+the published tokenizer loses too: white space at the start of an answer, and "▁" (U+2581), which comes back as a space.
+Surprise: the beginning-of-sequence token stands at the start *and again after every picture*, because the published
+processor tokenises each piece between pictures by itself.
 """
 
 import json

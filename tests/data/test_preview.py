@@ -120,5 +120,5 @@ def test_check_counts_and_names_what_is_cut_and_left_out(settings_tree: dict, tm
     assert "data     8 of 9 samples" in done.stdout
     assert "fit      5 with text cut" in done.stdout and "left out 1 unusable" in done.stdout
     assert "train: 5 with text cut" in done.stdout and "… and 2 more (--name 5 names all)" in done.stdout
-    assert re.search(r"long\.tar:k0: 1,2\d\d tokens, 500 after the cut", done.stdout)
-    assert done.stdout.count("red…") + done.stdout.count("red …") == 5
+    assert re.search(r"long\.tar:k0: 1,2\d\d tokens, (49\d|500) after the cut", done.stdout)
+    assert done.stdout.count("red … red") == 5
