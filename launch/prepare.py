@@ -3,6 +3,9 @@
 python launch/prepare.py sample --out data/catalogue            draw a product catalogue and index it
 python launch/prepare.py tiny --out data/tiny-phi3v             a small Phi-3-V in the official layout
 python launch/prepare.py index 'shards/train-*.tar'             index tars written elsewhere
+python launch/prepare.py weights microsoft/Phi-3.5-vision-instruct --out models/phi-3.5-vision
+                                                                fetch a model where there is a network, with digests
+python launch/prepare.py weights --verify models/phi-3.5-vision read it again and compare
 """
 
 import argparse
@@ -17,6 +20,7 @@ from phi3v_dist import config
 from phi3v_dist.cli import run_script
 from phi3v_dist.config import SourceSettings
 from phi3v_dist.data.shards import ShardTable
+from phi3v_dist.errors import ConfigError
 
 
 def main() -> None:
@@ -33,6 +37,14 @@ def main() -> None:
     index = commands.add_parser("index", help="index tar shards and name what is wrong with them")
     index.add_argument("shards", nargs="+")
     index.set_defaults(run=index_shards)
+    weights = commands.add_parser(
+        "weights", help="fetch a Phi-3-V of the Hugging Face hub into a folder, or verify one"
+    )
+    weights.add_argument("repo", nargs="?", metavar="OWNER/NAME")
+    weights.add_argument("--out", type=Path, help="folder to write; there already, it is verified")
+    weights.add_argument("--revision", default="main", help="branch, tag or commit; default: main")
+    weights.add_argument("--verify", type=Path, metavar="FOLDER", help="read a fetched folder again and compare")
+    weights.set_defaults(run=fetch_weights)
     arguments = parser.parse_args()
     arguments.run(arguments)
 
@@ -65,6 +77,23 @@ def index_shards(arguments: argparse.Namespace) -> None:
     for shard, number, why in bad:
         logging.warning("%s: sample %r: %s", table.shards[shard], table.index(shard).key(number), why)
     logging.info("%d samples in %d shards, %d of them unusable", len(table), len(table.shards), len(bad))
+
+
+def fetch_weights(arguments: argparse.Namespace) -> None:
+    from phi3v_dist.model import hub
+
+    if arguments.verify and not (arguments.repo or arguments.out):
+        hub.verify(arguments.verify)
+        logging.info("%s: every file is as it was fetched", arguments.verify)
+    elif arguments.repo and arguments.out and not arguments.verify:
+        digests = hub.fetch(arguments.repo, arguments.out, arguments.revision)
+        size_bytes = sum(file.size_bytes for file in digests.files.values())
+        logging.info(
+            "%s: %s at commit %s, %d files of %.2f GB, as the hub has them", arguments.out, digests.repo,
+            digests.commit, len(digests.files), size_bytes / 1e9,
+        )  # fmt: skip
+    else:
+        raise ConfigError("give OWNER/NAME and --out FOLDER to fetch a model, or only --verify FOLDER to look at one")
 
 
 def cli() -> None:

@@ -7,7 +7,7 @@ Follow a training sample from a tar file to a point on a chart:
     data/plan.py        lengths                → rows → optimizer steps, the same on every rank
     data/fetch.py       sample id              → bytes
     data/samples.py     bytes                  → Sample (pictures.py repairs, templates make turns)
-    data/processor.py   Sample                 → Example
+    data/processor.py   Sample                 → Example (chat.py makes ids and labels, fit.py cuts what is too long)
     data/batch.py       Examples → Row         → Batch
     data/loader.py      all of the above, decoded ahead by threads
     model/phi3v.py      Batch                  → one loss per label token

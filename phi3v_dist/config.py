@@ -100,7 +100,11 @@ class DataSettings(Section):
     packing: bool = True
     """Several samples in one row; off: one sample a row."""
     row_length_tokens: int = Field(4096, ge=16, le=131072)
-    """Longest row. A sample longer than this is left out, counted and named at the start."""
+    """Longest row."""
+    fit: Literal["drop", "fewer_crops", "truncate_text"] = "drop"
+    """What becomes of a sample longer than a row; counted at the start, named by launch/check.py. `drop`: left out.
+    `fewer_crops`: its pictures are cut into as many crops as fit. `truncate_text`: its user and system turns are
+    shortened in the middle, never an answer or a picture. What still does not fit is left out."""
     window_samples: int = Field(1024, ge=1)
     """Samples among which rows are packed; larger packs fuller and shuffles a little less freely."""
     num_workers: int = Field(2, ge=1, le=256)

@@ -23,7 +23,9 @@ import yaml
 
 from phi3v_dist import config
 from phi3v_dist.config import Settings, SourceSettings
+from phi3v_dist.data import outcomes
 from phi3v_dist.data.fetch import Fetcher
+from phi3v_dist.data.fit import FitPolicy
 from phi3v_dist.data.lengths import measure
 from phi3v_dist.data.loader import Decoder, Loader
 from phi3v_dist.data.order import Order, permute
@@ -34,6 +36,7 @@ from phi3v_dist.errors import DataError, Phi3VError
 from phi3v_dist.evaluate.evaluator import Evaluator
 from phi3v_dist.model.adapters import choose_trained, lora_targets
 from phi3v_dist.model.attention import choose_backend
+from phi3v_dist.model.hub import check_sizes
 from phi3v_dist.model.phi3v import Phi3VForCausalLM, read_config
 from phi3v_dist.model.sources import initial_weights
 from phi3v_dist.model.weights import check_names, load_weights
@@ -62,13 +65,20 @@ class Data:
     def open(cls, sources: list[SourceSettings], settings: Settings) -> "Data":
         """Find, index and measure the shards of some sources. Raises DataError naming every shard that is wrong."""
         table = ShardTable.open(sources, lambda shard: log.info("indexing %s", shard))
-        processor = Phi3VProcessor.from_pretrained(settings.model.path, settings.data.num_crops)
+        policy = FitPolicy(settings.data.fit, settings.data.row_length_tokens)
+        processor = Phi3VProcessor.from_pretrained(settings.model.path, settings.data.num_crops, policy)
         lengths = measure(table, processor, settings.data.num_workers, lambda shard: log.info("measuring %s", shard))
         return cls(table, lengths, Decoder(table, Fetcher(table), processor))
 
     def usable(self, limit_tokens: int) -> int:
         """Number of samples that fit into a row."""
         return int(((self.lengths.tokens > 0) & (self.lengths.tokens <= limit_tokens)).sum())
+
+    def why_left_out(self) -> str:
+        """How many samples are left out, by reason, each with an example; empty when none is."""
+        reasons = outcomes.left_out(self.lengths, self.decoder.processor.fit_policy)
+        first = [outcomes.names(reason, self.table, self.lengths, 1)[0] for reason in reasons]
+        return "; ".join(f"{reason}, for example {name}" for reason, name in zip(reasons, first, strict=True))
 
 
 @dataclass(frozen=True)
@@ -117,6 +127,7 @@ def problems(settings: Settings, world_size: int) -> list[str]:
         except DataError as error:
             found += error.problems
     try:
+        check_sizes(settings.model.path)
         read_config(settings.model.path)
         weights = initial_weights(settings.model.path, settings.model.init_from, settings.run.seed)
         model = Phi3VForCausalLM.without_weights(read_config(settings.model.path))
@@ -135,7 +146,7 @@ def problems(settings: Settings, world_size: int) -> list[str]:
         for side, sources in sides.items():
             data = Data.open(sources, settings) if sources else None
             if data and not data.usable(settings.data.row_length_tokens):
-                found.append(f"`data.{side}` is empty: {_why_unusable(data, settings.data.row_length_tokens)}")
+                found.append(f"`data.{side}` is empty: {len(data.table)} samples, {data.why_left_out()}")
     return found
 
 
@@ -223,19 +234,6 @@ def fixed_order(lengths: Lengths, limit_tokens: int) -> tuple[int, ...]:
     return tuple(int(i) for i in ids if 0 < lengths.tokens[i] <= limit_tokens)
 
 
-def _why_unusable(data: Data, limit_tokens: int) -> str:
-    reasons = [f"{len(data.table)} samples in {len(data.table.shards)} shards"]
-    too_long = int((data.lengths.tokens > limit_tokens).sum())
-    if too_long:
-        reasons.append(f"{too_long} longer than `data.row_length_tokens` {limit_tokens}")
-    if data.lengths.bad:
-        sample_id, reason = next(iter(data.lengths.bad.items()))
-        shard, number = data.table.locate(sample_id)
-        key = data.table.index(shard).key(number)
-        reasons.append(f"{len(data.lengths.bad)} unusable, for example {data.table.shards[shard]}:{key}: {reason}")
-    return "; ".join(reasons)
-
-
 def _run_id(folder: Path) -> str:
     """The run's name for other systems; drawn once, kept over all attempts."""
     path = folder / "run-id"
@@ -287,8 +285,11 @@ def describe(settings: Settings, train: Data, num_steps: int, world_size: int) -
         f"batch    {rows} rows of up to {data.row_length_tokens:,} tokens = {world_size} ranks x {micro_steps} "
         f"micro-steps{f' - {empty} empty' if empty else ''}",
     ]
-    if usable < len(train.table):
-        lines.append(f"left out {_why_unusable(train, data.row_length_tokens)}")
+    cut = outcomes.cut(train.lengths, train.decoder.processor.fit_policy)
+    if data.fit != "drop":
+        lines.append(f"fit      {cut[0] if cut else f'`data.fit: {data.fit}` had nothing to cut'}")
+    if why := train.why_left_out():
+        lines.append(f"left out {why}")
     if settings.train.overfit_one_batch:
         lines.append("overfit  the first step's rows again and again: the loss must go to about 0")
     return lines

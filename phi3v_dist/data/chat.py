@@ -3,16 +3,18 @@
 What comes in: `Message`s and how many tokens each of their pictures takes; what goes out: ids in which every position
 of picture k holds -k, and labels on the assistant's answers only. Words of the data are always plain text: a user who
 types "<|end|>" ends nothing. For all other text the ids equal what the published processor gives for the chat
-template's text. Surprise: the beginning-of-sequence token stands at the start *and again after every picture*, because
-the published processor tokenises each piece between pictures by itself.
+template's text. Decoded piece by piece, between special ids, they give the same words again, but for two things that
+the published tokenizer loses too: white space at the start of an answer, and "▁" (U+2581), which comes back as a space.
+Surprise: the beginning-of-sequence token stands at the start *and again after every picture*, because the published
+processor tokenises each piece between pictures by itself.
 """
 
 import json
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import NamedTuple
 
-from tokenizers import Tokenizer
+from tokenizers import Encoding, Tokenizer
 from transformers import PreTrainedTokenizerFast
 
 from phi3v_dist.data.samples import ROLES, Message
@@ -78,6 +80,13 @@ class ChatTokenizer:
             labels += piece_ids if learned else [IGNORE] * len(piece_ids)
         return ids, labels
 
+    def token_spans(self, texts: Sequence[str]) -> list[list[tuple[int, int]]]:
+        """Where each token of each text begins and ends in it, in characters; the bytes of one character share a span.
+
+        Raises DataError as `ids_and_labels`.
+        """
+        return [encoding.offsets for encoding in self._encode(self._words.encode_batch, texts)]
+
     def _pieces(self, messages: Sequence[Message], image_tokens: Sequence[int], prompt: bool) -> Iterator[_Piece]:
         """The chat template: for each turn `<|role|>`, newline and text, `<|end|>`, newline."""
         pictures = enumerate(image_tokens, start=1)
@@ -98,21 +107,30 @@ class ChatTokenizer:
         if prompt:
             yield _Piece([self._role_ids[ANSWER_ROLE]], False)
 
-    def _tokenize(self, texts: list[str]) -> list[list[int]]:
-        try:  # the batch call releases Python's lock, the call for a single text does not
-            return [encoding.ids for encoding in self._words.encode_batch_fast(texts, add_special_tokens=False)]
+    def _tokenize(self, texts: Sequence[str]) -> list[list[int]]:
+        return [encoding.ids for encoding in self._encode(self._words.encode_batch_fast, texts)]
+
+    def _encode(self, encode_batch: Callable[..., list[Encoding]], texts: Sequence[str]) -> list[Encoding]:
+        try:  # batch calls release Python's lock, the call for a single text does not
+            return encode_batch(list(texts), add_special_tokens=False)
         except TypeError as error:  # a lone surrogate, which JSON can spell and UTF-8 cannot
             raise DataError("a text of the conversation is not valid Unicode (half of a surrogate pair)") from error
 
 
-def _runs(message: Message) -> list[str | int]:
-    """What follows `<|role|>`: pictures, and between them texts that are tokenised as one, however many parts."""
-    runs: list[str | int] = ["\n"]
-    for part in message.parts:
-        if isinstance(part, str) and isinstance(runs[-1], str):
-            runs[-1] += part
+def join_texts(parts: Iterable[str | int]) -> list[str | int]:
+    """Pictures, and between them texts that are tokenised as one, however many parts they came in."""
+    joined: list[str | int] = []
+    for part in parts:
+        if isinstance(part, str) and joined and isinstance(joined[-1], str):
+            joined[-1] += part
         else:
-            runs.append(part)
+            joined.append(part)
+    return joined
+
+
+def _runs(message: Message) -> list[str | int]:
+    """What follows `<|role|>`."""
+    runs = join_texts(("\n", *message.parts))
     if message.role == ANSWER_ROLE and isinstance(runs[0], str):
         runs[0] = _LEADING_SPACE.sub("", runs[0])
     return runs

@@ -1,12 +1,13 @@
 """Samples → how long each will be, without decoding a picture.
 
-What comes in: a `ShardTable` and the processor. What goes out: `Lengths`, three numbers per sample, from which the
-planner packs rows. Surprise: lengths are no part of the index. They depend on tokenizer, templates and crops, so they
-sit in a second small file beside the tar, named after a digest of all three.
+What comes in: a `ShardTable` and the processor. What goes out: `Lengths`, four numbers per sample, from which the
+planner packs rows. Surprise: lengths are no part of the index. They depend on tokenizer, templates, crops and the fit
+policy, so they sit in a second small file beside the tar, named after a digest of them all.
 
-Lengths format 2 (`x.tar.lengths-<digest>.safetensors`). Columns: `tokens`, `label_tokens`, `crops`, int32, one entry
-per sample of the shard; tokens is 0 for a sample that cannot be used, and the metadata's `bad` says why (number →
-reason). `index` is the digest of the index it was made with. To upgrade: delete the files.
+Lengths format 3 (`x.tar.lengths-<digest>.safetensors`). Columns: `tokens`, `label_tokens`, `crops`, `full_tokens` (the
+length before the fit policy cut anything), int32, one entry per sample of the shard; tokens is 0 for a sample that
+cannot be used, and the metadata's `bad` says why (number → reason). `index` is the digest of the index it was made
+with. To upgrade from 2: nothing, other names are looked for; the old files may be deleted.
 """
 
 import hashlib
@@ -19,13 +20,14 @@ import numpy as np
 
 from phi3v_dist.data.fetch import Fetcher
 from phi3v_dist.data.plan import Lengths
-from phi3v_dist.data.processor import Phi3VProcessor
+from phi3v_dist.data.processor import ExampleLength, Phi3VProcessor
 from phi3v_dist.data.samples import BadSample, read_messages
 from phi3v_dist.data.shards import ShardTable
 from phi3v_dist.data.sidecar import Columns, load_sidecar, save_sidecar
 from phi3v_dist.errors import DataError
 
-LENGTHS_FORMAT = "2"
+LENGTHS_FORMAT = "3"
+COLUMNS = ExampleLength._fields
 
 
 def measure(
@@ -53,10 +55,7 @@ def measure(
         columns.append(stored[0])
         first = int(table.start[shard])
         bad |= {first + int(number): reason for number, reason in json.loads(stored[1]["bad"]).items()}
-    tokens, label_tokens, crops = (
-        np.concatenate([c[name] for c in columns]) for name in ("tokens", "label_tokens", "crops")
-    )
-    return Lengths(tokens, label_tokens, crops, bad)
+    return Lengths(**{name: np.concatenate([c[name] for c in columns]) for name in COLUMNS}, bad=bad)
 
 
 def _measure_shard(
@@ -67,11 +66,12 @@ def _measure_shard(
     index, first = table.index(shard), int(table.start[shard])
     bad = dict(index.bad)
     damaged = False
+    nothing = ExampleLength(0, 0, 0, 0)
 
-    def count(number: int) -> tuple[int, int, int]:
+    def count(number: int) -> ExampleLength:
         nonlocal damaged
         if number in index.bad:
-            return 0, 0, 0
+            return nothing
         try:
             sizes = index.image_sizes(number)
             messages = read_messages(fetcher.fetch(first + number, text_only=True), list(sizes), source)
@@ -86,11 +86,11 @@ def _measure_shard(
             bad[number] = error.reason
         except (ValueError, DataError) as error:
             bad[number] = str(error)
-        return 0, 0, 0
+        return nothing
 
     with ThreadPoolExecutor(num_threads) as pool:
         counts = np.array(list(pool.map(count, range(len(index)))), np.int32)
-    columns = {name: np.ascontiguousarray(counts[:, i]) for i, name in enumerate(("tokens", "label_tokens", "crops"))}
+    columns = {name: np.ascontiguousarray(counts[:, i]) for i, name in enumerate(COLUMNS)}
     return columns, dict(sorted(bad.items())), damaged
 
 

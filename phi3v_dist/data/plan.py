@@ -33,12 +33,14 @@ Carry = list[list[int]]  # sample ids carried once, twice, …
 class Lengths:
     """Per sample id: tokens of the whole example, tokens that are trained, crops through the vision tower.
 
+    full_tokens: `tokens` before `data.fit` cut anything.
     bad: sample id → reason, for samples of length 0 that no row will hold.
     """
 
     tokens: np.ndarray
     label_tokens: np.ndarray
     crops: np.ndarray
+    full_tokens: np.ndarray
     bad: dict[int, str]
 
     def __len__(self) -> int:

@@ -23,6 +23,7 @@ from transformers import BatchFeature, PreTrainedTokenizerFast
 from phi3v_dist.data.batch import Example
 from phi3v_dist.data.chat import ANSWER_ROLE, ChatTokenizer
 from phi3v_dist.data.crops import CropLayout, Picture, write_crops
+from phi3v_dist.data.fit import NO_LIMIT, FitPolicy, Fitted, fit
 from phi3v_dist.data.samples import BadSample, Message, Sample
 from phi3v_dist.errors import CheckpointError, ConfigError, DataError
 from phi3v_dist.model.attention import IGNORE
@@ -34,11 +35,15 @@ _PLACEHOLDER = re.compile(r"<\|image_(\d+)\|>")
 
 
 class ExampleLength(NamedTuple):
-    """What an `Example` will cost, known before a pixel is read. crops: real ones, global views included."""
+    """What an `Example` will cost, known before a pixel is read.
+
+    crops: real ones, global views included. full_tokens: before the fit policy cut anything; else equal to `tokens`.
+    """
 
     tokens: int
     label_tokens: int
     crops: int
+    full_tokens: int
 
 
 class Phi3VProcessor:
@@ -55,25 +60,30 @@ class Phi3VProcessor:
         num_crops: int,
         image_mean: Sequence[float],
         image_std: Sequence[float],
+        fit_policy: FitPolicy = NO_LIMIT,
     ):
         """image_mean, image_std: of red, green and blue in 0..1. Errors as `from_pretrained`."""
         if num_crops < 1:
             raise ConfigError(f"num_crops is {num_crops}; a picture needs at least 1 local crop (16 and 4 are usual)")
         self.tokenizer = tokenizer
         self.num_crops = num_crops
+        self.fit_policy = fit_policy
         self._mean = torch.tensor(image_mean, dtype=torch.float32).view(3, 1, 1)
         self._std = torch.tensor(image_std, dtype=torch.float32).view(3, 1, 1)
         self._chat = ChatTokenizer(tokenizer)
         self.stop_ids = self._chat.stop_ids
-        decides_length = [ENCODING_VERSION, num_crops, tokenizer.backend_tokenizer.to_str()]
+        decides_length = [ENCODING_VERSION, num_crops, fit_policy.digest, tokenizer.backend_tokenizer.to_str()]
         self.digest = hashlib.sha256(json.dumps(decides_length).encode()).hexdigest()
 
     @classmethod
-    def from_pretrained(cls, folder: str | Path, num_crops: int | None = None) -> "Phi3VProcessor":
+    def from_pretrained(
+        cls, folder: str | Path, num_crops: int | None = None, fit_policy: FitPolicy = NO_LIMIT
+    ) -> "Phi3VProcessor":
         """Reads tokenizer.json, tokenizer_config.json and preprocessor_config.json of a model folder.
 
         Args:
             num_crops: None takes the number in preprocessor_config.json.
+            fit_policy: what `count`, `encode` and `encode_prompt` do with turns longer than a row; default: nothing.
 
         Raises:
             CheckpointError: a file or one of its entries is missing, or the tokenizer is not of Phi-3's kind.
@@ -95,7 +105,7 @@ class Phi3VProcessor:
         except KeyError as error:
             raise CheckpointError(f"cannot load the processor: {path} has no entry {error}") from error
         tokenizer = PreTrainedTokenizerFast.from_pretrained(folder, local_files_only=True)
-        return cls(tokenizer, default_num_crops if num_crops is None else num_crops, mean, std)
+        return cls(tokenizer, default_num_crops if num_crops is None else num_crops, mean, std, fit_policy)
 
     def __call__(
         self, text: str, images: Picture | Sequence[Picture] | None = None, return_tensors: str = "pt"
@@ -152,7 +162,8 @@ class Phi3VProcessor:
             BadSample: naming shard and key, for the reasons of `count`.
         """
         try:
-            return self._example(sample.sample_id, sample.messages, sample.images)
+            pictures, fitted = self._fit(sample.messages, sample.images)
+            return self._example(sample.sample_id, fitted.ids, fitted.labels, pictures, fitted.layouts)
         except DataError as error:
             raise BadSample(sample.shard, sample.key, str(error)) from error
 
@@ -162,35 +173,42 @@ class Phi3VProcessor:
         A final assistant turn is the answer asked for and is left out, so the prompt of a training conversation is the
         beginning of its `encode`. sample_id: -1 for a prompt that comes from no shard. Raises DataError as `count`.
         """
-        if messages and messages[-1].role == ANSWER_ROLE:
-            messages = messages[:-1]
-        example = self._example(sample_id, messages, images, prompt=True)
-        example.labels.fill_(IGNORE)  # answers of earlier turns
-        return example
+        pictures, fitted = self._fit(messages, images)
+        has_answer = bool(messages) and messages[-1].role == ANSWER_ROLE
+        asked = fitted.messages[:-1] if has_answer else fitted.messages
+        num_shown = len(_shown(asked, len(images)))
+        pictures, layouts = pictures[:num_shown], fitted.layouts[:num_shown]
+        ids, _ = self._chat.ids_and_labels(asked, fitted.image_tokens[:num_shown], prompt=True)
+        return self._example(sample_id, ids, [IGNORE] * len(ids), pictures, layouts)
 
     def count(self, messages: Sequence[Message], image_sizes_wh: Sequence[tuple[int, int]]) -> ExampleLength:
         """The length of `encode` of the same turns, from each picture's (width, height) alone.
 
         Raises:
-            DataError: an unknown role, a picture that does not exist or cannot be cut, text that is not Unicode.
+            DataError: an unknown role, a picture that does not exist, is shown twice or cannot be cut, text that is
+                not Unicode.
         """
-        shown = _shown(messages, len(image_sizes_wh))
-        layouts = [CropLayout.of(*image_sizes_wh[index], self.num_crops) for index in shown]
-        ids, labels = self._chat.ids_and_labels(messages, [layout.num_tokens for layout in layouts])
-        label_tokens = len(labels) - labels.count(IGNORE)
-        return ExampleLength(len(ids), label_tokens, sum(layout.num_crops for layout in layouts))
+        sizes_wh = [image_sizes_wh[index] for index in _shown(messages, len(image_sizes_wh))]
+        fitted = fit(messages, sizes_wh, self.num_crops, self._chat, self.fit_policy)
+        label_tokens = len(fitted.labels) - fitted.labels.count(IGNORE)
+        num_crops = sum(layout.num_crops for layout in fitted.layouts)
+        return ExampleLength(len(fitted.ids), label_tokens, num_crops, fitted.full_tokens)
 
     def crops_of(self, image: Picture) -> tuple[Float[Tensor, "crops 3 336 336"], tuple[int, int]]:
         """Real crops (global view first, then row by row) and the padded picture's (height, width) in pixels."""
         layout = self._layout(image)
         return self._crops([image], [layout]), layout.padded_hw
 
-    def _example(
-        self, sample_id: int, messages: Sequence[Message], images: Sequence[Picture], prompt: bool = False
-    ) -> Example:
+    def _fit(self, messages: Sequence[Message], images: Sequence[Picture]) -> tuple[list[Picture], Fitted]:
+        """The pictures in reading order, and the turns as the fit policy leaves them."""
         pictures = [images[index] for index in _shown(messages, len(images))]
-        layouts = [self._layout(picture) for picture in pictures]
-        ids, labels = self._chat.ids_and_labels(messages, [layout.num_tokens for layout in layouts], prompt)
+        sizes_wh = [_size_wh(picture) for picture in pictures]
+        return pictures, fit(messages, sizes_wh, self.num_crops, self._chat, self.fit_policy)
+
+    def _example(
+        self, sample_id: int, ids: list[int], labels: list[int], pictures: Sequence[Picture],
+        layouts: Sequence[CropLayout],
+    ) -> Example:  # fmt: skip
         return Example(
             sample_id=sample_id,
             input_ids=torch.tensor(ids),
@@ -200,8 +218,7 @@ class Phi3VProcessor:
         )
 
     def _layout(self, image: Picture) -> CropLayout:
-        width, height = image.size if isinstance(image, Image.Image) else (image.shape[1], image.shape[0])
-        return CropLayout.of(width, height, self.num_crops)
+        return CropLayout.of(*_size_wh(image), self.num_crops)
 
     def _crops(self, pictures: Sequence[Picture], layouts: Sequence[CropLayout]) -> Float[Tensor, "crops 3 336 336"]:
         num_crops = [layout.num_crops for layout in layouts]
@@ -211,9 +228,18 @@ class Phi3VProcessor:
         return pixel_values
 
 
+def _size_wh(image: Picture) -> tuple[int, int]:
+    return image.size if isinstance(image, Image.Image) else (image.shape[1], image.shape[0])
+
+
 def _shown(messages: Sequence[Message], num_images: int) -> list[int]:
-    """Indexes of the pictures in reading order."""
+    """Indexes of the pictures in reading order, in which the model takes their features: whatever their numbers."""
     shown = [part for message in messages for part in message.parts if isinstance(part, int)]
     if unknown := [index for index in shown if not 0 <= index < num_images]:
         raise DataError(f"a turn shows picture {unknown[0]} (counted from 0), but the sample has {num_images} pictures")
+    if twice := [index for index in shown if shown.count(index) > 1]:
+        raise DataError(
+            f"picture {twice[0]} (counted from 0) is shown {shown.count(twice[0])} times; the model was made for "
+            "pictures that each stand in one place: store it twice, or show it once"
+        )
     return shown

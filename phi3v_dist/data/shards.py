@@ -264,6 +264,11 @@ class ShardTable:
         shard = bisect.bisect_right(self.start, sample_id) - 1
         return shard, sample_id - int(self.start[shard])
 
+    def sample_name(self, sample_id: int) -> str:
+        """`shard:key`, by which a person finds the sample."""
+        shard, number = self.locate(sample_id)
+        return f"{self.shards[shard]}:{self.index(shard).key(number)}"
+
     def source_name(self, shard: int) -> str:
         """The source's name, or the stem of its first shard without the trailing number."""
         number = int(self.source_of_shard[shard])

@@ -29,7 +29,7 @@ ROW_TOKENS = 100
 
 def lengths_of(tokens: Any) -> Lengths:
     tokens = np.asarray(tokens, np.int32)
-    return Lengths(tokens, (tokens + 2) // 3, (tokens % 4).astype(np.int32), {})
+    return Lengths(tokens, (tokens + 2) // 3, (tokens % 4).astype(np.int32), tokens, {})
 
 
 def planner_of(tokens: Any, **options: Any) -> Planner:
