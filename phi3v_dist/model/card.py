@@ -12,6 +12,7 @@ from typing import Any
 import yaml
 
 from phi3v_dist.config import Settings
+from phi3v_dist.model.hub import DIGESTS_NAME, read_digests
 
 SCORES = re.compile(r"eval/(?!blind/|best_)")
 
@@ -71,7 +72,6 @@ def _licence(base: Path) -> str | None:
 
 def _name_of(base: Path) -> str:
     """The hub's name where `prepare.py weights` noted it, else what config.json says, else the folder's."""
-    digests = base / "digests.json"
-    if digests.is_file():
-        return str(json.loads(digests.read_text()).get("repo", base.name))
+    if (base / DIGESTS_NAME).is_file():
+        return read_digests(base).repo
     return str(json.loads((base / "config.json").read_text()).get("_name_or_path") or base.name)
