@@ -17,6 +17,7 @@ from torch import Tensor
 
 from phi3v_dist.data.processor import Phi3VProcessor
 from phi3v_dist.errors import CheckpointError
+from phi3v_dist.model.origin import ORIGIN_NAME
 from phi3v_dist.model.phi3v import Phi3VForCausalLM, read_config
 from phi3v_dist.model.weights import OfficialFolder, is_untrained, write_safetensors
 from phi3v_dist.survive.checkpoint import read_tensors
@@ -25,7 +26,6 @@ COPIED = (
     "config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json",
     "preprocessor_config.json", "processor_config.json", "tokenizer.model", "added_tokens.json", "*.py", "LICENSE*",
 )  # fmt: skip
-ORIGIN_NAME = "origin.json"  # which checkpoint an export was made from
 PROBE_PROMPT = "<|user|>\n<|image_1|>\nWhat is shown in this image?<|end|>\n<|assistant|>\n"
 
 log = logging.getLogger(__name__)
