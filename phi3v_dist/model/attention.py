@@ -95,13 +95,8 @@ def attend_documents(
     query: Float[Tensor, "1 heads tokens head_dim"], key: Float[Tensor, "1 kv_heads tokens head_dim"],
     value: Float[Tensor, "1 kv_heads tokens head_dim"], layout: Layout, backend: Backend, scaling: float,
 ) -> Float[Tensor, "1 tokens heads head_dim"]:  # fmt: skip
-    """Causal attention within each document of one flat row.
-
-    Raises:
-        ValueError: the documents of the layout do not fill the row; a kernel would read past them.
-    """
-    if sum(layout.lengths) != query.shape[2] or len(query) != 1:
-        raise ValueError(f"documents of {sum(layout.lengths)} tokens do not fill queries of shape {tuple(query.shape)}")
+    """Causal attention within each document of one flat row."""
+    assert sum(layout.lengths) == query.shape[2], "Phi3VForCausalLM.forward refuses such a layout"
     if backend.kernel is not None:
         return _varlen(query, key, value, layout, backend, scaling)
     one = _eager if backend.name == "eager" else _sdpa

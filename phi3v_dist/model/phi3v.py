@@ -242,6 +242,8 @@ class Phi3VForCausalLM(nn.Module):
         else:
             if keep is not None or labels is not None or position_ids is None or num_rows != 1:
                 raise ValueError("a layout goes with position_ids and one flat row, without attention_mask and labels")
+            if sum(layout.lengths) != length:
+                raise ValueError(f"documents of {sum(layout.lengths)} tokens do not fill a row of {length}")
             longest = max(layout.lengths)
         if pixel_values is not None and pixel_values.dim() == 5:
             pixel_values = _real_crops(pixel_values, image_sizes, input_ids)

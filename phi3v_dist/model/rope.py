@@ -23,7 +23,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from phi3v_dist.config import LongRopeRule
-from phi3v_dist.errors import ConfigError
+from phi3v_dist.errors import CheckpointError, ConfigError
 
 
 class LongRope:
@@ -37,6 +37,7 @@ class LongRope:
 
         Raises:
             ConfigError: there is no such rule.
+            CheckpointError: config.json has another number of factors than its heads take.
         """
         if rule not in get_args(LongRopeRule):
             names = ", ".join(get_args(LongRopeRule))
@@ -51,6 +52,9 @@ class LongRope:
         exponent = torch.arange(0, head_dim, 2, dtype=torch.int64, device=cpu).float() / head_dim
         base = config.get("rope_theta", 10000.0) ** exponent
         ones = [1.0] * len(base)
+        found = {name: len(scaling[name]) for name in ("short_factor", "long_factor") if name in scaling}
+        if set(found.values()) - {len(base)}:
+            raise CheckpointError(f"config.json: rope_scaling has {found}, but head_dim {head_dim} takes {len(base)}")
         factors = [base.new_tensor(scaling.get(name, ones)) for name in ("short_factor", "long_factor")]
         self._inv_freq = {cpu: torch.stack([1.0 / (factor * base) for factor in factors])}
         stretch = config["max_position_embeddings"] / self.original_length
