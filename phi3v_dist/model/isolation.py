@@ -99,10 +99,11 @@ def _measure(
 
 
 def _lengths(num_tokens: int) -> list[int]:
-    """Documents that fill a row of this many tokens; one of a single token where the row is short."""
+    """Documents that fill a row of this many tokens; one of few tokens, of a single one where the row is short."""
     lengths = [max(1, int(share * num_tokens)) for share in SHARES]
     return [*lengths, num_tokens - sum(lengths)]
 
 
 def _refusal(backend: Backend, what: str) -> str:
-    return f"`model.attention`: {backend.name} {what}; set model.attention=sdpa, or install another build of flash-attn"
+    change = "model.attention=sdpa, or install another build of flash-attn" if backend.kernel else "another backend"
+    return f"`model.attention`: {backend.name} {what}; set {change}"
