@@ -9,7 +9,7 @@ export TORCH_EXTENSIONS_DIR := $(abspath $(VENV))/torch_extensions
 export PYTHONWARNINGS := ignore
 
 .DEFAULT_GOAL := help
-.PHONY: help setup train test test-slow lint bench clean
+.PHONY: help setup train test test-slow lint bench golden clean
 
 help: ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -43,6 +43,9 @@ lint: setup
 
 bench: setup ## side-by-side ratios, into bench.json
 	OMP_NUM_THREADS=1 python tests/bench/run.py --out bench.json
+
+golden: setup ## largest differences from the published code, beside what is tolerated
+	OMP_NUM_THREADS=1 python tests/golden_table.py
 
 clean: ## what make train made; .venv stays
 	rm -rf data/catalogue data/tiny-phi3v runs/quickstart

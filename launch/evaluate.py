@@ -36,7 +36,9 @@ def main() -> None:
     sample_ids = run.fixed_order(data.lengths, settings.data.row_length_tokens)
     if not sample_ids:
         raise DataError(f"none of the {len(data.table)} samples of `data.validation` can be used: see launch/check.py")
-    model = Phi3VForCausalLM.from_pretrained(folder, settings.model.longrope, settings.model.attention)
+    said = "longrope" in settings.model.model_fields_set  # else the rule that the folder was exported with
+    longrope = settings.model.longrope if said else None
+    model = Phi3VForCausalLM.from_pretrained(folder, longrope, settings.model.attention)
     evaluator = Evaluator(data.decoder, sample_ids, settings.eval, topology)
     metrics = evaluator.run(model.to(topology.device), arguments.out or folder.parent / "eval" / "export")
     for name, value in sorted(metrics.items()):

@@ -19,6 +19,8 @@ from phi3v_dist.config_file import describe, key_values, merge, validate
 from phi3v_dist.errors import ConfigError
 
 DataclassT = TypeVar("DataclassT")
+LongRopeRule = Literal["document", "max_position", "key_length", "short", "long"]  # model/rope.py says what each does
+AttentionName = Literal["auto", "flash_attention_2", "flash_attention_3", "sdpa", "eager"]  # model/backends.py
 
 
 class Section(BaseModel):
@@ -56,11 +58,12 @@ class ModelSettings(Section):
     init_from: str | None = None
     """Weights to begin with, when not those in `path`: another run's folder or one of its checkpoints, a model folder
     such as an export, or `random`. To go on with a run, use its name again instead."""
-    longrope: Literal["document", "max_position", "key_length"] = "document"
-    """Which length chooses LongRoPE's short or long factors: each document's own (default), or an official batch
-    rule."""
-    attention: Literal["auto", "sdpa", "flash"] = "auto"
-    """`flash` needs a GPU and flash-attn; `auto` takes it when both are there."""
+    longrope: LongRopeRule = "document"
+    """What chooses LongRoPE's short or long factors: each document's own length (default), an official batch rule
+    (`max_position`: Phi-3, `key_length`: Phi-3.5), or nothing (`short`, `long`); see docs/longrope.md."""
+    attention: AttentionName = "auto"
+    """`auto` takes flash-attn 3 (Hopper), else 2, else `sdpa`, and says why; one asked for by name is used or refused.
+    `eager` is plain maths, for comparison: its memory grows with the square of a document."""
     dtype: Literal["auto", "bf16", "fp32"] = "auto"
     """Compute type; `auto` is bf16 on GPUs that have it and fp32 elsewhere. Master weights are always fp32."""
     gradient_checkpointing: bool = True

@@ -35,9 +35,11 @@ from phi3v_dist.data.shards import ShardTable
 from phi3v_dist.errors import DataError, Phi3VError
 from phi3v_dist.evaluate.evaluator import Evaluator
 from phi3v_dist.model.adapters import choose_trained, lora_targets
-from phi3v_dist.model.attention import choose_backend
+from phi3v_dist.model.backends import Backend, choose
 from phi3v_dist.model.hub import check_sizes
-from phi3v_dist.model.phi3v import Phi3VForCausalLM, read_config
+from phi3v_dist.model.isolation import check_isolation
+from phi3v_dist.model.origin import recorded_longrope
+from phi3v_dist.model.phi3v import Phi3VForCausalLM, head_dim, read_config
 from phi3v_dist.model.sources import initial_weights
 from phi3v_dist.model.weights import check_names, load_weights
 from phi3v_dist.observe.console import ConsoleTracker
@@ -134,7 +136,8 @@ def problems(settings: Settings, world_size: int) -> list[str]:
         check_names({name: tuple(parameter.shape) for name, parameter in model.named_parameters()}, weights)
         lora_targets(model, settings.train)
         Phi3VProcessor.from_pretrained(settings.model.path, settings.data.num_crops)
-        choose_backend(settings.model.attention, Topology.from_environment().device)
+        found += _unsaid_longrope(settings)
+        _attention(settings, Topology.from_environment().device)
     except Phi3VError as error:
         found += error.problems
     try:
@@ -157,7 +160,8 @@ def build(settings: Settings, topology: Topology) -> Run:
     train = Data.open(settings.data.train, settings)
     planner, num_steps = plan(settings, train)
     device = topology.device
-    engine = _engine(settings, topology, device)
+    attention = _attention(settings, device)
+    engine = _engine(settings, topology, device, attention)
     evaluator = None
     if settings.data.validation:
         validation = Data.open(settings.data.validation, settings)
@@ -208,13 +212,38 @@ def plan(settings: Settings, train: Data) -> tuple[Planner, int]:
     return planner, num_steps
 
 
-def _engine(settings: Settings, topology: Topology, device: torch.device) -> Any:
+def _attention(settings: Settings, device: torch.device) -> Backend:
+    """Who attends on this device, shown to keep documents apart at the model's sizes."""
+    backend = _choose(settings, device)
+    dtype = _dtype(settings.model.dtype, device)
+    check_isolation(backend, read_config(settings.model.path), device, dtype, settings.data.row_length_tokens)
+    return backend
+
+
+def _choose(settings: Settings, device: torch.device) -> Backend:
+    width = head_dim(read_config(settings.model.path))
+    return choose(settings.model.attention, device, _dtype(settings.model.dtype, device), width)
+
+
+def _unsaid_longrope(settings: Settings) -> list[str]:
+    """A model trained under one LongRoPE rule does not go on under another because nobody said anything."""
+    start = Path(settings.model.init_from or settings.model.path)
+    rule, recorded = settings.model.longrope, recorded_longrope(start)
+    if recorded == rule or "longrope" in settings.model.model_fields_set:
+        return []
+    return [
+        f"`model.longrope` is not set, but {start} was trained under {recorded} (its origin.json): write "
+        f"model.longrope={recorded} to go on so, or model.longrope={rule} to change it"
+    ]
+
+
+def _engine(settings: Settings, topology: Topology, device: torch.device, attention: Backend) -> Any:
     """The model, its weights read straight into ZeRO-3's partitions, and DeepSpeed around it."""
     dtype = _dtype(settings.model.dtype, device)
     model_config = read_config(settings.model.path)
     ds_config = zero.resolve(settings, topology.world_size, dtype, model_config["hidden_size"])
     model = zero.build_partitioned(
-        lambda: Phi3VForCausalLM(model_config, settings.model.longrope, settings.model.attention), ds_config
+        lambda: Phi3VForCausalLM(model_config, settings.model.longrope, attention), ds_config
     )
     weights = initial_weights(settings.model.path, settings.model.init_from, settings.run.seed)
     load_weights(model, weights, show_progress=topology.is_main and sys.stdout.isatty())
@@ -279,8 +308,10 @@ def describe(settings: Settings, train: Data, num_steps: int, world_size: int) -
     micro_steps = accumulation(rows, world_size)
     empty = micro_steps * world_size - rows
     usable = train.usable(data.row_length_tokens)
+    backend = _choose(settings, Topology.from_environment().device)
     lines = [
         f"run      {settings.run.folder} · {num_steps:,} steps · seed {settings.run.seed}",
+        f"attend   {backend.name}, {backend.why}",
         f"data     {usable:,} of {len(train.table):,} samples in {len(train.table.shards):,} shards",
         f"batch    {rows} rows of up to {data.row_length_tokens:,} tokens = {world_size} ranks x {micro_steps} "
         f"micro-steps{f' - {empty} empty' if empty else ''}",

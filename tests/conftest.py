@@ -23,6 +23,7 @@ from PIL import Image  # noqa: E402
 torch.set_num_threads(1)  # two threads on a busy machine wait for each other, ten times slower
 TESTS = Path(__file__).parent
 REPOSITORY = TESTS.parent
+ASSETS = Path(os.environ.get("PHI3V_ASSETS", REPOSITORY.parent / "shared" / "phi3v_assets"))
 TINY_SIZES = {
     "clip": {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2},
     "decoder": {
@@ -42,10 +43,9 @@ def golden_folder() -> Path:
 @pytest.fixture(scope="session")
 def assets_folder() -> Path:
     """Phi-3-vision's own tokenizer and config files: `phi3_vision` and `phi3_5_vision`."""
-    folder = Path(os.environ.get("PHI3V_ASSETS", TESTS.parent.parent / "shared" / "phi3v_assets"))
-    if not folder.is_dir():
-        pytest.skip(f"no Phi-3-vision tokenizer files at {folder}; set PHI3V_ASSETS to their folder")
-    return folder
+    if not ASSETS.is_dir():
+        pytest.skip(f"no Phi-3-vision tokenizer files at {ASSETS}; set PHI3V_ASSETS to their folder")
+    return ASSETS
 
 
 @pytest.fixture(scope="session")

@@ -5,8 +5,11 @@ under ZeRO-3, every rank fills a plain model from the partitions once and then g
 hooked model each token would gather all weights again, and a rank with a shorter answer would have to keep step. The
 copy is the same class as an exported folder's model, so scores do not depend on where they are taken.
 
-LongRoPE: a row whose length passes the original context is prefilled again from its kept embeddings, because its keys
-and values were made with the short factors (both are stale: deeper layers saw short-factor attention).
+LongRoPE: a row whose factors change, because the length that decides them passes the original context, is prefilled
+again from its kept embeddings: its keys and values were made with the short factors (both are stale: deeper layers saw
+short-factor attention). Under the official batch rules the longest row decides for all, so all change together; under
+`short` and `long` none ever does. Whatever `model.attention` says, the cache attends by itself, with sdpa per document
+while prefilling.
 """
 
 from collections.abc import Iterator, Sequence
@@ -59,6 +62,7 @@ class _Rows:
         self.model, self.device = model, model.lm_head.weight.device
         self.embeds = [self._embed(prompt) for prompt in prompts]  # kept: a crossing row is prefilled again from these
         self.lengths = [len(embeds) for embeds in self.embeds]
+        self.longest = max(self.lengths)  # of the batch, rows that have ended counted on: as the published code pads
         self.answers: list[list[int]] = [[] for _ in prompts]
         self.cache = KeyValueCache(len(prompts), max(self.lengths) + max_new_tokens)
         self.active = list(range(len(prompts)))  # prompt number of each row of the cache
@@ -72,30 +76,38 @@ class _Rows:
         numbers = [self.active[row] for row in rows]
         lengths = [self.lengths[number] for number in numbers]
         layout = Layout.of(lengths).to(self.device)
+        deciding = self.model.rope.deciding(layout.rope_lengths, self.longest, self.longest)
         positions = torch.cat([torch.arange(n) for n in lengths])[None].to(self.device)
         embeds = torch.cat([self.embeds[number] for number in numbers])[None]
         self.cache.begin_prefill(rows, lengths)
-        hidden = self._run(embeds, positions, layout.rope_lengths[None])
+        hidden = self._run(embeds, positions, deciding[None])
         return hidden[0, layout.cu_seqlens[1:].long() - 1]
 
     def decode(self, ids: Tensor) -> Tensor:
         """One more token for every active row; the hidden state at it."""
         embeds = self.model.model.embed_tokens(ids.to(self.device))  # [rows, hidden]
+        was_long = self.model.rope.is_long(self._deciding())
+        self.longest += 1
         for row, number in enumerate(self.active):
             self.embeds[number] = torch.cat([self.embeds[number], embeds[row : row + 1]])
             self.lengths[number] += 1
         lengths = torch.tensor([self.lengths[number] for number in self.active])
         self.cache.begin_decode()
-        positions = (lengths - 1)[:, None].to(self.device)
-        hidden = self._run(embeds[:, None], positions, lengths[:, None].to(self.device))[:, 0]
-        crossing = [row for row, n in enumerate(lengths.tolist()) if n == self.model.rope.original_length + 1]
+        positions, deciding = (lengths - 1)[:, None].to(self.device), self._deciding()
+        hidden = self._run(embeds[:, None], positions, deciding[:, None].to(self.device))[:, 0]
+        crossing = (self.model.rope.is_long(deciding) != was_long).nonzero().flatten().tolist()
         if crossing:
             hidden[crossing] = self.prefill(crossing)
         return hidden
 
+    def _deciding(self) -> Tensor:
+        """For every active row the length that chooses its factors now."""
+        own = torch.tensor([self.lengths[number] for number in self.active])
+        return self.model.rope.deciding(own, self.longest, self.longest)
+
     def _run(self, embeds: Tensor, positions: Tensor, rope_lengths: Tensor) -> Tensor:
         rotation = self.model.rope(positions, rope_lengths, embeds.dtype)
-        return self.model.model(embeds, rotation, backend="sdpa", cache=self.cache)
+        return self.model.model(embeds, rotation, cache=self.cache)
 
     def keep(self, rows: list[int]) -> None:
         """Go on with these rows only."""
@@ -110,7 +122,8 @@ def generate(
 ) -> list[Answer]:
     """Greedy answers to all prompts, as one batch.
 
-    The same prompt gets the same answer in any batch (fp32; in bf16 rounding may differ with the batch).
+    The same prompt gets the same answer in any batch (fp32; in bf16 rounding may differ with the batch), except under
+    LongRoPE's official batch rules, which are made of depending on it.
     """
     stopped = [False] * len(prompts)
     if not prompts:

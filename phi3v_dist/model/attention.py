@@ -3,13 +3,16 @@
 What comes in: queries, keys and values of one layer, and a `Layout` (or a `KeyValueCache` while generating). What goes
 out: the attended values. Surprise: no mask is ever built. Transformers' mask builder makes a dense S x S matrix (16
 GiB at 131,072) and silently lets documents see each other when a cache or an all-ones mask is given; we call the
-decoder layers ourselves and register the function below under `BACKEND`.
+decoder layers ourselves and register the function below under `INTERFACE`.
 
-Backends: `flash` (flash-attn's variable-length kernel, GPU) and `sdpa` (torch, one call per document; on a CPU more
-than twice as fast as a dense mask).
+Why no backend can leak, whichever `backends.py` chose:
+    sdpa, eager        called once per document, with that document's queries, keys and values alone as arguments
+    flash_attention_2  one call for the row; the kernel reads keys between two borders of `cu_seqlens`, which are made
+    flash_attention_3  in one place (`Layout.of`) from the same lengths that the others cut by
+    a cache            prefills per document, and decodes each row against its own keys and values
+A layout that does not fill its row is refused, and `isolation.py` shows at start-up, on the real sizes, that it is so.
 """
 
-import importlib.util
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
@@ -20,12 +23,12 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from transformers import AttentionInterface
 
-from phi3v_dist.errors import ConfigError
+from phi3v_dist.model.backends import Backend
 
 if TYPE_CHECKING:
     from phi3v_dist.model.cache import KeyValueCache
 
-BACKEND = "phi3v_documents"
+INTERFACE = "phi3v_documents"  # our name among transformers' attention functions
 IGNORE = -100
 
 
@@ -72,30 +75,10 @@ class Layout:
         return replace(self, **{name: getattr(self, name).to(device, non_blocking=True) for name in names})
 
 
-def choose_backend(wanted: str, device: torch.device) -> str:
-    """`auto`, `sdpa` or `flash` → the backend to use on this device.
-
-    Raises:
-        ConfigError: flash attention is asked for and cannot run here.
-    """
-    has_flash = device.type == "cuda" and importlib.util.find_spec("flash_attn") is not None
-    if wanted == "flash" and not has_flash:
-        raise ConfigError(
-            f"`model.attention` is flash, but on {device.type} "
-            + (
-                "flash-attn is not installed: pip install 'phi3v-dist[gpu]'"
-                if device.type == "cuda"
-                else "it cannot run"
-            )
-            + "; use auto"
-        )
-    return "flash" if has_flash and wanted in ("auto", "flash") else "sdpa"
-
-
 def attend(
     module: torch.nn.Module, query: Float[Tensor, "rows heads tokens head_dim"],
     key: Float[Tensor, "rows kv_heads tokens head_dim"], value: Float[Tensor, "rows kv_heads tokens head_dim"],
-    attention_mask: None, *, scaling: float, layout: Layout | None = None, backend: str = "sdpa",
+    attention_mask: None, *, scaling: float, layout: Layout | None = None, backend: Backend | None = None,
     cache: "KeyValueCache | None" = None, **_: Any,
 ) -> tuple[Float[Tensor, "rows tokens heads head_dim"], None]:  # fmt: skip
     """Transformers' attention interface (`AttentionInterface`): the layer calls this with rotated queries and keys.
@@ -104,30 +87,49 @@ def attend(
     """
     if cache is not None:
         return cache.attend(module.layer_idx, query, key, value, scaling), None  # type: ignore[arg-type]
-    assert layout is not None  # Phi3VDecoder always gives one
-    if backend == "flash":
-        return _flash(query, key, value, layout, scaling), None
-    return _by_document(query, key, value, layout, scaling), None
+    assert layout is not None and backend is not None  # Phi3VDecoder always gives both
+    return attend_documents(query, key, value, layout, backend, scaling), None
 
 
-def _by_document(query: Tensor, key: Tensor, value: Tensor, layout: Layout, scaling: float) -> Tensor:
+def attend_documents(
+    query: Float[Tensor, "1 heads tokens head_dim"], key: Float[Tensor, "1 kv_heads tokens head_dim"],
+    value: Float[Tensor, "1 kv_heads tokens head_dim"], layout: Layout, backend: Backend, scaling: float,
+) -> Float[Tensor, "1 tokens heads head_dim"]:  # fmt: skip
+    """Causal attention within each document of one flat row."""
+    assert sum(layout.lengths) == query.shape[2], "Phi3VForCausalLM.forward refuses such a layout"
+    if backend.kernel is not None:
+        return _varlen(query, key, value, layout, backend, scaling)
+    one = _eager if backend.name == "eager" else _sdpa
     pieces = zip(*(t.split(layout.lengths, dim=2) for t in (query, key, value)), strict=True)
+    return torch.cat([one(q, k, v, scaling) for q, k, v in pieces], dim=2).transpose(1, 2)
+
+
+def _sdpa(query: Tensor, key: Tensor, value: Tensor, scaling: float) -> Tensor:
     grouped = query.shape[1] != key.shape[1]
-    outputs = [
-        F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scaling, enable_gqa=grouped) for q, k, v in pieces
-    ]
-    return torch.cat(outputs, dim=2).transpose(1, 2)
+    return F.scaled_dot_product_attention(query, key, value, is_causal=True, scale=scaling, enable_gqa=grouped)
 
 
-def _flash(query: Tensor, key: Tensor, value: Tensor, layout: Layout, scaling: float) -> Tensor:
-    from flash_attn import flash_attn_varlen_func
+def _eager(query: Tensor, key: Tensor, value: Tensor, scaling: float) -> Tensor:
+    """As the published code computes it: softmax in fp32, everything else in the model's type."""
+    groups = query.shape[1] // key.shape[1]
+    key, value = key.repeat_interleave(groups, dim=1), value.repeat_interleave(groups, dim=1)
+    scores = query @ key.transpose(2, 3) * scaling
+    future = torch.ones(scores.shape[2:], dtype=torch.bool, device=scores.device).triu(1)
+    weights = scores.masked_fill(future, -torch.inf).softmax(dim=-1, dtype=torch.float32)
+    return weights.to(query.dtype) @ value
 
-    flat = (t[0].transpose(0, 1) for t in (query, key, value))  # [tokens, heads, head_dim]
+
+def _varlen(query: Tensor, key: Tensor, value: Tensor, layout: Layout, backend: Backend, scaling: float) -> Tensor:
+    """All documents in one call. By keyword: after max_seqlen_k the two generations order their arguments apart."""
+    assert backend.kernel is not None
+    q, k, v = (t[0].transpose(0, 1) for t in (query, key, value))  # [tokens, heads, head_dim]
     longest = max(layout.lengths)
-    out = flash_attn_varlen_func(
-        *flat, layout.cu_seqlens, layout.cu_seqlens, longest, longest, softmax_scale=scaling, causal=True
-    )
-    return out[None]
+    found: Any = backend.kernel(
+        q, k, v, cu_seqlens_q=layout.cu_seqlens, cu_seqlens_k=layout.cu_seqlens, max_seqlen_q=longest,
+        max_seqlen_k=longest, softmax_scale=scaling, causal=True,
+    )  # fmt: skip
+    attended: Tensor = found[0] if isinstance(found, tuple) else found  # flash-attn 3 gave (out, lse) before 9/2025
+    return attended[None]
 
 
-AttentionInterface.register(BACKEND, attend)
+AttentionInterface.register(INTERFACE, attend)

@@ -22,6 +22,7 @@ from phi3v_dist.data.processor import Phi3VProcessor
 from phi3v_dist.errors import CheckpointError
 from phi3v_dist.model.adapters import write_adapter
 from phi3v_dist.model.card import model_card
+from phi3v_dist.model.origin import LONGROPE_KEY, ORIGIN_NAME
 from phi3v_dist.model.phi3v import Phi3VForCausalLM, read_config
 from phi3v_dist.model.sources import TrainedWeights
 from phi3v_dist.model.weights import OfficialFolder, Weights, write_safetensors
@@ -31,7 +32,6 @@ COPIED = (
     "config.json", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "preprocessor_config.json",
     "processor_config.json", "tokenizer.model", "added_tokens.json", "*.py", "LICENSE*", "NOTICE*",
 )  # fmt: skip
-ORIGIN_NAME = "origin.json"  # which checkpoint an export was made from
 PROBE_PROMPT = "<|user|>\n<|image_1|>\nWhat is shown in this image?<|end|>\n<|assistant|>\n"
 
 log = logging.getLogger(__name__)
@@ -54,7 +54,7 @@ def export(weights: TrainedWeights, settings: Settings, out: Path, merge: bool =
             f"{weights.where}: beside adapters it has {len(weights.in_full)} weights trained in full, such as "
             f"{weights.in_full[0]}, for which peft's format has no place: export with --merge"
         )
-    origin = weights.describe() | {"longrope": settings.model.longrope, "adapter_only": adapter_only}
+    origin = weights.describe() | {LONGROPE_KEY: settings.model.longrope, "adapter_only": adapter_only}
     if (out / ORIGIN_NAME).is_file() and json.loads((out / ORIGIN_NAME).read_text()) == origin:
         log.info("%s holds %s already", out, weights.where)
         return

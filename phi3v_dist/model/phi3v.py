@@ -10,9 +10,9 @@ Every call takes one path: rows lose their padding, become one flat row of docum
 """
 
 import json
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from jaxtyping import Float, Int
@@ -23,14 +23,15 @@ from transformers.models.phi3.modeling_phi3 import Phi3DecoderLayer, Phi3RMSNorm
 from transformers.utils import ModelOutput
 
 from phi3v_dist.errors import CheckpointError
-from phi3v_dist.model.attention import BACKEND, Layout, choose_backend
+from phi3v_dist.model.attention import INTERFACE, Layout
+from phi3v_dist.model.backends import Backend, check_name, choose
 from phi3v_dist.model.cache import KeyValueCache
 from phi3v_dist.model.loss import Head
+from phi3v_dist.model.origin import recorded_longrope
 from phi3v_dist.model.rope import LongRope
 from phi3v_dist.model.vision import ImageEmbedding, num_crops_of, num_image_tokens
 from phi3v_dist.model.weights import OfficialFolder, check_names
 
-LongRopeRule = Literal["document", "max_position", "key_length"]
 DEFAULT_PAD_ID = 32000  # the official class's default, which Phi-3-vision's config.json leaves unsaid
 
 
@@ -64,6 +65,11 @@ def read_config(folder: Path) -> dict[str, Any]:
     return config
 
 
+def head_dim(config: dict[str, Any]) -> int:
+    """Width of one attention head."""
+    return int(config["hidden_size"] // config["num_attention_heads"])
+
+
 class Phi3VDecoder(nn.Module):
     """`model`: embeddings of words and pictures, decoder layers, final norm."""
 
@@ -74,7 +80,7 @@ class Phi3VDecoder(nn.Module):
         fields = {name: config[name] for name in names if name in config}
         no_ids: dict[str, Any] = {"pad_token_id": None, "bos_token_id": None, "eos_token_id": None}
         phi3 = Phi3Config(**fields, **no_ids, sliding_window=None)
-        phi3._attn_implementation = BACKEND
+        phi3._attn_implementation = INTERFACE
         pad_id = config.get("pad_token_id", DEFAULT_PAD_ID)
         self.embed_tokens = nn.Embedding(config["vocab_size"], config["hidden_size"], padding_idx=pad_id)
         self.vision_embed_tokens = ImageEmbedding(config)
@@ -102,11 +108,14 @@ class Phi3VDecoder(nn.Module):
         self,
         embeds: Float[Tensor, "rows tokens hidden"],
         rotation: tuple[Tensor, Tensor],
-        backend: str,
+        backend: Backend | None = None,
         layout: Layout | None = None,
         cache: KeyValueCache | None = None,
     ) -> Float[Tensor, "rows tokens hidden"]:
-        """Through all layers and the final norm. `rotation` is cos and sin of every token."""
+        """Through all layers and the final norm, with a backend and a layout, or a cache, which attends by itself.
+
+        `rotation` is cos and sin of every token.
+        """
         hidden = embeds
         arguments: dict[str, Any] = {"position_embeddings": rotation, "layout": layout}
         arguments |= {"backend": backend, "cache": cache}
@@ -123,14 +132,20 @@ class Phi3VForCausalLM(nn.Module):
 
     Args:
         config: the official config.json. `img_processor.clip_config` may hold CLIPVisionConfig fields of another tower.
-        longrope: which length chooses LongRoPE's factors; see `rope.py`.
-        attention: `auto`, `sdpa` or `flash`.
+        longrope: what chooses LongRoPE's factors; see `rope.py`.
+        attention: a name of `model.attention`, decided at the first forward by device and type; or what was decided.
+
+    Raises:
+        ConfigError: there is no such rule or backend.
     """
 
-    def __init__(self, config: dict[str, Any], longrope: LongRopeRule = "document", attention: str = "auto"):
+    def __init__(self, config: dict[str, Any], longrope: str = "document", attention: str | Backend = "auto"):
         super().__init__()
+        if not isinstance(attention, Backend):
+            check_name(attention)
         self.config, self.longrope, self.attention = config, longrope, attention
-        self.rope = LongRope(config)
+        self._decided: dict[tuple[torch.device, torch.dtype], Backend] = {}
+        self.rope = LongRope(config, longrope)
         self.model = Phi3VDecoder(config)
         self.lm_head = Head(config["hidden_size"], config["vocab_size"], bias=False)
 
@@ -138,15 +153,21 @@ class Phi3VForCausalLM(nn.Module):
     def from_pretrained(
         cls,
         folder: Path | str,
-        longrope: LongRopeRule = "document",
-        attention: str = "auto",
+        longrope: str | None = None,
+        attention: str | Backend = "auto",
         dtype: torch.dtype | None = None,
     ) -> "Phi3VForCausalLM":
-        """Read config.json and safetensors; `dtype` None keeps the files' type.
+        """Read config.json and safetensors.
+
+        Args:
+            longrope: None is the rule that the folder was exported with, `document` where none is recorded.
+            dtype: None keeps the files' type.
 
         Raises:
             CheckpointError: a file is missing, or names and shapes do not fit; all of them are listed.
+            ConfigError: there is no such rule or backend.
         """
+        longrope = recorded_longrope(Path(folder)) if longrope is None else longrope
         weights = OfficialFolder(Path(folder))
         model = cls.without_weights(read_config(Path(folder)), longrope, attention)
         check_names({name: tuple(p.shape) for name, p in model.named_parameters()}, weights)
@@ -154,7 +175,7 @@ class Phi3VForCausalLM(nn.Module):
 
     @classmethod
     def without_weights(
-        cls, config: dict[str, Any], longrope: LongRopeRule = "document", attention: str = "auto"
+        cls, config: dict[str, Any], longrope: str = "document", attention: str | Backend = "auto"
     ) -> "Phi3VForCausalLM":
         """The modules alone, their parameters on the meta device until `take`."""
         with torch.device("meta"):
@@ -167,6 +188,18 @@ class Phi3VForCausalLM(nn.Module):
         """Make these tensors, all on one device, the parameters; nothing is copied."""
         self.load_state_dict(tensors, assign=True)
         return self.to(next(iter(tensors.values())).device).eval()
+
+    def backend(self, device: torch.device, dtype: torch.dtype) -> Backend:
+        """What attends there: decided once for a device and a type.
+
+        Raises:
+            ConfigError: the backend asked for cannot run there.
+        """
+        if isinstance(self.attention, Backend):
+            return self.attention
+        if (device, dtype) not in self._decided:
+            self._decided[device, dtype] = choose(self.attention, device, dtype, head_dim(self.config))
+        return self._decided[device, dtype]
 
     def set_gradient_checkpointing(self, on: bool) -> None:
         """Recompute decoder and vision layers in the backward pass."""
@@ -195,22 +228,28 @@ class Phi3VForCausalLM(nn.Module):
             position_ids: a new document begins where they return to 0; documents do not see each other.
             labels: not shifted; -100 is ignored.
             layout: instead of attention_mask and labels, for one flat row whose borders and labels are known.
+
+        Raises:
+            ValueError: pictures, places for them, masks and layouts do not fit together.
         """
         num_rows, length = input_ids.shape
         keep = None if attention_mask is None else attention_mask.bool()
         if layout is None:
             if position_ids is None:
                 position_ids = torch.arange(length, device=input_ids.device).expand(num_rows, length)
-            layout = self._by_rule(self._lay_out(position_ids, keep, labels), position_ids)
+            layout, longest = self._lay_out(position_ids, keep, labels), int(position_ids.max()) + 1
             input_ids, position_ids = (_flatten(t, keep) for t in (input_ids, position_ids))
         else:
-            assert position_ids is not None  # a given layout comes with positions
-            layout = self._by_rule(layout, position_ids)
+            if keep is not None or labels is not None or position_ids is None or num_rows != 1:
+                raise ValueError("a layout goes with position_ids and one flat row, without attention_mask and labels")
+            if sum(layout.lengths) != length:
+                raise ValueError(f"documents of {sum(layout.lengths)} tokens do not fill a row of {length}")
+            longest = max(layout.lengths)
         if pixel_values is not None and pixel_values.dim() == 5:
             pixel_values = _real_crops(pixel_values, image_sizes, input_ids)
         embeds = self.model.embed(input_ids, pixel_values, image_sizes)
-        rotation = self.rope(position_ids, layout.rope_lengths[None], embeds.dtype)
-        hidden = self.model(embeds, rotation, choose_backend(self.attention, embeds.device), layout=layout)
+        rotation = self.rope(position_ids, self.rope.deciding(layout.rope_lengths, longest, length)[None], embeds.dtype)
+        hidden = self.model(embeds, rotation, self.backend(embeds.device, embeds.dtype), layout=layout)
         output = Phi3VOutput()
         if layout.num_targets or labels is not None or not return_logits and self.training:
             losses = self.lm_head(hidden[0, layout.target_positions], layout.targets)
@@ -232,13 +271,6 @@ class Phi3VForCausalLM(nn.Module):
         begins = flat.nonzero().flatten().tolist()
         lengths = [end - begin for begin, end in zip(begins, [*begins[1:], len(flat)], strict=True)]
         return Layout.of(lengths, None if labels is None else _flatten(labels, keep)[0].cpu()).to(position_ids.device)
-
-    def _by_rule(self, layout: Layout, position_ids: Tensor) -> Layout:
-        """The layout with the lengths that decide by `longrope`; the official rules know one for all rows."""
-        if self.longrope == "document":
-            return layout
-        batch = position_ids.shape[1] if self.longrope == "key_length" else int(position_ids.max()) + 1
-        return replace(layout, rope_lengths=torch.full_like(layout.rope_lengths, batch))
 
 
 def _columns(like: Tensor) -> Tensor:

@@ -113,6 +113,75 @@ def test_a_stop_id_in_the_last_place_counts_and_one_after_it_does_not(model, tex
     assert generate(model, prompts[1:2], last, [ids[last]]) == [Answer(ids[:last], False)]
 
 
+@torch.inference_mode()
+def batch_reference(model, prompts: list[Example], max_new_tokens: int) -> list[Answer]:
+    """Greedy, one padded batch anew for every token: what the batch decides together, as in the published code."""
+    rows = [prompt.input_ids for prompt in prompts]
+    answers: list[list[int]] = [[] for _ in prompts]
+    for _ in range(max_new_tokens):
+        longest = max(map(len, rows))
+        ids = torch.stack([torch.nn.functional.pad(row, (0, longest - len(row))) for row in rows])
+        mask = torch.stack([(torch.arange(longest) < len(row)).long() for row in rows])
+        logits = model(ids, attention_mask=mask).logits
+        for i, row in enumerate(rows):
+            answers[i].append(int(logits[i, len(row) - 1].argmax()))
+            rows[i] = torch.cat([row, torch.tensor(answers[i][-1:])])
+    return [Answer(tuple(ids), False) for ids in answers]
+
+
+@pytest.fixture
+def ruled(model):
+    """The same weights under another LongRoPE rule."""
+
+    def ruled(rule: str) -> Phi3VForCausalLM:
+        other = Phi3VForCausalLM(model.config, rule).eval()
+        other.load_state_dict(model.state_dict())
+        other.rope.original_length = ORIGINAL_LENGTH
+        return other
+
+    return ruled
+
+
+@pytest.mark.parametrize("rule", ["max_position", "key_length"])
+def test_under_a_batch_rule_the_longest_row_turns_all_of_them_long(ruled, text, rule):
+    """Prompts of 5, 12 and 20: the third crosses at its 5th word, and the others' keys and values with it."""
+    prompts, own = [*text[0][:2], text_prompt(20)], text[1]
+    other = ruled(rule)
+    answers = generate(other, prompts, NEW_TOKENS, ())
+    assert answers == batch_reference(other, prompts, NEW_TOKENS)
+    assert answers[0].ids[:4] == own[0].ids[:4] and answers[0] != own[0], "changed by its company, from the crossing on"
+    assert [generate(other, [prompt], NEW_TOKENS, ())[0] for prompt in text[0]] == own, "alone, all rules agree"
+
+
+def test_under_a_batch_rule_rows_that_have_ended_count_on(ruled, text):
+    """As padding does in the published code: a row's factors do not fall back to short when the longest one stops."""
+    other, prompts = ruled("key_length"), [text[0][1], text_prompt(20)]
+    full = batch_reference(other, prompts, NEW_TOKENS)
+    stop = next(token for i, token in enumerate(full[1].ids) if i < 7 and token not in full[0].ids + full[1].ids[:i])
+    stopped = generate(other, prompts, NEW_TOKENS, [stop])
+    assert stopped[0] == full[0] and stopped[1].stopped and len(stopped[1].ids) < 7
+
+
+@pytest.mark.parametrize("rule", ["short", "long"])
+def test_under_a_fixed_rule_nothing_is_made_anew_and_company_does_not_matter(ruled, text, rule, monkeypatch):
+    other, prompts = ruled(rule), text[0]
+    expected = [reference(other, prompt, NEW_TOKENS) for prompt in prompts]
+    prefills = []
+    prefill = module._Rows.prefill
+    monkeypatch.setattr(module._Rows, "prefill", lambda rows, which: prefills.append(which) or prefill(rows, which))
+    assert generate(other, prompts, NEW_TOKENS, ()) == expected
+    assert len(prefills) == 1
+    assert expected != text[1]
+
+
+@pytest.mark.parametrize("attention", ["eager", "auto"])
+def test_the_cache_attends_by_itself_whatever_the_backend(model, text, attention):
+    other = Phi3VForCausalLM(model.config, attention=attention).eval()
+    other.load_state_dict(model.state_dict())
+    other.rope.original_length = ORIGINAL_LENGTH
+    assert generate(other, text[0], NEW_TOKENS, ()) == text[1]
+
+
 @pytest.mark.parametrize("original_length", [318, 500], ids=["crossing", "short"])
 def test_prompts_with_pictures_answer_as_without_a_cache(model, original_length):
     prompts = [

@@ -1,16 +1,25 @@
 """LongRoPE: cos and sin against transformers' own Phi-3 rotary, and which length chooses the factors."""
 
 import copy
+import json
+from typing import get_args
 
+import numpy as np
 import pytest
 import torch
 from transformers import Phi3Config
 from transformers.models.phi3.modeling_phi3 import Phi3RotaryEmbedding
 
+from phi3v_dist import config as settings_of
+from phi3v_dist import run
+from phi3v_dist.config import LongRopeRule
 from phi3v_dist.data.batch import Filling, Row, collate
+from phi3v_dist.errors import CheckpointError, ConfigError
+from phi3v_dist.model.origin import LONGROPE_KEY, ORIGIN_NAME, recorded_longrope
 from phi3v_dist.model.phi3v import Phi3VForCausalLM, read_config
 from phi3v_dist.model.rope import LongRope
 
+RULES = get_args(LongRopeRule)
 CONFIG = {
     "hidden_size": 32, "num_attention_heads": 2, "max_position_embeddings": 8192, "rope_theta": 10000.0,
     "original_max_position_embeddings": 64, "rope_scaling": {
@@ -51,6 +60,50 @@ def test_the_real_models_factors_are_upstreams(assets_folder, name, length):
     ours = LongRope(config)(positions[:, ends], lengths[:, ends], torch.float32)
     assert all(torch.equal(a, b[:, ends]) for a, b in zip(ours, expected, strict=True))
     assert LongRope(config).magnitude == pytest.approx(1.190238, abs=1e-6)  # MODEL.md §3
+
+
+@pytest.mark.parametrize("name", ["phi3_vision", "phi3_5_vision"])
+@pytest.mark.parametrize("length", [4096, 4097])
+@pytest.mark.parametrize("rule", RULES)
+def test_the_real_48_factors_are_those_of_double_precision(assets_folder, name, length, rule):
+    """numpy, fp64, from the numbers of config.json alone: 4,096 is short and 4,097 long, unless the rule is fixed."""
+    config = json.loads((assets_folder / name / "config.json").read_text())
+    is_long = rule == "long" or rule != "short" and length > 4096
+    factors = np.array(config["rope_scaling"]["long_factor" if is_long else "short_factor"], dtype=np.float64)
+    assert factors.shape == (48,)
+    angles = np.arange(length, dtype=np.float64)[:, None] / (factors * 10000.0 ** (np.arange(0, 96, 2) / 96))
+    angles = np.concatenate([angles, angles], axis=1)
+    magnitude = np.sqrt(1 + np.log(131072 / 4096) / np.log(4096))
+    positions, lengths = whole(length)
+    cos, sin = LongRope(config, rule)(positions, lengths, torch.float32)
+    for found, expected in ((cos, np.cos(angles)), (sin, np.sin(angles))):
+        # an angle of 4,096 has a unit of 4.9e-4 in fp32; measured: 5.1e-4. The other list is off by 2.
+        assert np.abs(found[0].double().numpy() - magnitude * expected).max() <= 1e-3
+
+
+@pytest.mark.parametrize("name", ["phi3_vision", "phi3_5_vision"])
+@pytest.mark.parametrize("rule", RULES)
+def test_the_real_models_are_built_under_every_rule(assets_folder, name, rule):
+    model = Phi3VForCausalLM.without_weights(read_config(assets_folder / name), rule)
+    assert model.rope.rule == model.longrope == rule
+    assert {parameter.device.type for parameter in model.parameters()} == {"meta"}
+    cos, _ = model.rope(*whole(5), torch.float32)
+    assert cos.shape == (1, 5, 96) and torch.allclose(cos[0, 0], torch.tensor(1.190238))
+
+
+def test_an_unknown_rule_is_refused_with_the_known_ones(tiny_model):
+    known = "'longest'.*document, max_position, key_length, short, long"
+    with pytest.raises(ConfigError, match=known):
+        LongRope(CONFIG, "longest")
+    with pytest.raises(ConfigError, match=known):
+        Phi3VForCausalLM.from_pretrained(tiny_model, longrope="longest")
+
+
+def test_another_number_of_factors_than_the_heads_take_is_refused():
+    wrong = copy.deepcopy(CONFIG)
+    wrong["rope_scaling"]["long_factor"].pop()
+    with pytest.raises(CheckpointError, match="'long_factor': 7.*head_dim 16 takes 8"):
+        LongRope(wrong)
 
 
 def test_a_documents_values_do_not_depend_on_its_neighbours():
@@ -108,34 +161,105 @@ def text_model(tiny_model):
     return Phi3VForCausalLM(config).eval()
 
 
+def under(text_model, rule) -> Phi3VForCausalLM:
+    model = Phi3VForCausalLM(text_model.config, rule).eval()
+    model.load_state_dict(text_model.state_dict())
+    return model
+
+
+def row_of(*lengths: int) -> dict:
+    """A training Batch of text documents with the words 3, 4, 5, …"""
+    row = dict(collate(Row(tuple(Filling(n) for n in lengths)), pad_id=0).inputs(torch.device("cpu")))
+    return row | {"input_ids": torch.cat([torch.arange(3, 3 + n) for n in lengths])[None]}
+
+
+@torch.no_grad()
+def alone(model, length: int) -> torch.Tensor:
+    return model(input_ids=torch.arange(3, 3 + length)[None]).logits[0]
+
+
 @pytest.mark.parametrize(
     ("rule", "short_kept"),
     [("document", True), ("max_position", False), ("key_length", False)],
 )
 @torch.no_grad()
 def test_the_official_rules_let_one_long_document_turn_a_whole_row_long(text_model, rule, short_kept):
-    """The row is a training Batch: 30 tokens beside 50, original length 40."""
-    model = Phi3VForCausalLM(text_model.config, rule).eval()
-    model.load_state_dict(text_model.state_dict())
-    short, long = torch.arange(3, 33), torch.arange(3, 53)
-    row = dict(collate(Row((Filling(30), Filling(50))), pad_id=0).inputs(torch.device("cpu")))
-    row["input_ids"] = torch.cat([short, long])[None]
-    logits = model(**row, return_logits=True).logits[0]
-    alone = text_model(input_ids=short[None]).logits[0]
-    together = text_model(input_ids=long[None]).logits[0]
-    assert ((logits[:30] - alone).abs().max() < 1e-4) == short_kept
-    assert (logits[30:] - together).abs().max() < 1e-4
+    """30 tokens beside 50, original length 40."""
+    logits = under(text_model, rule)(**row_of(30, 50), return_logits=True).logits[0]
+    assert ((logits[:30] - alone(text_model, 30)).abs().max() < 1e-4) == short_kept
+    assert (logits[30:] - alone(text_model, 50)).abs().max() < 1e-4
 
 
 @torch.no_grad()
 def test_key_length_counts_the_packed_row_and_max_position_its_longest_document(text_model):
     """Two documents of 30: the row of 60 is above 40, its positions are not."""
-    row = dict(collate(Row((Filling(30), Filling(30))), pad_id=0).inputs(torch.device("cpu")))
-    row["input_ids"] = torch.arange(3, 33).repeat(2)[None]
-    logits = {}
-    for rule in ("document", "max_position", "key_length"):
-        model = Phi3VForCausalLM(text_model.config, rule).eval()
-        model.load_state_dict(text_model.state_dict())
-        logits[rule] = model(**row, return_logits=True).logits
+    logits = {rule: under(text_model, rule)(**row_of(30, 30), return_logits=True).logits for rule in RULES}
     assert torch.equal(logits["document"], logits["max_position"])
+    assert torch.equal(logits["document"], logits["short"])
+    assert torch.equal(logits["key_length"], logits["long"])
     assert (logits["document"] - logits["key_length"]).abs().max() > 1e-3
+
+
+@pytest.mark.parametrize(("rule", "length_that_agrees", "other"), [("short", 40, 41), ("long", 41, 40)])
+@torch.no_grad()
+def test_fixed_rules_take_one_list_for_every_document(text_model, rule, length_that_agrees, other):
+    fixed = under(text_model, rule)
+    assert torch.equal(alone(fixed, length_that_agrees), alone(text_model, length_that_agrees))
+    assert (alone(fixed, other) - alone(text_model, other)).abs().max() > 1e-3
+    packed = fixed(**row_of(20, 60), return_logits=True).logits[0]
+    assert (packed - torch.cat([alone(fixed, 20), alone(fixed, 60)])).abs().max() < 1e-4
+
+
+# --- the rule of a folder -------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def exported(tiny_model, tmp_path):
+    """The tiny folder, with what an origin.json may say."""
+
+    def exported(text: str):
+        folder = tmp_path / "export"
+        folder.mkdir(exist_ok=True)
+        for path in tiny_model.iterdir():
+            if not (folder / path.name).exists():
+                (folder / path.name).symlink_to(path)
+        (folder / ORIGIN_NAME).write_text(text)
+        return folder
+
+    return exported
+
+
+@pytest.mark.parametrize("rule", RULES)
+def test_a_folder_is_read_under_the_rule_it_was_exported_with_unless_told_otherwise(exported, rule):
+    folder = exported(json.dumps({"run": "x", LONGROPE_KEY: rule}))
+    assert Phi3VForCausalLM.from_pretrained(folder).longrope == rule
+    assert Phi3VForCausalLM.from_pretrained(folder, longrope="key_length").longrope == "key_length"
+
+
+def test_a_folder_that_records_no_rule_is_read_by_document(exported, tiny_model):
+    assert recorded_longrope(tiny_model) == recorded_longrope(exported('{"run": "x"}')) == "document"
+    assert Phi3VForCausalLM.from_pretrained(tiny_model).longrope == "document"
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ('{"longrope": "longest"}', "'longest', which is no LongRoPE rule: it is one of document, max_position"),
+        ('{"longrope": ["long"]}', "no LongRoPE rule"),
+        ("{", "not JSON"),
+        ("[]", "holds list, not an object"),
+    ],
+)
+def test_a_damaged_record_is_named(exported, text, message):
+    with pytest.raises(CheckpointError, match=message) as caught:
+        Phi3VForCausalLM.from_pretrained(exported(text))
+    assert ORIGIN_NAME in str(caught.value)
+
+
+def test_a_run_from_such_a_folder_does_not_change_the_rule_by_silence(exported, config_file):
+    folder = exported('{"longrope": "long"}')
+    unsaid = settings_of.load(config_file, [f"model.path={folder}"])
+    assert [text for text in run.problems(unsaid, 1) if "was trained under long" in text and "longrope=long" in text]
+    for rule in ("long", "document"):
+        said = settings_of.load(config_file, [f"model.path={folder}", f"model.longrope={rule}"])
+        assert run.problems(said, 1) == []
