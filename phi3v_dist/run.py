@@ -61,7 +61,7 @@ class Data:
         table = ShardTable.open(sources, lambda shard: log.info("indexing %s", shard))
         processor = Phi3VProcessor.from_pretrained(settings.model.path, settings.data.num_crops)
         lengths = measure(table, processor, settings.data.num_workers, lambda shard: log.info("measuring %s", shard))
-        return cls(table, lengths, Decoder(table, Fetcher(table), processor))
+        return cls(table, lengths, Decoder(table, Fetcher(table), processor, settings.data.crops))
 
     def usable(self, limit_tokens: int) -> int:
         """Number of samples that fit into a row."""
@@ -102,6 +102,7 @@ class Run:
             decoder=self.train.decoder, lengths=self.train.lengths, consumer=topology.rank,
             num_consumers=topology.world_size, num_workers=data.num_workers, prefetch_rows=data.prefetch_rows,
             micro_steps=accumulation(self.settings.train.rows_per_step, topology.world_size),
+            vision_chunk_crops=self.settings.model.vision_chunk_crops,
         )  # fmt: skip
 
 
@@ -201,7 +202,7 @@ def _engine(settings: Settings, topology: Topology, device: torch.device) -> Any
     with deepspeed.zero.Init(config_dict_or_path=ds_config):  # its `dtype=` is ignored on a CPU (0.19.8): bf16 there
         model = Phi3VForCausalLM(model_config, settings.model.longrope, settings.model.attention)
     load_weights(model, OfficialFolder(settings.model.path), topology.rank)
-    model.set_gradient_checkpointing(settings.model.gradient_checkpointing)
+    model.set_gradient_checkpointing(settings.model.gradient_checkpointing, settings.model.vision_chunk_crops)
     return zero.initialize(model, build_optimizer(model, settings.train), ds_config)
 
 
