@@ -252,12 +252,12 @@ def test_a_batch_holds_the_pictures_of_its_row_in_order(world: World) -> None:
         assert len(pixels) == row.crops and batch.label_tokens == row.label_tokens
 
 
-@pytest.mark.parametrize("num_consumers", [1, 2, 4])
+@pytest.mark.parametrize("num_consumers", [3, 5])
 def test_every_rank_plans_the_same_calls_of_the_vision_tower(world: World, num_consumers: int) -> None:
     ranks = [
         world.steps(2, consumer=r, num_consumers=num_consumers, vision_chunk_crops=2) for r in range(num_consumers)
     ]
-    crops_seen = set()
+    crops_seen = set()  # 4 in a row of this world, 1 in an empty one
     for micro_step in zip(*(sum(rank, []) for rank in ranks), strict=True):
         most = max(len(batch.pixel_values) for batch in micro_step)
         assert {batch.num_vision_chunks for batch in micro_step} == {-(-most // 2)}

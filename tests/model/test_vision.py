@@ -13,9 +13,7 @@ from phi3v_dist.data.shards import ShardTable
 from phi3v_dist.model import Phi3VForCausalLM
 
 CPU = torch.device("cpu")
-SAME_GRADIENT = (
-    2e-5  # of the greatest value of its tensor; measured: 8e-6 (k_proj.bias, which is 0 in theory), else 3e-6
-)
+SAME_GRADIENT = 2e-5  # of its tensor's greatest value; measured: 8e-6 (k_proj.bias, 0 in theory), others 3e-6
 
 
 @pytest.fixture(scope="module")

@@ -2,9 +2,9 @@
 
     python collective_ranks.py FOLDER 2:every:trained:4 4:one:frozen:8 …      leaves FOLDER/TRIAL.json
 
-A trial is ranks : mix : vision tower : steps. Beside the engine, rank 0 runs a plain copy of its weights over the rows of all
-ranks, one after another. Surprise: ranks are forked from this process, as in ../survive/checkpoint_ranks.py, and join
-as torchrun's would. Asserting is done by test_equal_collectives.py.
+A trial is ranks : mix : vision tower : steps. Beside the engine, rank 0 runs a plain copy of its weights over the rows
+of all ranks, one after another. Surprise: ranks are forked from this process, as in ../survive/checkpoint_ranks.py, and
+join as torchrun's would. Asserting is done by test_equal_collectives.py.
 """
 
 import json
