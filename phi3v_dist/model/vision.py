@@ -66,12 +66,13 @@ class Normalization:
     @classmethod
     def of(cls, mean: Any, std: Any) -> "Normalization":
         """From what the file says; CheckpointError when that is not three numbers each, deviations above 0."""
-        if not _is_triple(mean) or not _is_triple(std) or min(std) <= 0:
+        if not _is_triple(mean) or not _is_triple(std) or not min(std) > 0:
             raise CheckpointError(
                 f"pictures cannot be normalised by image_mean {mean} and image_std {std}: three numbers each are "
                 "needed, those of image_std above 0; correct preprocessor_config.json of the model folder"
             )
-        return cls(tuple(mean), tuple(std))
+        mean, std = tuple(map(float, mean)), tuple(map(float, std))
+        return cls(mean, std)
 
     def __call__(self, pixels: UInt8[Tensor, "*crops 3 height width"]) -> Float[Tensor, "*crops 3 height width"]:
         """In fp32. Plain numbers, not tensors: to copy those to a GPU would make it wait."""
@@ -166,9 +167,10 @@ class ImageEmbedding(nn.Module):
             num_chunks = -(-len(pixel_values) // self.chunk_crops) if self.chunk_crops else 1
         if num_chunks <= 1 or not recompute:
             return self._tower(pixel_values, normalization, checkpoint_layers=recompute)
-        num_missing = max(0, num_chunks - len(pixel_values))
-        filling = pixel_values.new_zeros(num_missing, *pixel_values.shape[1:])
-        chunks = torch.cat([pixel_values, filling]).tensor_split(num_chunks)  # of equal size, but for one crop
+        num_missing = num_chunks - len(pixel_values)
+        if num_missing > 0:
+            pixel_values = torch.cat([pixel_values, pixel_values.new_zeros(num_missing, *pixel_values.shape[1:])])
+        chunks = pixel_values.tensor_split(num_chunks)  # of equal size, but for one crop
         patches = [checkpoint(self._tower, chunk, normalization, False, use_reentrant=False) for chunk in chunks]
         return torch.cat(patches)
 
