@@ -70,7 +70,7 @@ class Data:
         policy = FitPolicy(settings.data.fit, settings.data.row_length_tokens)
         processor = Phi3VProcessor.from_pretrained(settings.model.path, settings.data.num_crops, policy)
         lengths = measure(table, processor, settings.data.num_workers, lambda shard: log.info("measuring %s", shard))
-        return cls(table, lengths, Decoder(table, Fetcher(table), processor))
+        return cls(table, lengths, Decoder(table, Fetcher(table), processor, settings.data.crops))
 
     def usable(self, limit_tokens: int) -> int:
         """Number of samples that fit into a row."""
@@ -117,6 +117,7 @@ class Run:
             decoder=self.train.decoder, lengths=self.train.lengths, consumer=topology.rank,
             num_consumers=topology.world_size, num_workers=data.num_workers, prefetch_rows=data.prefetch_rows,
             micro_steps=accumulation(self.settings.train.rows_per_step, topology.world_size),
+            vision_chunk_crops=self.settings.model.vision_chunk_crops,
         )  # fmt: skip
 
 
@@ -248,7 +249,7 @@ def _engine(settings: Settings, topology: Topology, device: torch.device, attent
     weights = initial_weights(settings.model.path, settings.model.init_from, settings.run.seed)
     load_weights(model, weights, show_progress=topology.is_main and sys.stdout.isatty())
     choose_trained(model, settings.train, settings.run.seed)
-    model.set_gradient_checkpointing(settings.model.gradient_checkpointing)
+    model.set_gradient_checkpointing(settings.model.gradient_checkpointing, settings.model.vision_chunk_crops)
     return zero.initialize(model, build_optimizer(model, settings.train), ds_config)
 
 

@@ -15,12 +15,15 @@ label) is worked out here on the CPU, so that no layer ever waits for the device
 from dataclasses import dataclass
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float, Int, UInt8
 from torch import Tensor
 
 from phi3v_dist.data.plan import PlannedStep
 from phi3v_dist.model.attention import IGNORE, Layout
-from phi3v_dist.model.vision import CROP_SIZE
+from phi3v_dist.model.vision import CROP_SIZE, Normalization
+
+# fp32 and normalised, or the pixels themselves
+Crops = Float[Tensor, "crops 3 height width"] | UInt8[Tensor, "crops 3 height width"]
 
 
 @dataclass(frozen=True)
@@ -29,14 +32,15 @@ class Example:
 
     input_ids: int64; the positions of picture k (1-based, prompt order) hold -k.
     labels: int64, not shifted; -100 where nothing is learned.
-    pixel_values: fp32, normalised; real crops only, per picture the global view first, then row-major locals.
+    pixel_values: fp32 and normalised, or (fast crops) uint8 pixels; real crops only, per picture the global view
+        first, then row-major locals.
     image_sizes: int64 (height, width) of each padded picture; a picture has height*width/336² local crops.
     """
 
     sample_id: int
     input_ids: Int[Tensor, " tokens"]
     labels: Int[Tensor, " tokens"]
-    pixel_values: Float[Tensor, "crops 3 height width"]
+    pixel_values: Crops
     image_sizes: Int[Tensor, "images 2"]
 
 
@@ -70,6 +74,9 @@ class Batch:
         so that every rank makes the same calls.
     image_sizes: one (height, width) per placed picture.
     layout: document borders and label positions, worked out on the CPU.
+    normalization: what the model does with uint8 crops; None: they are normalised fp32.
+    num_vision_chunks: in how many calls the vision tower takes the crops when it checkpoints; planned, so equal on
+        every rank whatever its own crops are. None: the model decides by its own crops.
     plan: the step this batch belongs to, the same on every rank; None outside training.
     quarantined: samples of this batch that could not be used.
     """
@@ -77,9 +84,11 @@ class Batch:
     input_ids: Int[Tensor, "1 tokens"]
     position_ids: Int[Tensor, "1 tokens"]
     labels: Int[Tensor, "1 tokens"]
-    pixel_values: Float[Tensor, "crops 3 height width"]
+    pixel_values: Crops
     image_sizes: Int[Tensor, "images 2"]
     layout: Layout
+    normalization: Normalization | None = None
+    num_vision_chunks: int | None = None
     plan: PlannedStep | None = None
     quarantined: tuple[Filling, ...] = ()
 
@@ -95,11 +104,20 @@ class Batch:
             "pixel_values": self.pixel_values.to(device, non_blocking=True),
             "image_sizes": self.image_sizes,
             "layout": self.layout.to(device),
+            "normalization": self.normalization,
+            "num_vision_chunks": self.num_vision_chunks,
         }
 
 
-def collate(row: Row, pad_id: int, plan: PlannedStep | None = None) -> Batch:
-    """Lay a row's parts one after another."""
+def collate(
+    row: Row,
+    pad_id: int,
+    plan: PlannedStep | None = None,
+    normalization: Normalization | None = None,
+    num_vision_chunks: int | None = None,
+) -> Batch:
+    """Lay a row's parts one after another. `normalization` comes with fast crops, and only with them."""
+    dtype = torch.float32 if normalization is None else torch.uint8
     ids, labels, lengths, pixels, sizes = [], [], [], [], []
     for part in row.parts:
         if isinstance(part, Filling):
@@ -111,15 +129,18 @@ def collate(row: Row, pad_id: int, plan: PlannedStep | None = None) -> Batch:
             pixels.append(part.pixel_values)
             sizes.append(part.image_sizes)
         lengths.append(len(ids[-1]))
-    crops = torch.cat(pixels) if any(len(p) for p in pixels) else torch.zeros(1, 3, CROP_SIZE, CROP_SIZE)
+    assert all(crops.dtype == dtype for crops in pixels)  # a run has one kind of crops
+    dummy = torch.zeros(1, 3, CROP_SIZE, CROP_SIZE, dtype=dtype)
     labels_row = torch.cat(labels)
     return Batch(
         input_ids=torch.cat(ids)[None],
         position_ids=torch.cat([torch.arange(n) for n in lengths])[None],
         labels=labels_row[None],
-        pixel_values=crops,
+        pixel_values=torch.cat(pixels) if any(map(len, pixels)) else dummy,
         image_sizes=torch.cat(sizes) if sizes else torch.zeros(0, 2, dtype=torch.int64),
         layout=Layout.of(lengths, labels_row),
+        normalization=normalization,
+        num_vision_chunks=num_vision_chunks,
         plan=plan,
         quarantined=tuple(part for part in row.parts if isinstance(part, Filling) and part.sample_id is not None),
     )

@@ -16,12 +16,16 @@ from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 
+import cv2
+
 from phi3v_dist.data.batch import Batch, Example, Filling, Row, collate
+from phi3v_dist.data.crops import CropMode
 from phi3v_dist.data.fetch import Fetcher
-from phi3v_dist.data.plan import Lengths, PlannedRow, PlannedStep, assign
+from phi3v_dist.data.plan import Lengths, PlannedRow, PlannedStep, assign, num_vision_chunks
 from phi3v_dist.data.processor import Phi3VProcessor
 from phi3v_dist.data.samples import BadSample, Sample, decode_sample
 from phi3v_dist.data.shards import ShardTable
+from phi3v_dist.model.vision import Normalization
 
 EMPTY_ROW_TOKENS = 8  # as short as is comfortable; its only purpose is to take part in collectives
 
@@ -30,11 +34,20 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Decoder:
-    """Sample id → Sample → Example."""
+    """Sample id → Sample → Example.
+
+    crops: how examples' crops are written (crops.py).
+    """
 
     table: ShardTable
     fetcher: Fetcher
     processor: Phi3VProcessor
+    crops: CropMode = "exact"
+
+    @property
+    def normalization(self) -> Normalization | None:
+        """What examples' crops still need; None when they are exact."""
+        return self.processor.normalization if self.crops == "fast" else None
 
     def sample(self, sample_id: int) -> Sample:
         """The typed sample. Raises BadSample."""
@@ -49,7 +62,7 @@ class Decoder:
     def example(self, sample_id: int, planned_tokens: int) -> Example:
         """The encoded sample. Raises BadSample, also when its length is not what was planned."""
         sample = self.sample(sample_id)
-        example = self.processor.encode(sample)
+        example = self.processor.encode(sample, self.crops)
         if len(example.input_ids) != planned_tokens:
             reason = f"it has {len(example.input_ids)} tokens, the plan says {planned_tokens}; delete its lengths file"
             raise BadSample(sample.shard, sample.key, reason)
@@ -62,6 +75,7 @@ class Loader:
 
     steps: the plan, from where the run goes on.
     consumer, num_consumers: which of the equal takers of rows this rank is.
+    vision_chunk_crops: most crops the vision tower takes in one call when it checkpoints; None: no limit.
     """
 
     steps: Iterable[PlannedStep]
@@ -72,15 +86,17 @@ class Loader:
     micro_steps: int
     num_workers: int
     prefetch_rows: int
+    vision_chunk_crops: int | None = None
 
     def __iter__(self) -> Iterator[list[Batch]]:
         steps_ahead = max(1, self.prefetch_rows // self.micro_steps)
         pending: deque[list[Future[Batch]]] = deque()
-        pool = ThreadPoolExecutor(self.num_workers, thread_name_prefix="decode")
+        # OpenCV would start threads of its own for each picture; these are enough.
+        pool = ThreadPoolExecutor(self.num_workers, "decode", initializer=cv2.setNumThreads, initargs=(1,))
         try:
             for step in self.steps:
-                rows = [row[self.consumer] for row in assign(step, self.num_consumers, self.micro_steps)]
-                pending.append([pool.submit(self._batch, row, step) for row in rows])
+                table = assign(step, self.num_consumers, self.micro_steps)
+                pending.append([pool.submit(self._batch, micro_step, step) for micro_step in table])
                 if len(pending) > steps_ahead:
                     yield [future.result() for future in pending.popleft()]
             while pending:
@@ -88,11 +104,14 @@ class Loader:
         finally:
             pool.shutdown(wait=True, cancel_futures=True)
 
-    def _batch(self, planned: PlannedRow | None, step: PlannedStep) -> Batch:
+    def _batch(self, micro_step: list[PlannedRow | None], step: PlannedStep) -> Batch:
+        planned = micro_step[self.consumer]
+        parts: tuple[Example | Filling, ...] = (Filling(EMPTY_ROW_TOKENS),)
+        if planned is not None:
+            parts = tuple(self._part(sample_id) for sample_id in planned.sample_ids)
+        num_chunks = num_vision_chunks(micro_step, self.vision_chunk_crops)
         pad_id = self.decoder.processor.tokenizer.pad_token_id
-        if planned is None:
-            return collate(Row((Filling(EMPTY_ROW_TOKENS),)), pad_id, step)
-        return collate(Row(tuple(self._part(sample_id) for sample_id in planned.sample_ids)), pad_id, step)
+        return collate(Row(parts), pad_id, step, self.decoder.normalization, num_chunks)
 
     def _part(self, sample_id: int) -> Example | Filling:
         planned_tokens = int(self.lengths.tokens[sample_id])

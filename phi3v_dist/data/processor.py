@@ -1,9 +1,10 @@
-"""`Sample` → `Example`: a conversation becomes token ids and labels, its pictures become normalised crops.
+"""`Sample` → `Example`: a conversation becomes token ids and labels, its pictures become crops.
 
 Two ways in. `Phi3VProcessor(text, images)` is the published processor, exactly: special-token text in the prompt
 becomes special tokens, crops are zero-filled to one count. `encode` and `encode_prompt` take structured turns, in which
-words of the data stay words whatever they spell (chat.py), and keep real crops only (crops.py). Surprise: `count` knows
-the length of an `Example` to the token from widths and heights, so planning never decodes a picture.
+words of the data stay words whatever they spell (chat.py), and keep real crops only, for training in the fast way of
+crops.py where that is asked for. Surprise: `count` knows the length of an `Example` to the token from widths and
+heights, so planning never decodes a picture.
 """
 
 import hashlib
@@ -15,19 +16,17 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from jaxtyping import Float
 from PIL import Image
-from torch import Tensor
 from transformers import BatchFeature, PreTrainedTokenizerFast
 
-from phi3v_dist.data.batch import Example
+from phi3v_dist.data.batch import Crops, Example
 from phi3v_dist.data.chat import ANSWER_ROLE, ChatTokenizer
-from phi3v_dist.data.crops import CropLayout, Picture, write_crops
+from phi3v_dist.data.crops import CropLayout, CropMode, Picture, write_crops, write_fast_crops
 from phi3v_dist.data.fit import NO_LIMIT, FitPolicy, Fitted, fit
 from phi3v_dist.data.samples import BadSample, Message, Sample
 from phi3v_dist.errors import CheckpointError, ConfigError, DataError
 from phi3v_dist.model.attention import IGNORE
-from phi3v_dist.model.vision import CROP_SIZE
+from phi3v_dist.model.vision import CROP_SIZE, Normalization
 
 # Part of `digest`: count up when the same turns come to give other ids, so that stored lengths are measured again.
 ENCODING_VERSION = 1
@@ -50,6 +49,7 @@ class Phi3VProcessor:
     """Tokenizer, chat template and picture crops of Phi-3-vision. Threads may share it, but for calling it with text.
 
     num_crops: the greatest number of local crops per picture (16 in Phi-3-vision's own file, 4 in Phi-3.5's).
+    normalization: what fast crops still need, from the model folder.
     stop_ids: ids at which generation stops: `<|end|>`, `<|endoftext|>`, `<|assistant|>`.
     digest: hexadecimal, of everything that decides the result of `count`; other processors have another one.
     """
@@ -68,8 +68,7 @@ class Phi3VProcessor:
         self.tokenizer = tokenizer
         self.num_crops = num_crops
         self.fit_policy = fit_policy
-        self._mean = torch.tensor(image_mean, dtype=torch.float32).view(3, 1, 1)
-        self._std = torch.tensor(image_std, dtype=torch.float32).view(3, 1, 1)
+        self.normalization = Normalization.of(image_mean, image_std)
         self._chat = ChatTokenizer(tokenizer)
         self.stop_ids = self._chat.stop_ids
         decides_length = [ENCODING_VERSION, num_crops, fit_policy.digest, tokenizer.backend_tokenizer.to_str()]
@@ -147,23 +146,23 @@ class Phi3VProcessor:
         if pictures:
             pixel_values = torch.zeros(len(pictures), self.num_crops + 1, 3, CROP_SIZE, CROP_SIZE)
             for picture, layout, crops in zip(pictures, layouts, pixel_values, strict=True):
-                write_crops(picture, layout, self._mean, self._std, crops[: layout.num_crops])
+                write_crops(picture, layout, self.normalization, crops[: layout.num_crops])
             output["pixel_values"] = pixel_values
             output["image_sizes"] = torch.tensor([layout.padded_hw for layout in layouts])
             output["num_img_tokens"] = [layout.num_tokens for layout in layouts]
         return BatchFeature(output)
 
-    def encode(self, sample: Sample) -> Example:
+    def encode(self, sample: Sample, crops: CropMode = "exact") -> Example:
         """The whole conversation, every answer and the `<|end|>` after it learned.
 
-        Pictures are numbered as they are read; one that no turn shows is left out.
+        Pictures are numbered as they are read; one that no turn shows is left out. `fast` crops are uint8.
 
         Raises:
             BadSample: naming shard and key, for the reasons of `count`.
         """
         try:
             pictures, fitted = self._fit(sample.messages, sample.images)
-            return self._example(sample.sample_id, fitted.ids, fitted.labels, pictures, fitted.layouts)
+            return self._example(sample.sample_id, fitted.ids, fitted.labels, pictures, fitted.layouts, crops)
         except DataError as error:
             raise BadSample(sample.shard, sample.key, str(error)) from error
 
@@ -194,10 +193,10 @@ class Phi3VProcessor:
         num_crops = sum(layout.num_crops for layout in fitted.layouts)
         return ExampleLength(len(fitted.ids), label_tokens, num_crops, fitted.full_tokens)
 
-    def crops_of(self, image: Picture) -> tuple[Float[Tensor, "crops 3 336 336"], tuple[int, int]]:
+    def crops_of(self, image: Picture, crops: CropMode = "exact") -> tuple[Crops, tuple[int, int]]:
         """Real crops (global view first, then row by row) and the padded picture's (height, width) in pixels."""
         layout = self._layout(image)
-        return self._crops([image], [layout]), layout.padded_hw
+        return self._crops([image], [layout], crops), layout.padded_hw
 
     def _fit(self, messages: Sequence[Message], images: Sequence[Picture]) -> tuple[list[Picture], Fitted]:
         """The pictures in reading order, and the turns as the fit policy leaves them."""
@@ -207,24 +206,28 @@ class Phi3VProcessor:
 
     def _example(
         self, sample_id: int, ids: list[int], labels: list[int], pictures: Sequence[Picture],
-        layouts: Sequence[CropLayout],
+        layouts: Sequence[CropLayout], crops: CropMode = "exact",
     ) -> Example:  # fmt: skip
         return Example(
             sample_id=sample_id,
             input_ids=torch.tensor(ids),
             labels=torch.tensor(labels),
-            pixel_values=self._crops(pictures, layouts),
+            pixel_values=self._crops(pictures, layouts, crops),
             image_sizes=torch.tensor([layout.padded_hw for layout in layouts], dtype=torch.int64).view(-1, 2),
         )
 
     def _layout(self, image: Picture) -> CropLayout:
         return CropLayout.of(*_size_wh(image), self.num_crops)
 
-    def _crops(self, pictures: Sequence[Picture], layouts: Sequence[CropLayout]) -> Float[Tensor, "crops 3 336 336"]:
+    def _crops(self, pictures: Sequence[Picture], layouts: Sequence[CropLayout], mode: CropMode) -> Crops:
         num_crops = [layout.num_crops for layout in layouts]
-        pixel_values = torch.empty(sum(num_crops), 3, CROP_SIZE, CROP_SIZE)
-        for picture, layout, crops in zip(pictures, layouts, pixel_values.split(num_crops), strict=True):
-            write_crops(picture, layout, self._mean, self._std, crops)
+        dtype = torch.uint8 if mode == "fast" else torch.float32
+        pixel_values = torch.empty(sum(num_crops), 3, CROP_SIZE, CROP_SIZE, dtype=dtype)
+        for picture, layout, out in zip(pictures, layouts, pixel_values.split(num_crops), strict=True):
+            if mode == "fast":
+                write_fast_crops(picture, layout, out)
+            else:
+                write_crops(picture, layout, self.normalization, out)
         return pixel_values
 
 

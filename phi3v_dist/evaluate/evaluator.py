@@ -6,7 +6,8 @@ token counts and everything else stay, and only what is seen is wrong.
 
 Batches, not samples, are the unit of work: they are cut in sample order before they are dealt to the ranks, so that
 each answer is made in the same company whatever the number of ranks. A sample that cannot be read is left out, named in
-the log and counted in `eval/skipped`.
+the log and counted in `eval/skipped`. Pictures are cut exactly (`processor.encode`), whatever `data.crops` says for
+training: scores are those that a user of the published processor gets.
 """
 
 import logging

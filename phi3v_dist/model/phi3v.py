@@ -29,7 +29,7 @@ from phi3v_dist.model.cache import KeyValueCache
 from phi3v_dist.model.loss import Head
 from phi3v_dist.model.origin import recorded_longrope
 from phi3v_dist.model.rope import LongRope
-from phi3v_dist.model.vision import ImageEmbedding, num_crops_of, num_image_tokens
+from phi3v_dist.model.vision import ImageEmbedding, Normalization, num_crops_of, num_image_tokens
 from phi3v_dist.model.weights import OfficialFolder, check_names
 
 DEFAULT_PAD_ID = 32000  # the official class's default, which Phi-3-vision's config.json leaves unsaid
@@ -90,12 +90,17 @@ class Phi3VDecoder(nn.Module):
         self.gradient_checkpointing = False
 
     def embed(
-        self, input_ids: Int[Tensor, "rows tokens"], pixel_values: Tensor | None, image_sizes: Tensor | None
+        self,
+        input_ids: Int[Tensor, "rows tokens"],
+        pixel_values: Tensor | None,
+        image_sizes: Tensor | None,
+        normalization: Normalization | None = None,
+        num_vision_chunks: int | None = None,
     ) -> Float[Tensor, "rows tokens hidden"]:
         """Words by table, negative ids by the pictures' features in order; ValueError when those are not given."""
         embeds = self.embed_tokens(input_ids.clamp(min=0))
         if pixel_values is not None and image_sizes is not None:
-            features = self.vision_embed_tokens(pixel_values, image_sizes)
+            features = self.vision_embed_tokens(pixel_values, image_sizes, normalization, num_vision_chunks)
             num_placed = sum(num_image_tokens(height, width) for height, width in image_sizes.tolist())
             placed, unplaced = features[:num_placed].to(embeds.dtype), features[num_placed:]
             embeds = embeds.masked_scatter((input_ids < 0)[..., None], placed)
@@ -201,10 +206,10 @@ class Phi3VForCausalLM(nn.Module):
             self._decided[device, dtype] = choose(self.attention, device, dtype, head_dim(self.config))
         return self._decided[device, dtype]
 
-    def set_gradient_checkpointing(self, on: bool) -> None:
-        """Recompute decoder and vision layers in the backward pass."""
+    def set_gradient_checkpointing(self, on: bool, vision_chunk_crops: int | None = None) -> None:
+        """Recompute decoder and vision layers in the backward pass, the latter in chunks of so many crops."""
         self.model.gradient_checkpointing = on
-        self.model.vision_embed_tokens.img_processor.gradient_checkpointing = on
+        self.model.vision_embed_tokens.set_gradient_checkpointing(on, vision_chunk_crops)
 
     def forward(
         self,
@@ -216,6 +221,8 @@ class Phi3VForCausalLM(nn.Module):
         labels: Tensor | None = None,
         return_logits: bool = False,
         layout: Layout | None = None,
+        normalization: Normalization | None = None,
+        num_vision_chunks: int | None = None,
     ) -> Phi3VOutput:
         """Losses for labels, logits when asked for or without labels.
 
@@ -228,6 +235,8 @@ class Phi3VForCausalLM(nn.Module):
             position_ids: a new document begins where they return to 0; documents do not see each other.
             labels: not shifted; -100 is ignored.
             layout: instead of attention_mask and labels, for one flat row whose borders and labels are known.
+            normalization: for pixel_values that are uint8 pixels; floats are normalised already.
+            num_vision_chunks: calls of the vision tower while it is checkpointed, equal on every rank.
 
         Raises:
             ValueError: pictures, places for them, masks and layouts do not fit together.
@@ -247,7 +256,7 @@ class Phi3VForCausalLM(nn.Module):
             longest = max(layout.lengths)
         if pixel_values is not None and pixel_values.dim() == 5:
             pixel_values = _real_crops(pixel_values, image_sizes, input_ids)
-        embeds = self.model.embed(input_ids, pixel_values, image_sizes)
+        embeds = self.model.embed(input_ids, pixel_values, image_sizes, normalization, num_vision_chunks)
         rotation = self.rope(position_ids, self.rope.deciding(layout.rope_lengths, longest, length)[None], embeds.dtype)
         hidden = self.model(embeds, rotation, self.backend(embeds.device, embeds.dtype), layout=layout)
         output = Phi3VOutput()

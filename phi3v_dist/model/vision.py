@@ -5,17 +5,23 @@ What goes out: one feature per image token, in prompt order. Surprise: the featu
 without its final norm, so the 24th layer and `post_layernorm` are never computed; they are no parameters here and
 pass from the base folder to an export untouched.
 
+Crops come as normalised floats, or as bytes that are normalised here, on the device. When layers are recomputed in the
+backward pass, many crops go through the tower in chunks (`ImageEmbedding.set_gradient_checkpointing` says why).
+
 Source: the published remote code of Phi-3-vision (`hd_transform_order` "sub_glb"); shapes in MODEL.md §4.
 """
 
+from dataclasses import dataclass
 from typing import Any
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float, Int, UInt8
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from transformers import CLIPVisionConfig
 from transformers.models.clip.modeling_clip import CLIPEncoderLayer, CLIPVisionEmbeddings
+
+from phi3v_dist.errors import CheckpointError
 
 CROP_SIZE = 336
 PATCHES_PER_SIDE = 24  # 336 / 14
@@ -46,6 +52,36 @@ def num_crops_of(height: int, width: int) -> int:
     return (height // CROP_SIZE) * (width // CROP_SIZE) + 1
 
 
+@dataclass(frozen=True)
+class Normalization:
+    """Bytes → what CLIP was trained on: (x / 255 - mean) / std for red, green and blue.
+
+    The numbers are those of a model folder's preprocessor_config.json; the processor reads them, and a Batch of uint8
+    crops brings them to the model.
+    """
+
+    mean: tuple[float, float, float]
+    std: tuple[float, float, float]
+
+    @classmethod
+    def of(cls, mean: Any, std: Any) -> "Normalization":
+        """From what the file says; CheckpointError when that is not three numbers each, deviations above 0."""
+        if not _is_triple(mean) or not _is_triple(std) or not min(std) > 0:
+            raise CheckpointError(
+                f"pictures cannot be normalised by image_mean {mean} and image_std {std}: three numbers each are "
+                "needed, those of image_std above 0; correct preprocessor_config.json of the model folder"
+            )
+        mean, std = tuple(map(float, mean)), tuple(map(float, std))
+        return cls(mean, std)
+
+    def __call__(self, pixels: UInt8[Tensor, "*crops 3 height width"]) -> Float[Tensor, "*crops 3 height width"]:
+        """In fp32. Plain numbers, not tensors: to copy those to a GPU would make it wait."""
+        values = pixels.to(torch.float32).div_(255)
+        for channel, mean, std in zip(values.unbind(-3), self.mean, self.std, strict=True):
+            channel.sub_(mean).div_(std)
+        return values
+
+
 class ClipTower(nn.Module):
     """CLIP's encoder up to the last but one layer, under the official names (`vision_model.…`)."""
 
@@ -57,16 +93,14 @@ class ClipTower(nn.Module):
         self.vision_model.encoder = nn.Module()
         layers = [CLIPEncoderLayer(clip) for _ in range(clip.num_hidden_layers - 1)]
         self.vision_model.encoder.layers = nn.ModuleList(layers)
-        self.gradient_checkpointing = False
 
-    def forward(self, pixel_values: Float[Tensor, "crops 3 height width"]) -> Float[Tensor, "crops patches clip"]:
+    def forward(
+        self, pixel_values: Float[Tensor, "crops 3 height width"], checkpoint_layers: bool = False
+    ) -> Float[Tensor, "crops patches clip"]:
         model = self.vision_model
         hidden = model.pre_layrnorm(model.embeddings(pixel_values))
         for layer in model.encoder.layers:
-            if self.gradient_checkpointing and self.training:
-                hidden = checkpoint(layer, hidden, None, use_reentrant=False)
-            else:
-                hidden = layer(hidden, None)
+            hidden = checkpoint(layer, hidden, None, use_reentrant=False) if checkpoint_layers else layer(hidden, None)
         return hidden[:, 1:]  # without the class token
 
 
@@ -85,13 +119,34 @@ class ImageEmbedding(nn.Module):
             nn.GELU(),
             nn.Linear(config["hidden_size"], config["hidden_size"]),
         )
+        self.set_gradient_checkpointing(False)
+
+    def set_gradient_checkpointing(self, on: bool, chunk_crops: int | None = None) -> None:
+        """Recompute in the backward pass: layer by layer, or chunk by chunk when there are many crops.
+
+        chunk_crops: most crops in a chunk where a Batch does not say how many chunks to make; None: no limit.
+
+        In one call every layer keeps its input until its turn comes: 26 MiB a crop (ViT-L, bf16), 23 GiB for the 888
+        crops that a row of 131,072 tokens can hold, and that beside all the decoder keeps. In chunks, each recomputed
+        as a whole, only pixels and features are kept. A chunk's activations, 521 MiB a crop (bytes saved for the
+        backward pass, counted), 8 GiB for 16 crops, exist after the decoder's are gone, for one chunk at a time.
+        Recomputing costs the same either way; every chunk more gathers the tower's weights (0.6 GB) again under ZeRO-3.
+        """
+        self.gradient_checkpointing, self.chunk_crops = on, chunk_crops
 
     def forward(
-        self, pixel_values: Float[Tensor, "crops 3 height width"], image_sizes: Int[Tensor, "images 2"]
+        self,
+        pixel_values: Float[Tensor, "crops 3 height width"] | UInt8[Tensor, "crops 3 height width"],
+        image_sizes: Int[Tensor, "images 2"],
+        normalization: Normalization | None = None,
+        num_chunks: int | None = None,
     ) -> Float[Tensor, "image_tokens hidden"]:
-        """Features of all pictures, then of crops that belong to none ("unplaced", each as a global view alone)."""
-        patches = self.img_processor(pixel_values.to(self.glb_GN.dtype))
-        crops = merge_patches(patches)
+        """Features of all pictures, then of crops that belong to none ("unplaced", each as a global view alone).
+
+        normalization: for uint8 crops. num_chunks: calls of the tower while it is checkpointed, filled up with crops
+        of zeros; None: as many as its own crops need. Without checkpointing there is one call, always.
+        """
+        crops = merge_patches(self._patches(pixel_values, normalization, num_chunks))
         pieces: list[Tensor] = []
         used = 0
         for height, width in image_sizes.tolist():
@@ -104,10 +159,38 @@ class ImageEmbedding(nn.Module):
             pieces += [self.glb_GN[0], self._end_rows(unplaced)]
         return self.img_projection(torch.cat(pieces))
 
+    def _patches(
+        self, pixel_values: Tensor, normalization: Normalization | None, num_chunks: int | None
+    ) -> Float[Tensor, "crops patches clip"]:
+        recompute = self.gradient_checkpointing and self.training
+        if num_chunks is None:
+            num_chunks = -(-len(pixel_values) // self.chunk_crops) if self.chunk_crops else 1
+        if num_chunks <= 1 or not recompute:
+            return self._tower(pixel_values, normalization, checkpoint_layers=recompute)
+        num_missing = num_chunks - len(pixel_values)
+        if num_missing > 0:
+            pixel_values = torch.cat([pixel_values, pixel_values.new_zeros(num_missing, *pixel_values.shape[1:])])
+        chunks = pixel_values.tensor_split(num_chunks)  # of equal size, but for one crop
+        patches = [checkpoint(self._tower, chunk, normalization, False, use_reentrant=False) for chunk in chunks]
+        return torch.cat(patches)
+
+    def _tower(
+        self, pixel_values: Tensor, normalization: Normalization | None, checkpoint_layers: bool
+    ) -> Float[Tensor, "crops patches clip"]:
+        if pixel_values.dtype == torch.uint8:
+            if normalization is None:
+                raise ValueError("uint8 crops come with the `normalization` of their model folder; it is missing")
+            pixel_values = normalization(pixel_values)
+        return self.img_processor(pixel_values.to(self.glb_GN.dtype), checkpoint_layers)
+
     def _end_rows(self, grid: Float[Tensor, "rows columns merged"]) -> Float[Tensor, "tokens merged"]:
         """The grid row by row, a separator after each row."""
         ends = self.sub_GN[0].expand(len(grid), 1, -1)
         return torch.cat([grid, ends], dim=1).flatten(0, 1)
+
+
+def _is_triple(values: Any) -> bool:
+    return isinstance(values, list | tuple) and len(values) == 3 and all(isinstance(v, int | float) for v in values)
 
 
 def merge_patches(patches: Float[Tensor, "crops patches clip"]) -> Float[Tensor, "crops side side merged"]:

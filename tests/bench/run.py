@@ -7,6 +7,7 @@ the better one. Milliseconds depend on the machine, so the ratio is what counts,
 """
 
 import argparse
+import io
 import json
 import os
 import platform
@@ -17,7 +18,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
 
+import cv2
+import numpy as np
 import torch
+from PIL import Image
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor
@@ -25,19 +29,22 @@ from torch.utils.data import DataLoader, Dataset
 
 from phi3v_dist.config import SourceSettings
 from phi3v_dist.data.batch import Example, Row, collate
+from phi3v_dist.data.crops import CropLayout
 from phi3v_dist.data.fetch import Fetcher
 from phi3v_dist.data.importers.sample import CatalogueSettings, vocabulary_text, write_catalogue
 from phi3v_dist.data.lengths import measure
 from phi3v_dist.data.loader import Decoder, Loader
 from phi3v_dist.data.order import Order
+from phi3v_dist.data.pictures import decode_image
 from phi3v_dist.data.plan import Planner
 from phi3v_dist.data.processor import Phi3VProcessor
 from phi3v_dist.data.shards import ShardTable
 from phi3v_dist.model import Phi3VForCausalLM
-from phi3v_dist.model.tiny import write_tiny
+from phi3v_dist.model.tiny import OPENAI_MEAN, OPENAI_STD, write_tiny
 
 ROUNDS = 5
 CPU = torch.device("cpu")
+PHOTO_SIZES_WH = [(1040, 780), (780, 1040), (1080, 720), (900, 900), (1200, 675), (1024, 768)]  # about 0.8 MP
 
 
 @dataclass(frozen=True)
@@ -52,15 +59,22 @@ class Entry:
     spread: float
 
 
-def compare(name: str, unit: str, amount: float, ours: Callable[[], None], other: Callable[[], None]) -> Entry:
+def compare(
+    name: str,
+    unit: str,
+    amount: float,
+    ours: Callable[[], None],
+    other: Callable[[], None],
+    clock: Callable[[], float] = time.perf_counter,
+) -> Entry:
     """Time both in turn, after one round that does not count; rates from medians, the ratio from pairs."""
     seconds = []
     for _ in range(ROUNDS + 1):
         pair = []
         for run in (ours, other):
-            began = time.perf_counter()
+            began = clock()
             run()
-            pair.append(time.perf_counter() - began)
+            pair.append(clock() - began)
         seconds.append(pair)
     ratios = [b / a for a, b in seconds[1:]]
     rates = [amount / median(column) for column in zip(*seconds[1:], strict=True)]
@@ -139,11 +153,58 @@ def loader_against_dataloader(decoder: Decoder) -> Entry:
     return compare("loader against Dataset + DataLoader", "samples/s", num_samples, ours, other)
 
 
+def photo_jpeg(width: int, height: int, seed: int) -> bytes:
+    """Smooth shapes with detail and noise on top, as a camera gives: quality 90, chroma 4:2:0."""
+    rng = np.random.default_rng(seed)
+    pixels = np.full((height, width, 3), 128.0)
+    for cell_px, contrast in ((200, 50), (50, 25), (12, 12), (3, 6), (1, 4)):
+        noise = rng.normal(size=(height // cell_px + 2, width // cell_px + 2, 3))
+        pixels += contrast * cv2.resize(noise, (width, height), interpolation=cv2.INTER_CUBIC)
+    file = io.BytesIO()
+    Image.fromarray(pixels.clip(0, 255).astype(np.uint8)).save(file, "JPEG", quality=90, subsampling="4:2:0")
+    return file.getvalue()
+
+
+def plain_crops(jpeg: bytes, num_crops: int) -> Tensor:
+    """The published image path as one would write it: Pillow, fp32 from the start."""
+    picture = Image.open(io.BytesIO(jpeg)).convert("RGB")
+    layout = CropLayout.of(*picture.size, num_crops)
+    (height, width), (top, left), (rows, columns) = layout.resized_hw, layout.margins, layout.grid
+    padded = Image.new("RGB", layout.padded_hw[::-1], "white")
+    padded.paste(picture.resize((width, height), Image.Resampling.BILINEAR), (left, top))
+    pixels = torch.from_numpy(np.array(padded)).permute(2, 0, 1).float() / 255
+    pixels = (pixels - torch.tensor(OPENAI_MEAN).view(3, 1, 1)) / torch.tensor(OPENAI_STD).view(3, 1, 1)
+    view = torch.nn.functional.interpolate(pixels[None], size=(336, 336), mode="bicubic")
+    local = pixels.reshape(3, rows, 336, columns, 336).permute(1, 3, 0, 2, 4).reshape(-1, 3, 336, 336)
+    return torch.cat([view, local])
+
+
+def image_path(processor: Phi3VProcessor) -> Entry:
+    """JPEG bytes → crops: uint8 by our fast way, or fp32 by Pillow. In processor time of one thread, page faults and
+    all, since the wall clock of a shared machine measures its neighbours."""
+    jpegs = [photo_jpeg(*size, seed) for seed, size in enumerate(PHOTO_SIZES_WH)]
+    for jpeg in jpegs:  # the same thing, before its speed is compared
+        fast = processor.normalization(processor.crops_of(decode_image(jpeg), "fast")[0])
+        assert (fast - plain_crops(jpeg, processor.num_crops)).abs().mean() < 0.01
+
+    def ours() -> None:
+        for jpeg in jpegs:
+            processor.crops_of(decode_image(jpeg), "fast")
+
+    def other() -> None:
+        for jpeg in jpegs:
+            plain_crops(jpeg, processor.num_crops)
+
+    name = f"image path, {processor.num_crops} crops"
+    return compare(name, "pictures/s", len(jpegs), ours, other, clock=time.process_time)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=Path("bench.json"))
     out = parser.parse_args().out
     torch.set_num_threads(1)
+    cv2.setNumThreads(1)
     with tempfile.TemporaryDirectory() as folder:
         data, tiny = Path(folder) / "data", Path(folder) / "tiny"
         mixed = CatalogueSettings(num_products=120, text_only_frac=0.4, validation_frac=0.1)
@@ -153,6 +214,7 @@ def main() -> None:
         decoder = Decoder(table, Fetcher(table), Phi3VProcessor.from_pretrained(tiny, num_crops=1))
         model = Phi3VForCausalLM.from_pretrained(tiny).train()
         entries = [packed_against_padded(model, decoder), loader_against_dataloader(decoder)]
+        entries += [image_path(Phi3VProcessor.from_pretrained(tiny, num_crops)) for num_crops in (4, 16)]
     machine = f"{platform.machine()}, {os.cpu_count()} cores, torch {torch.__version__}, one thread"
     table_view = Table("comparison", "ours", "other", "ratio", "spread", title=f"{machine}, {ROUNDS} rounds")
     for e in entries:

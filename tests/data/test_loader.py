@@ -250,3 +250,46 @@ def test_a_batch_holds_the_pictures_of_its_row_in_order(world: World) -> None:
         pixels = torch.cat([example.pixel_values for example in examples])
         assert torch.equal(batch.pixel_values, pixels) if len(pixels) else not batch.pixel_values.any()
         assert len(pixels) == row.crops and batch.label_tokens == row.label_tokens
+
+
+@pytest.mark.parametrize("num_consumers", [3, 5])
+def test_every_rank_plans_the_same_calls_of_the_vision_tower(world: World, num_consumers: int) -> None:
+    ranks = [
+        world.steps(2, consumer=r, num_consumers=num_consumers, vision_chunk_crops=2) for r in range(num_consumers)
+    ]
+    crops_seen = set()  # 4 in a row of this world, 1 in an empty one
+    for micro_step in zip(*(sum(rank, []) for rank in ranks), strict=True):
+        most = max(len(batch.pixel_values) for batch in micro_step)
+        assert {batch.num_vision_chunks for batch in micro_step} == {-(-most // 2)}
+        crops_seen |= {len(batch.pixel_values) for batch in micro_step}
+    assert len(crops_seen) > 1
+    assert {batch.num_vision_chunks for batch in world.steps(1)[0]} == {1}  # no limit was set
+
+
+def test_pictures_that_cannot_be_decoded_do_not_change_the_number_of_calls(world: World) -> None:
+    longer = replace(world.planner.lengths, tokens=world.planner.lengths.tokens + 1)  # so that none is as planned
+    planned, found = (world.steps(1, vision_chunk_crops=2, **change)[0] for change in ({}, {"lengths": longer}))
+    assert all(len(batch.pixel_values) == 1 and batch.quarantined for batch in found)
+    assert [batch.num_vision_chunks for batch in found] == [batch.num_vision_chunks for batch in planned]
+    assert max(batch.num_vision_chunks for batch in planned) > 1
+
+
+@pytest.mark.parametrize(("crops", "dtype"), [("fast", torch.uint8), ("exact", torch.float32)])
+def test_a_run_has_one_kind_of_crops_pictures_or_not(world: World, crops: Any, dtype: torch.dtype) -> None:
+    decoder = replace(world.decoder, crops=crops)
+    longer = replace(world.planner.lengths, tokens=world.planner.lengths.tokens + 1)
+    empty = world.steps(1, decoder=decoder, consumer=1, num_consumers=5)[0]
+    batches = [*world.steps(1, decoder=decoder)[0], *world.steps(1, decoder=decoder, lengths=longer)[0], *empty]
+    assert {batch.pixel_values.dtype for batch in batches} == {dtype}
+    normalization = decoder.processor.normalization if crops == "fast" else None
+    assert all(batch.normalization == normalization for batch in batches)
+
+
+def test_fast_crops_leave_everything_else_as_it_is(world: World) -> None:
+    exact, fast = (world.steps(2, decoder=replace(world.decoder, crops=crops)) for crops in ("exact", "fast"))
+    for one, other in zip(sum(exact, []), sum(fast, []), strict=True):
+        near = world.decoder.processor.normalization(other.pixel_values)
+        if len(one.image_sizes):
+            assert (near - one.pixel_values).abs().mean() <= 0.01  # one grey step is 0.015
+        plain = replace(other, pixel_values=one.pixel_values, normalization=None)
+        assert fingerprint(plain) == fingerprint(one)
