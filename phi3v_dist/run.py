@@ -12,7 +12,6 @@ import importlib.metadata
 import json
 import logging
 import subprocess
-import sys
 import uuid
 from dataclasses import dataclass
 from pathlib import Path
@@ -32,16 +31,10 @@ from phi3v_dist.data.order import Order, permute
 from phi3v_dist.data.plan import Lengths, Planner, accumulation, overfit
 from phi3v_dist.data.processor import Phi3VProcessor
 from phi3v_dist.data.shards import ShardTable
-from phi3v_dist.errors import DataError, Phi3VError
+from phi3v_dist.errors import DataError
 from phi3v_dist.evaluate.evaluator import Evaluator
-from phi3v_dist.model.adapters import choose_trained, lora_targets
-from phi3v_dist.model.backends import Backend, choose
-from phi3v_dist.model.hub import check_sizes
-from phi3v_dist.model.isolation import check_isolation
-from phi3v_dist.model.origin import recorded_longrope
-from phi3v_dist.model.phi3v import Phi3VForCausalLM, head_dim, read_config
-from phi3v_dist.model.sources import initial_weights
-from phi3v_dist.model.weights import check_names, load_weights
+from phi3v_dist.model import build as model_build
+from phi3v_dist.model.phi3v import read_config
 from phi3v_dist.observe.console import ConsoleTracker
 from phi3v_dist.observe.tracker import AllOf, JsonlTracker, NoTracker, Tracker
 from phi3v_dist.observe.wandb_tracker import WandbTracker
@@ -129,18 +122,7 @@ def problems(settings: Settings, world_size: int) -> list[str]:
             ShardTable.open([source], lambda shard: log.info("indexing %s", shard))
         except DataError as error:
             found += error.problems
-    try:
-        check_sizes(settings.model.path)
-        read_config(settings.model.path)
-        weights = initial_weights(settings.model.path, settings.model.init_from, settings.run.seed)
-        model = Phi3VForCausalLM.without_weights(read_config(settings.model.path))
-        check_names({name: tuple(parameter.shape) for name, parameter in model.named_parameters()}, weights)
-        lora_targets(model, settings.train)
-        Phi3VProcessor.from_pretrained(settings.model.path, settings.data.num_crops)
-        found += _unsaid_longrope(settings)
-        _attention(settings, Topology.from_environment().device)
-    except Phi3VError as error:
-        found += error.problems
+    found += model_build.problems(settings, Topology.from_environment().device)
     try:
         _reference(settings.eval.reference)
     except (OSError, ValueError, TypeError, AttributeError) as error:
@@ -161,8 +143,7 @@ def build(settings: Settings, topology: Topology) -> Run:
     train = Data.open(settings.data.train, settings)
     planner, num_steps = plan(settings, train)
     device = topology.device
-    attention = _attention(settings, device)
-    engine = _engine(settings, topology, device, attention)
+    engine = _engine(settings, topology)
     evaluator = None
     if settings.data.validation:
         validation = Data.open(settings.data.validation, settings)
@@ -213,49 +194,15 @@ def plan(settings: Settings, train: Data) -> tuple[Planner, int]:
     return planner, num_steps
 
 
-def _attention(settings: Settings, device: torch.device) -> Backend:
-    """Who attends on this device, shown to keep documents apart at the model's sizes."""
-    backend = _choose(settings, device)
-    dtype = _dtype(settings.model.dtype, device)
-    check_isolation(backend, read_config(settings.model.path), device, dtype, settings.data.row_length_tokens)
-    return backend
-
-
-def _choose(settings: Settings, device: torch.device) -> Backend:
-    width = head_dim(read_config(settings.model.path))
-    return choose(settings.model.attention, device, _dtype(settings.model.dtype, device), width)
-
-
-def _unsaid_longrope(settings: Settings) -> list[str]:
-    """A model trained under one LongRoPE rule does not go on under another because nobody said anything."""
-    start = Path(settings.model.init_from or settings.model.path)
-    rule, recorded = settings.model.longrope, recorded_longrope(start)
-    if recorded == rule or "longrope" in settings.model.model_fields_set:
-        return []
-    return [
-        f"`model.longrope` is not set, but {start} was trained under {recorded} (its origin.json): write "
-        f"model.longrope={recorded} to go on so, or model.longrope={rule} to change it"
-    ]
-
-
-def _engine(settings: Settings, topology: Topology, device: torch.device, attention: Backend) -> Any:
+def _engine(settings: Settings, topology: Topology) -> Any:
     """The model, its weights read straight into ZeRO-3's partitions, and DeepSpeed around it."""
-    dtype = _dtype(settings.model.dtype, device)
-    model_config = read_config(settings.model.path)
-    ds_config = zero.resolve(settings, topology.world_size, dtype, model_config["hidden_size"])
-    model = zero.build_partitioned(
-        lambda: Phi3VForCausalLM(model_config, settings.model.longrope, attention), ds_config
-    )
-    weights = initial_weights(settings.model.path, settings.model.init_from, settings.run.seed)
-    load_weights(model, weights, show_progress=topology.is_main and sys.stdout.isatty())
-    choose_trained(model, settings.train, settings.run.seed)
-    model.set_gradient_checkpointing(settings.model.gradient_checkpointing, settings.model.vision_chunk_crops)
+    device = topology.device
+    hidden_size = read_config(settings.model.path)["hidden_size"]
+    dtype = model_build.compute_dtype(settings.model.dtype, device)
+    ds_config = zero.resolve(settings, topology.world_size, dtype, hidden_size)
+    backend = model_build.proven_backend(settings, device)
+    model = model_build.partitioned_model(settings, backend, ds_config, show_progress=topology.is_main)
     return zero.initialize(model, build_optimizer(model, settings.train), ds_config)
-
-
-def _dtype(wanted: str, device: torch.device) -> torch.dtype:
-    has_bf16 = device.type == "cuda" and torch.cuda.is_bf16_supported()
-    return torch.bfloat16 if wanted == "bf16" or wanted == "auto" and has_bf16 else torch.float32
 
 
 def fixed_order(lengths: Lengths, limit_tokens: int) -> tuple[int, ...]:
@@ -309,10 +256,9 @@ def describe(settings: Settings, train: Data, num_steps: int, world_size: int) -
     micro_steps = accumulation(rows, world_size)
     empty = micro_steps * world_size - rows
     usable = train.usable(data.row_length_tokens)
-    backend = _choose(settings, Topology.from_environment().device)
     lines = [
         f"run      {settings.run.folder} · {num_steps:,} steps · seed {settings.run.seed}",
-        f"attend   {backend.name}, {backend.why}",
+        *model_build.describe(settings, Topology.from_environment().device),
         f"data     {usable:,} of {len(train.table):,} samples in {len(train.table.shards):,} shards",
         f"batch    {rows} rows of up to {data.row_length_tokens:,} tokens = {world_size} ranks x {micro_steps} "
         f"micro-steps{f' - {empty} empty' if empty else ''}",

@@ -152,7 +152,7 @@ def _memory_returned() -> Iterator[None]:
         libc.mallopt(M_MMAP_THRESHOLD, 16 * MIB)  # below the weights that ZeRO-3 gathers, above most activations
 
 
-def initialize(model: nn.Module, optimizer: torch.optim.Optimizer, config: dict[str, Any]) -> Any:
+def initialize(model: nn.Module, optimizer: torch.optim.Optimizer | None, config: dict[str, Any]) -> Any:
     """A DeepSpeed engine around a model whose parameters may already be partitioned."""
     import deepspeed
 

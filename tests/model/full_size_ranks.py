@@ -66,8 +66,9 @@ def main(base: Path, run: Path) -> None:
     inputs = dict(Phi3VProcessor.from_pretrained(base, num_crops=1)(PROMPT, Image.new("RGB", (320, 320), "red")))
     inputs.pop("num_img_tokens")
     began = time.monotonic()
+    engine.eval()
     with torch.inference_mode():
-        logits = engine.eval()(**inputs).logits
+        logits = engine(**inputs).logits
     assert logits.isfinite().all() and logits.shape[-1] == 32064
     peaks["forward"] = memory.look()
     peaks["forward_s"] = time.monotonic() - began

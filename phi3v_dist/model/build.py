@@ -1,0 +1,113 @@
+"""Settings → a partitioned Phi-3-V with weights in it; and, before that, everything that can be wrong with them.
+
+What comes in: `Settings` and a device. What goes out: messages, a proven attention backend, a model ready for the
+optimizer. Surprise: no rank ever holds the model. It is partitioned while it is made, and each fills its own share.
+"""
+
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from phi3v_dist.config import Settings
+from phi3v_dist.data.processor import Phi3VProcessor
+from phi3v_dist.errors import ConfigError, Phi3VError
+from phi3v_dist.model.adapters import choose_trained, lora_targets
+from phi3v_dist.model.backends import Backend, choose
+from phi3v_dist.model.hub import check_sizes
+from phi3v_dist.model.isolation import check_isolation
+from phi3v_dist.model.origin import recorded_longrope
+from phi3v_dist.model.phi3v import Phi3VForCausalLM, head_dim, read_config
+from phi3v_dist.model.sources import RANDOM, initial_weights
+from phi3v_dist.model.weights import check_names, load_weights
+from phi3v_dist.parallel import zero
+
+
+def problems(settings: Settings, device: torch.device) -> list[str]:
+    """What is wrong with the model folder, the weights to begin with, LoRA's targets and the backend asked for."""
+    try:
+        check_sizes(settings.model.path)
+        model = Phi3VForCausalLM.without_weights(read_config(settings.model.path))
+    except Phi3VError as error:
+        return error.problems  # nothing else can be looked at
+    shapes = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
+    looks: list[Callable[[], object]] = [
+        lambda: check_names(shapes, _weights(settings)),
+        lambda: Phi3VProcessor.from_pretrained(settings.model.path, settings.data.num_crops),
+        lambda: lora_targets(model, settings.train),
+        lambda: proven_backend(settings, device),
+        lambda: _require_longrope_said(settings),
+    ]
+    found = []
+    for look in looks:
+        try:
+            look()
+        except Phi3VError as error:
+            found += error.problems
+    return found
+
+
+def partitioned_model(
+    settings: Settings, backend: Backend, ds_config: dict[str, Any], show_progress: bool
+) -> Phi3VForCausalLM:
+    """The model under ZeRO-3: weights read, parts frozen or adapted as asked. All ranks call this together."""
+    config, longrope = read_config(settings.model.path), settings.model.longrope
+    model = zero.build_partitioned(lambda: Phi3VForCausalLM(config, longrope, backend), ds_config)
+    load_weights(model, _weights(settings), show_progress=show_progress and sys.stdout.isatty())
+    choose_trained(model, settings.train, settings.run.seed)
+    model.set_gradient_checkpointing(settings.model.gradient_checkpointing, settings.model.vision_chunk_crops)
+    return model
+
+
+def chosen_backend(settings: Settings, device: torch.device) -> Backend:
+    """Who attends on this device. Raises ConfigError when the one asked for cannot."""
+    dtype = compute_dtype(settings.model.dtype, device)
+    return choose(settings.model.attention, device, dtype, head_dim(read_config(settings.model.path)))
+
+
+def proven_backend(settings: Settings, device: torch.device) -> Backend:
+    """The same, shown to keep documents apart at the model's sizes."""
+    backend, dtype = chosen_backend(settings, device), compute_dtype(settings.model.dtype, device)
+    check_isolation(backend, read_config(settings.model.path), device, dtype, settings.data.row_length_tokens)
+    return backend
+
+
+def compute_dtype(wanted: str, device: torch.device) -> torch.dtype:
+    """`model.dtype` on this device."""
+    has_bf16 = device.type == "cuda" and torch.cuda.is_bf16_supported()
+    return torch.bfloat16 if wanted == "bf16" or wanted == "auto" and has_bf16 else torch.float32
+
+
+def describe(settings: Settings, device: torch.device) -> list[str]:
+    """What will be trained and who attends, and settings that have no effect in this run."""
+    train, backend = settings.train, chosen_backend(settings, device)
+    parts = train.parts.model_dump()
+    lora = f" · LoRA rank {train.lora.rank}, alpha {train.lora.alpha}" if "lora" in parts.values() else ""
+    start = f" · begins with {settings.model.init_from}" if settings.model.init_from else ""
+    lines = [f"train    {', '.join(f'{part}: {how}' for part, how in parts.items())}{lora}{start}"]
+    lines.append(f"attend   {backend.name}, {backend.why}")
+    given = train.learning_rate.model_fields_set
+    idle = {f"train.learning_rate.{part}": f"{part} is frozen" for part in sorted(given) if parts[part] == "frozen"}
+    if not lora and "lora" in train.model_fields_set:
+        idle["train.lora"] = "no part is set to lora"
+    if not settings.model.gradient_checkpointing and "vision_chunk_crops" in settings.model.model_fields_set:
+        idle["model.vision_chunk_crops"] = "`model.gradient_checkpointing` is off"
+    return lines + [f"note     `{key}` has no effect: {why}" for key, why in idle.items()]
+
+
+def _weights(settings: Settings):  # type: ignore[no-untyped-def]
+    return initial_weights(settings.model.path, settings.model.init_from, settings.run.seed)
+
+
+def _require_longrope_said(settings: Settings) -> None:
+    """A model trained under one LongRoPE rule does not go on under another because nobody said anything."""
+    init_from = settings.model.init_from
+    start = settings.model.path if init_from in (None, RANDOM) else Path(str(init_from))
+    rule, recorded = settings.model.longrope, recorded_longrope(start)
+    if recorded != rule and "longrope" not in settings.model.model_fields_set:
+        raise ConfigError(
+            f"`model.longrope` is not set, but {start} was trained under {recorded} (its origin.json): write "
+            f"model.longrope={recorded} to go on so, or model.longrope={rule} to change it"
+        )
