@@ -146,6 +146,16 @@ class PartsSettings(Section):
     projector: Trained = "full"
     """From CLIP's features to the decoder's, separators included."""
 
+    @field_validator("*", mode="before")
+    @classmethod
+    def _no_dora(cls, value: Any) -> Any:
+        if value == "dora":
+            raise PydanticCustomError(
+                "dora",
+                "DoRA needs a layer's base weight where ZeRO-3 has released it (see model/adapters.py): use lora",
+            )
+        return value
+
 
 class LoraSettings(Section):
     """Low-rank adapters, for the parts that `train.parts` sets to `lora`; they usually want 10 x the learning rate."""

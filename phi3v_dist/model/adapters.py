@@ -5,8 +5,8 @@ the same model with `requires_grad` set and adapters in place. Surprise: peft on
 keep their official names in checkpoints (`official_name`), so that a LoRA run is evaluated, exported and continued by
 the code that does it for a full one.
 
-LoRA: Hu et al. (2021); W is used as W + alpha / rank · B A. DoRA is refused: peft takes the norm of the base weight
-outside of that weight's module, where ZeRO-3 has released it.
+LoRA: Hu et al. (2021); W is used as W + alpha / rank · B A. DoRA is refused (config.py): peft 0.21.2 takes the norm of
+the base weight outside of that weight's module, where ZeRO-3 has released it. Tried: it fails when adapters are made.
 """
 
 from collections.abc import Iterator
