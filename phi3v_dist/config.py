@@ -152,7 +152,7 @@ class PartsSettings(Section):
         if value == "dora":
             raise PydanticCustomError(
                 "dora",
-                "DoRA needs a layer's base weight where ZeRO-3 has released it (see model/adapters.py): use lora",
+                "use lora: DoRA needs a layer's base weight where ZeRO-3 has released it (see model/adapters.py)",
             )
         return value
 

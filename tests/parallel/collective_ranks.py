@@ -17,7 +17,6 @@ from itertools import count, islice
 from pathlib import Path
 from types import SimpleNamespace
 
-import deepspeed
 import numpy as np
 import torch
 import torch._inductor.compile_fx  # a first deepspeed.initialize imports it: once here, for all groups
@@ -30,10 +29,10 @@ from phi3v_dist.data.loader import Loader
 from phi3v_dist.data.plan import Lengths, Planner
 from phi3v_dist.data.samples import BadSample
 from phi3v_dist.evaluate.generate import local_copy, plain_linear
-from phi3v_dist.model.phi3v import Phi3VForCausalLM, read_config
+from phi3v_dist.model.build import partitioned_model, proven_backend
+from phi3v_dist.model.phi3v import Phi3VForCausalLM
 from phi3v_dist.model.tiny import write_tiny
 from phi3v_dist.model.vision import Normalization, num_crops_of, num_image_tokens
-from phi3v_dist.model.weights import OfficialFolder, load_weights
 from phi3v_dist.parallel import zero
 from phi3v_dist.parallel.topology import Topology
 from phi3v_dist.train.optim import build_optimizer
@@ -68,10 +67,12 @@ class Mix:
     def loader(self, consumer: int, num_consumers: int, num_steps: int) -> Loader:
         num_samples = num_steps * self.rows_per_step
         pictures = [self.kinds[i % len(self.kinds)][0] for i in range(num_samples)]
+        tokens = np.array([TEXT_TOKENS + sum(num_image_tokens(*size) for size in sizes) for sizes in pictures])
         lengths = Lengths(
-            np.array([TEXT_TOKENS + sum(num_image_tokens(*size) for size in sizes) for sizes in pictures]),
+            tokens,
             np.full(num_samples, LABEL_TOKENS),
             np.array([sum(num_crops_of(*size) for size in sizes) for sizes in pictures]),
+            full_tokens=tokens,
             bad={},
         )
         planner = Planner(
@@ -105,18 +106,15 @@ class Mix:
 def build(folder: Path, topology: Topology, mix: Mix, is_frozen: bool):
     """As run.py does it, every tensor partitioned however small."""
     settings = Settings.model_validate(
-        {"model": {"path": folder}, "data": {"train": [{"shards": "none"}]},
-         "train": {"steps": 1000, "rows_per_step": mix.rows_per_step},
+        {"model": {"path": folder, "vision_chunk_crops": CHUNK_CROPS}, "data": {"train": [{"shards": "none"}]},
+         "train": {"steps": 1000, "rows_per_step": mix.rows_per_step,
+                   "parts": {"vision": "frozen" if is_frozen else "full"}},
          "parallel": {"deepspeed": Path(__file__).parents[2] / "ds_configs" / "zero3.json"}}
     )  # fmt: skip
     ds_config = zero.resolve(settings, topology.world_size, torch.float32, DECODER["hidden_size"])
     ds_config["zero_optimization"]["stage3_param_persistence_threshold"] = 0
-    with deepspeed.zero.Init(config_dict_or_path=ds_config):
-        model = Phi3VForCausalLM(read_config(folder))
-    load_weights(model, OfficialFolder(folder), topology.rank)
-    model.set_gradient_checkpointing(True, CHUNK_CROPS)
-    if is_frozen:
-        model.model.vision_embed_tokens.img_processor.requires_grad_(False)
+    backend = proven_backend(settings, topology.device)
+    model = partitioned_model(settings, backend, ds_config, show_progress=False)
     return zero.initialize(model.train(), build_optimizer(model, settings.train), ds_config)
 
 

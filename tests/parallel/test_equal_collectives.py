@@ -12,9 +12,10 @@ import pytest
 from conftest import environment
 
 RANKS = Path(__file__).parent / "collective_ranks.py"
-# Norm of the difference relative to max(own norm, 1e-6 x global norm), weights synchronised each step.
-# Measured: 1.4e-6 (every mix), 1.1e-6 (one picture, 100 steps).
-SAME_GRADIENT = 2e-6
+# Norm of the difference relative to max(own norm, 1e-6 x global norm), weights synchronised each step. Measured: 1.1e-6
+# (one picture, 100 steps), 2.4e-6 (every mix: layer_norm1 of the tower, whose sum over three chunks cancels; there the
+# plain copy is 2.0e-6 and the engine 1.5e-6 away from the same gradient in fp64, so they may be 4e-6 apart).
+SAME_GRADIENT = {"one": 2e-6, "every": 4e-6}
 # A picture on one rank and text on all others; or every mix of text only, one picture, two pictures in three chunks,
 # two that cannot be decoded, and an empty row. Ranks, mix, vision tower, steps of two micro-steps.
 SHORT = ["2:every:trained:4", "2:every:frozen:4", "4:every:trained:4", "4:one:trained:8", "4:one:frozen:8"]
@@ -35,7 +36,9 @@ def short(tmp_path_factory) -> dict[str, dict]:
 
 def assert_equal(trial: str, notes: dict) -> None:
     assert len(notes["losses"]) == int(trial.split(":")[3])
-    wrong = {name: found for name, found in notes["differences"].items() if not found <= SAME_GRADIENT}
+    wrong = {
+        name: found for name, found in notes["differences"].items() if not found <= SAME_GRADIENT[trial.split(":")[1]]
+    }
     assert not wrong
     for by_rank in notes["calls"]:
         assert len(set(by_rank)) == 1, "the vision tower was not called equally often on every rank"
