@@ -11,12 +11,14 @@ Follow a training sample from a tar file to a point on a chart:
     data/batch.py       Examples → Row         → Batch
     data/loader.py      all of the above, decoded ahead by threads
     model/phi3v.py      Batch                  → one loss per label token
+    model/build.py      settings               → the model, partitioned (sources.py: weights, adapters.py: what learns)
     parallel/zero.py    settings + JSON        → DeepSpeed engine
     train/step.py       Batches                → StepResult
     train/loop.py       for each step: train, observe; every N steps evaluate and save
     survive/            checkpoints that any number of ranks can continue from
     evaluate/           weights                → answers → scores → records
     observe/            StepResult             → metrics.jsonl → console, W&B, report
+    model/export.py     checkpoint             → a folder that others open
 
 `run.py` names every part once, in this order: read it first.
 """

@@ -149,9 +149,8 @@ def _memory_returned() -> Iterator[None]:
     try:
         yield
     finally:
-        libc.mallopt(
-            M_MMAP_THRESHOLD, 4 * MIB
-        )  # below the weights that ZeRO-3 gathers; steps of the quickstart stay as fast
+        # Weights gathered later are larger still, so they go back too; the quickstart's steps take no longer.
+        libc.mallopt(M_MMAP_THRESHOLD, 4 * MIB)
 
 
 def initialize(model: nn.Module, optimizer: torch.optim.Optimizer | None, config: dict[str, Any]) -> Any:
