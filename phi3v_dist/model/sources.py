@@ -57,8 +57,6 @@ def initial_weights(path: Path, init_from: str | None, seed: int) -> Weights:
         if not checkpoints:
             raise CheckpointError(f"`model.init_from` {folder}: no checkpoint in it yet")
         return TrainedWeights.open(checkpoints[0])
-    if (folder / "adapter_config.json").is_file():
-        raise CheckpointError(f"`model.init_from` {folder}: an adapter alone; name its run, or an export with --merge")
     if not folder.is_dir():
         raise CheckpointError(
             f"`model.init_from` {folder}: no such folder; a run, a checkpoint, a model folder, or random"

@@ -70,6 +70,8 @@ class OfficialFolder:
         if not files:
             pickles = sorted(path.name for pattern in PICKLES for path in folder.glob(pattern))
             why = f"; {_refusal(pickles[0])}" if pickles else ""
+            if (folder / "adapter_config.json").is_file():
+                why = "; it is an adapter alone: name its run, or export that with --merge"
             raise CheckpointError(f"{folder}: no model.safetensors and no {INDEX_NAME}{why}")
         self._files = {name: _open(folder / name) for name in files}
         self._file_of: dict[str, str] = {}

@@ -81,7 +81,10 @@ def test_where_a_run_began_is_followed_through_several_runs(tiny_model, trained,
         (lambda folder: None, "no such folder; a run, a checkpoint, a model folder, or random"),
         (lambda folder: (folder / "checkpoints").mkdir(parents=True), "no checkpoint in it yet"),
         (lambda folder: folder.mkdir(), "no model.safetensors"),
-        (lambda folder: (folder.mkdir(), (folder / "adapter_config.json").touch()), "an adapter alone"),
+        (
+            lambda folder: (folder.mkdir(), (folder / "adapter_config.json").touch()),
+            "no model.safetensors .*; it is an adapter alone: name its run",
+        ),
     ],
 )
 def test_a_place_without_weights_is_named(tiny_model, tmp_path, make, message):
