@@ -182,7 +182,7 @@ class TrainedWeights:
 
     def get(self, name: str) -> Tensor:
         spec = self.checkpoint.specs.get(name)
-        tensor = self.base.get(name) if spec is None or spec.role == "frozen" else self.checkpoint.get(name)
+        tensor = self.base.get(name) if spec is None or spec.role == "frozen" else self.checkpoint.stored(name)
         if spec is not None and spec.role == "frozen":
             self._require_unchanged(name, tensor)
         module = name.removesuffix(".weight")

@@ -82,9 +82,13 @@ class TensorReader:
 
     def get(self, name: str, state: str = "weight") -> Tensor:
         """A whole tensor on the CPU, fp32 if it is a floating one; `state` may name an optimizer state."""
-        spec = self.specs[self.aliases.get(name, name)]
-        tensor = self.read(self.aliases.get(name, name), state, 0, spec.numel).view(spec.shape)
+        tensor = self.stored(name, state)
         return tensor.float() if tensor.is_floating_point() else tensor
+
+    def stored(self, name: str, state: str = "weight") -> Tensor:
+        """As `get`, in the type in which it is stored."""
+        name = self.aliases.get(name, name)
+        return self.read(name, state, 0, self.specs[name].numel).view(self.specs[name].shape)
 
     def read(self, name: str, state: str, start: int, length: int) -> Tensor:
         """Elements [start, start + length) of the flattened tensor, from however many ranks wrote them."""
