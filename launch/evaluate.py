@@ -15,6 +15,7 @@ from phi3v_dist.cli import run_script
 from phi3v_dist.errors import ConfigError, DataError
 from phi3v_dist.evaluate.evaluator import Evaluator
 from phi3v_dist.model import Phi3VForCausalLM
+from phi3v_dist.model.weights import OfficialFolder
 from phi3v_dist.observe.metrics import format_value
 from phi3v_dist.parallel.topology import Topology
 
@@ -31,6 +32,7 @@ def main() -> None:
     if not settings.data.validation:
         raise ConfigError("`data.validation` names no shards, so there is nothing to evaluate on")
     folder = arguments.model or settings.run.folder / "export"
+    OfficialFolder(folder)  # refuses what is no model, such as an adapter alone, before the data is measured
     own_processor = settings.model_copy(update={"model": settings.model.model_copy(update={"path": folder})})
     data = run.Data.open(settings.data.validation, own_processor)
     sample_ids = run.fixed_order(data.lengths, settings.data.row_length_tokens)

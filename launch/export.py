@@ -17,6 +17,7 @@ from phi3v_dist.errors import CheckpointError
 from phi3v_dist.model.export import export
 from phi3v_dist.model.sources import TrainedWeights, initial_weights
 from phi3v_dist.survive.checkpoint import Checkpoints, read_tensors
+from phi3v_dist.survive.rank_files import TensorReader
 
 
 def main() -> None:
@@ -27,16 +28,20 @@ def main() -> None:
     parser.add_argument("--merge", action="store_true", help="add LoRA adapters to the weights")
     parser.add_argument("--base", type=Path, help="model folder the run began with, if it moved")
     arguments = parser.parse_args()
-    settings = settings_of(arguments.run, arguments.base)
-    folder = arguments.run / "checkpoints"
-    checkpoint = (
-        Checkpoints(folder, keep=1).newest() if arguments.step is None else folder / f"step-{arguments.step:08d}"
-    )
+    run = arguments.run.resolve()
+    settings = settings_of(run, arguments.base)
+    folder = run / "checkpoints"
+    if arguments.step is None:
+        checkpoint = Checkpoints(folder, keep=1).newest()  # every byte of it was read
+    else:
+        checkpoint = folder / f"step-{arguments.step:08d}"
     if checkpoint is None or not checkpoint.is_dir():
         raise CheckpointError(f"{folder}: no checkpoint{'' if checkpoint is None else ' ' + checkpoint.name}")
-    base = initial_weights(settings.model.path, settings.model.init_from, settings.run.seed)
-    weights = TrainedWeights(read_tensors(checkpoint), base, settings.train.lora)
-    export(weights, settings, arguments.out or arguments.run / "export", arguments.merge)
+    reader = TensorReader(checkpoint) if arguments.step is None else read_tensors(checkpoint)
+    start = initial_weights(settings.model.path, settings.model.init_from, settings.run.seed, arguments.base)
+    export(
+        TrainedWeights(reader, start, settings.train.lora), settings, arguments.out or run / "export", arguments.merge
+    )
 
 
 def settings_of(run: Path, base: Path | None) -> Settings:
@@ -44,12 +49,16 @@ def settings_of(run: Path, base: Path | None) -> Settings:
     path = run / "config.yaml"
     if not path.is_file():
         raise CheckpointError(f"{run}: no config.yaml, so this is no run folder")
-    tree = yaml.safe_load(path.read_text())
-    tree.pop("environment", None)
-    tree["run"] |= {"root": str(run.parent), "name": run.resolve().name}  # it may have been moved
-    if base:
-        tree["model"]["path"] = str(base)
-    return Settings.model_validate(tree)
+    try:
+        tree = yaml.safe_load(path.read_text())
+        tree.pop("environment", None)
+        tree["run"] |= {"root": str(run.parent), "name": run.name}  # it may have been moved
+        if base:
+            tree["model"]["path"] = str(base)
+        return Settings.model_validate(tree)
+    except (yaml.YAMLError, ValueError, AttributeError, TypeError, KeyError) as error:
+        cause = " ".join(str(error).split())
+        raise CheckpointError(f"{path}: not the settings of a run that this release understands: {cause}") from error
 
 
 def cli() -> None:

@@ -140,6 +140,8 @@ def build(settings: Settings, topology: Topology) -> Run:
     """Put a run together. Rank 0 has looked at everything through `problems` before."""
     torch.manual_seed(settings.run.seed)
     topology.barrier()  # rank 0 may still be writing indexes
+    start = topology.broadcast(model_build.pinned_start(settings) if topology.is_main else None)
+    settings = settings.model_copy(update={"model": settings.model.model_copy(update={"init_from": start})})
     train = Data.open(settings.data.train, settings)
     planner, num_steps = plan(settings, train)
     device = topology.device

@@ -101,8 +101,12 @@ class Phi3VProcessor:
             mean, std, default_num_crops = (settings[key] for key in ("image_mean", "image_std", "num_crops"))
         except json.JSONDecodeError as error:
             raise CheckpointError(f"cannot load the processor: {path} is not JSON ({error})") from error
-        except KeyError as error:
+        except (KeyError, TypeError) as error:
             raise CheckpointError(f"cannot load the processor: {path} has no entry {error}") from error
+        if not isinstance(default_num_crops, int):
+            raise CheckpointError(
+                f"cannot load the processor: {path}: num_crops is {default_num_crops!r}, not a number"
+            )
         tokenizer = PreTrainedTokenizerFast.from_pretrained(folder, local_files_only=True)
         return cls(tokenizer, default_num_crops if num_crops is None else num_crops, mean, std, fit_policy)
 

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import yaml
 
 from phi3v_dist.config import Settings
 from phi3v_dist.data.processor import Phi3VProcessor
@@ -18,10 +19,9 @@ from phi3v_dist.model.adapters import choose_trained, lora_targets
 from phi3v_dist.model.backends import Backend, choose
 from phi3v_dist.model.hub import check_sizes
 from phi3v_dist.model.isolation import check_isolation
-from phi3v_dist.model.origin import recorded_longrope
 from phi3v_dist.model.phi3v import Phi3VForCausalLM, head_dim, read_config
-from phi3v_dist.model.sources import RANDOM, initial_weights
-from phi3v_dist.model.weights import check_names, load_weights
+from phi3v_dist.model.sources import initial_weights, pinned, trained_rule
+from phi3v_dist.model.weights import Weights, check_names, load_weights
 from phi3v_dist.parallel import zero
 
 
@@ -34,7 +34,7 @@ def problems(settings: Settings, device: torch.device) -> list[str]:
         return error.problems  # nothing else can be looked at
     shapes = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
     looks: list[Callable[[], object]] = [
-        lambda: check_names(shapes, _weights(settings)),
+        lambda: check_names(shapes, _weights(settings, verify=True)),
         lambda: Phi3VProcessor.from_pretrained(settings.model.path, settings.data.num_crops),
         lambda: lora_targets(model, settings.train),
         lambda: proven_backend(settings, device),
@@ -97,17 +97,25 @@ def describe(settings: Settings, device: torch.device) -> list[str]:
     return lines + [f"note     `{key}` has no effect: {why}" for key, why in idle.items()]
 
 
-def _weights(settings: Settings):  # type: ignore[no-untyped-def]
-    return initial_weights(settings.model.path, settings.model.init_from, settings.run.seed)
+def pinned_start(settings: Settings) -> str | None:
+    """`model.init_from` as this run's first attempt understood it: another run's newest checkpoint of that time."""
+    init_from, config = settings.model.init_from, settings.run.folder / "config.yaml"
+    if init_from is None:
+        return None
+    recorded = yaml.safe_load(config.read_text())["model"].get("init_from") if config.is_file() else None
+    same = recorded is not None and Path(init_from) in Path(recorded).parents
+    return recorded if same else pinned(init_from)
+
+
+def _weights(settings: Settings, verify: bool = False) -> Weights:
+    return initial_weights(settings.model.path, settings.model.init_from, settings.run.seed, verify=verify)
 
 
 def _require_longrope_said(settings: Settings) -> None:
     """A model trained under one LongRoPE rule does not go on under another because nobody said anything."""
-    init_from = settings.model.init_from
-    start = settings.model.path if init_from in (None, RANDOM) else Path(str(init_from))
-    rule, recorded = settings.model.longrope, recorded_longrope(start)
+    rule, recorded = settings.model.longrope, trained_rule(settings.model.path, settings.model.init_from)
     if recorded != rule and "longrope" not in settings.model.model_fields_set:
         raise ConfigError(
-            f"`model.longrope` is not set, but {start} was trained under {recorded} (its origin.json): write "
-            f"model.longrope={recorded} to go on so, or model.longrope={rule} to change it"
+            f"`model.longrope` is not set, but {settings.model.init_from or settings.model.path} was trained under "
+            f"{recorded}: write model.longrope={recorded} to go on so, or model.longrope={rule} to change it"
         )

@@ -18,10 +18,12 @@ SCORES = re.compile(r"eval/(?!blind/|best_)")
 
 
 def model_card(origin: dict[str, Any], settings: Settings) -> str:
-    """Markdown. Scores are those of the run's summary, where it has one."""
+    """Markdown. Scores are those of the run's summary, where it is of this very step."""
     base = settings.model.path
     summary_path = settings.run.folder / "summary.json"
     summary = json.loads(summary_path.read_text()) if summary_path.is_file() else {}
+    if summary.get("train/step") != origin["step"]:
+        summary = {}
     scores = {name: value for name, value in summary.items() if SCORES.match(name)}
     notices = sorted(path.name for pattern in ("LICENSE*", "NOTICE*") for path in base.glob(pattern))
     licence = _licence(base)
@@ -44,7 +46,9 @@ def model_card(origin: dict[str, Any], settings: Settings) -> str:
         f"- parts: {parts}",
         f"- peak learning rates: {rates}; weight decay {train.weight_decay:g}; gradient clipping {train.grad_clip:g}",
         f"- {train.rows_per_step} rows of up to {data.row_length_tokens:,} tokens in a step; "
-        f"{summary.get('train/step', 'an unknown number of')} steps, {summary.get('train/samples', 'unknown')} samples",
+        f"{origin['step']:,} steps" + (f", {summary['train/samples']:,.0f} samples" if summary else ""),
+        *([f"- began with {settings.model.init_from}"] if settings.model.init_from else []),
+        *([f"- LoRA rank {train.lora.rank}, alpha {train.lora.alpha}"] if "lora" in parts else []),
         f"- crops per picture: {data.num_crops or 'as preprocessor_config.json says'}",
         f"- LongRoPE factors by the rule `{settings.model.longrope}`: serve it with an engine that chooses alike",
         "## Scores",

@@ -20,9 +20,10 @@ from torch import nn
 from phi3v_dist.config import Settings
 from phi3v_dist.data.processor import Phi3VProcessor
 from phi3v_dist.errors import CheckpointError
+from phi3v_dist.memory import returned_when_freed
 from phi3v_dist.model.adapters import write_adapter
 from phi3v_dist.model.card import model_card
-from phi3v_dist.model.origin import LONGROPE_KEY, ORIGIN_NAME
+from phi3v_dist.model.origin import LONGROPE_KEY, ORIGIN_NAME, read_origin
 from phi3v_dist.model.phi3v import Phi3VForCausalLM, read_config
 from phi3v_dist.model.sources import TrainedWeights
 from phi3v_dist.model.weights import OfficialFolder, Weights, write_safetensors
@@ -48,29 +49,33 @@ def export(weights: TrainedWeights, settings: Settings, out: Path, merge: bool =
         CheckpointError: `out` exists, the checkpoint is not of the base folder's model, or what was written is not
             what was trained. Nothing is left under the name `out` then.
     """
-    base, adapter_only = settings.model.path, bool(weights.adapters) and not merge
-    if adapter_only and weights.in_full:
-        raise CheckpointError(
-            f"{weights.where}: beside adapters it has {len(weights.in_full)} weights trained in full, such as "
-            f"{weights.in_full[0]}, for which peft's format has no place: export with --merge"
-        )
+    adapter_only = bool(weights.adapters) and not merge
+    _require_a_form(weights, merge)
     origin = weights.describe() | {LONGROPE_KEY: settings.model.longrope, "adapter_only": adapter_only}
-    if (out / ORIGIN_NAME).is_file() and json.loads((out / ORIGIN_NAME).read_text()) == origin:
+    there = read_origin(out)
+    if there == origin:
         log.info("%s holds %s already", out, weights.where)
         return
     if out.exists():
-        raise CheckpointError(
-            f"{out}: exists and is not the export of {weights.where}; remove it or choose another --out"
+        what = (
+            "holds its adapters alone"
+            if there.get("adapter_only") and merge
+            else f"is not the export of {weights.where}"
         )
+        raise CheckpointError(f"{out}: exists and {what}; remove it or choose another --out")
     partial = out.with_name(out.name + ".partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
+    try:
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir(parents=True)
+    except OSError as error:
+        raise CheckpointError(f"{partial}: cannot be made: {error.strerror}; choose another --out") from error
     if adapter_only:
-        write_adapter(partial, weights.adapters, settings.train.lora, base)
+        write_adapter(partial, weights.adapters, settings.train.lora, Path(weights.base.where))
     else:
-        _copy_files(base, partial)
-        write_safetensors(partial, weights)
-        _verify(partial, weights, settings.model.longrope)
+        _copy_files(settings.model.path, partial, settings.data.num_crops)
+        with returned_when_freed():
+            write_safetensors(partial, weights)
+            _verify(partial, weights, settings.model.longrope)
     _write(partial / "README.md", model_card(origin, settings))
     _write(partial / ORIGIN_NAME, json.dumps(origin, indent=2) + "\n")
     fsync_folder(partial)
@@ -80,14 +85,40 @@ def export(weights: TrainedWeights, settings: Settings, out: Path, merge: bool =
     log.info("%s: %s of %s", out, what, weights.where)
 
 
-def _copy_files(base: Path, folder: Path) -> None:
-    """Everything but weights, as it is; and a generation_config.json that stops where the chat template ends a turn."""
+def _require_a_form(weights: TrainedWeights, merge: bool) -> None:
+    """CheckpointError when a run without adapters is to be merged, or one with more than adapters is not."""
+    if merge and not weights.adapters:
+        raise CheckpointError(f"{weights.where}: has no adapters to merge; export without --merge")
+    if merge or not weights.adapters:
+        return
+    if weights.in_full:
+        raise CheckpointError(
+            f"{weights.where}: beside adapters it has {len(weights.in_full)} weights trained in full, such as "
+            f"{weights.in_full[0]}, for which peft's format has no place: export with --merge"
+        )
+    if not isinstance(weights.base, OfficialFolder):
+        raise CheckpointError(
+            f"{weights.where}: its adapters stand on {weights.base.where}, which is no model folder that peft could "
+            "load: export with --merge"
+        )
+
+
+def _copy_files(base: Path, folder: Path, num_crops: int | None) -> None:
+    """Everything but weights, as it is, but for the crops that were trained with and the ids that end an answer."""
     for pattern in COPIED:
         for path in base.glob(pattern):
-            shutil.copy(path, folder / path.name)
-    given = base / "generation_config.json"
-    generation: dict[str, Any] = json.loads(given.read_text()) if given.is_file() else {"bos_token_id": 1}
+            shutil.copyfile(path, folder / path.name)
     processor = Phi3VProcessor.from_pretrained(base)
+    if num_crops is not None:
+        preprocessor = json.loads((base / "preprocessor_config.json").read_text())
+        _write(
+            folder / "preprocessor_config.json", json.dumps(preprocessor | {"num_crops": num_crops}, indent=2) + "\n"
+        )
+    given = base / "generation_config.json"
+    try:
+        generation: dict[str, Any] = json.loads(given.read_text()) if given.is_file() else {"bos_token_id": 1}
+    except ValueError as error:
+        raise CheckpointError(f"{given}: not JSON: {error}") from error
     generation |= {"eos_token_id": sorted(processor.stop_ids), "pad_token_id": processor.tokenizer.pad_token_id}
     _write(folder / "generation_config.json", json.dumps(generation, indent=2) + "\n")
 

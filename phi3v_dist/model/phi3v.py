@@ -30,8 +30,12 @@ from phi3v_dist.model.loss import Head
 from phi3v_dist.model.origin import recorded_longrope
 from phi3v_dist.model.rope import LongRope
 from phi3v_dist.model.vision import ImageEmbedding, Normalization, num_crops_of, num_image_tokens
-from phi3v_dist.model.weights import OfficialFolder, check_names
+from phi3v_dist.model.weights import EMBEDDING, OfficialFolder, check_names
 
+SIZES = (
+    "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "vocab_size",
+    "max_position_embeddings", "original_max_position_embeddings",
+)  # fmt: skip
 DEFAULT_PAD_ID = 32000  # the official class's default, which Phi-3-vision's config.json leaves unsaid
 
 
@@ -58,10 +62,22 @@ def read_config(folder: Path) -> dict[str, Any]:
         config = json.loads(path.read_text())
     except ValueError as error:
         raise CheckpointError(f"{path}: not JSON: {error}") from error
-    if config.get("model_type") != "phi3_v":
-        raise CheckpointError(
-            f"{path}: model_type is {config.get('model_type')!r}, not 'phi3_v'; this is another model"
-        )
+    kind = config.get("model_type") if isinstance(config, dict) else config
+    if kind != "phi3_v":
+        raise CheckpointError(f"{path}: model_type is {kind!r}, not 'phi3_v'; this is another model")
+    wrong = [
+        f"{path}: `{key}` is {config.get(key, 'missing')}, but must be a whole number above 0"
+        for key in SIZES
+        if not isinstance(config.get(key), int) or config[key] < 1
+    ]
+    if not isinstance(config.get("img_processor"), dict):
+        wrong.append(f"{path}: `img_processor` is missing, which names the vision tower")
+    if not wrong:
+        pad_id = config.get("pad_token_id", DEFAULT_PAD_ID)
+        if pad_id is not None and not 0 <= pad_id < config["vocab_size"]:
+            wrong.append(f"{path}: `pad_token_id` is {pad_id} (if unsaid, {DEFAULT_PAD_ID}), not in the vocabulary")
+    if wrong:
+        raise CheckpointError(wrong)
     return config
 
 
@@ -166,7 +182,7 @@ class Phi3VForCausalLM(nn.Module):
 
         Args:
             longrope: None is the rule that the folder was exported with, `document` where none is recorded.
-            dtype: None keeps the files' type.
+            dtype: None is the type in which the files hold the word embeddings.
 
         Raises:
             CheckpointError: a file is missing, or names and shapes do not fit; all of them are listed.
@@ -176,6 +192,7 @@ class Phi3VForCausalLM(nn.Module):
         weights = OfficialFolder(Path(folder))
         model = cls.without_weights(read_config(Path(folder)), longrope, attention)
         check_names({name: tuple(p.shape) for name, p in model.named_parameters()}, weights)
+        dtype = dtype or weights.dtype(EMBEDDING)
         return model.take({name: weights.get(name).to(dtype) for name, _ in model.named_parameters()})
 
     @classmethod
@@ -244,10 +261,16 @@ class Phi3VForCausalLM(nn.Module):
         num_rows, length = input_ids.shape
         keep = None if attention_mask is None else attention_mask.bool()
         if layout is None:
+            if not input_ids.numel():
+                raise ValueError(f"input_ids {tuple(input_ids.shape)} holds no token")
+            if keep is not None and (keep.shape != input_ids.shape or not keep.any()):
+                raise ValueError(f"attention_mask {tuple(keep.shape)} must be as input_ids, and not all 0")
             if position_ids is None:
                 position_ids = torch.arange(length, device=input_ids.device).expand(num_rows, length)
             layout, longest = self._lay_out(position_ids, keep, labels), int(position_ids.max()) + 1
             input_ids, position_ids = (_flatten(t, keep) for t in (input_ids, position_ids))
+            if pixel_values is not None:
+                _require_places(image_sizes, input_ids)
         else:
             if keep is not None or labels is not None or position_ids is None or num_rows != 1:
                 raise ValueError("a layout goes with position_ids and one flat row, without attention_mask and labels")
@@ -255,7 +278,7 @@ class Phi3VForCausalLM(nn.Module):
                 raise ValueError(f"documents of {sum(layout.lengths)} tokens do not fill a row of {length}")
             longest = max(layout.lengths)
         if pixel_values is not None and pixel_values.dim() == 5:
-            pixel_values = _real_crops(pixel_values, image_sizes, input_ids)
+            pixel_values = _real_crops(pixel_values, image_sizes)
         embeds = self.model.embed(input_ids, pixel_values, image_sizes, normalization, num_vision_chunks)
         rotation = self.rope(position_ids, self.rope.deciding(layout.rope_lengths, longest, length)[None], embeds.dtype)
         hidden = self.model(embeds, rotation, self.backend(embeds.device, embeds.dtype), layout=layout)
@@ -291,17 +314,17 @@ def _flatten(values: Tensor, keep: Tensor | None) -> Tensor:
     return values.reshape(1, -1) if keep is None else values[keep][None]
 
 
-def _real_crops(pixel_values: Tensor, image_sizes: Tensor | None, input_ids: Tensor) -> Tensor:
-    """The processor's zero-padded crops without the padding.
-
-    Raises:
-        ValueError: the pictures do not fill exactly the negative positions.
-    """
-    if image_sizes is None or len(image_sizes) != len(pixel_values):
-        raise ValueError(f"{len(pixel_values)} pictures need as many image_sizes, found {image_sizes}")
-    sizes = image_sizes.tolist()
+def _require_places(image_sizes: Tensor | None, input_ids: Tensor) -> None:
+    """ValueError when the pictures do not fill exactly the negative positions."""
+    sizes = [] if image_sizes is None else image_sizes.tolist()
     wanted, found = sum(num_image_tokens(h, w) for h, w in sizes), int((input_ids < 0).sum())
     if wanted != found:
         raise ValueError(f"pictures of sizes {sizes} give {wanted} image tokens, the text has {found} places for them")
-    real = [crops[: num_crops_of(h, w)] for crops, (h, w) in zip(pixel_values, sizes, strict=True)]
-    return torch.cat(real)
+
+
+def _real_crops(pixel_values: Tensor, image_sizes: Tensor | None) -> Tensor:
+    """The processor's zero-padded crops without the padding; ValueError when pictures and sizes are not as many."""
+    if image_sizes is None or len(image_sizes) != len(pixel_values):
+        raise ValueError(f"{len(pixel_values)} pictures need as many image_sizes, found {image_sizes}")
+    sizes = image_sizes.tolist()
+    return torch.cat([crops[: num_crops_of(h, w)] for crops, (h, w) in zip(pixel_values, sizes, strict=True)])

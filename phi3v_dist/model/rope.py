@@ -45,7 +45,7 @@ class LongRope:
         self.rule = rule
         head_dim = config["hidden_size"] // config["num_attention_heads"]
         self.original_length: int = config["original_max_position_embeddings"]
-        scaling = config.get("rope_scaling") or {}
+        scaling = _scaling(config)
         # On the CPU and in fp32 wherever the model is built: the meta device is overruled by naming the device, and
         # zero.Init, under which `torch.tensor` rounds its numbers to bf16, leaves `new_tensor` alone.
         cpu = torch.device("cpu")
@@ -95,3 +95,21 @@ class LongRope:
         if device not in self._inv_freq:
             self._inv_freq[device] = self._inv_freq[torch.device("cpu")].to(device)
         return self._inv_freq[device]
+
+
+def _scaling(config: dict[str, Any]) -> dict[str, Any]:
+    """The two lists of factors, empty where the model was made for no more than its original length.
+
+    Raises:
+        CheckpointError: config.json says it in another form than the published one, or speaks of another scaling.
+    """
+    scaling = config.get("rope_scaling") or {}
+    stretched = config["max_position_embeddings"] > config["original_max_position_embeddings"]
+    known = scaling.get("type") in ("su", "longrope") and {"short_factor", "long_factor"} <= scaling.keys()
+    if scaling and not known or not scaling and (stretched or "rope_parameters" in config):
+        found = scaling or config.get("rope_parameters")
+        raise CheckpointError(
+            'config.json: LongRoPE is read from `rope_scaling` with "type": "su", short_factor and long_factor, as '
+            f"published; found {str(found)[:80]}: use the model's own config.json (transformers 5 rewrites it)"
+        )
+    return scaling

@@ -19,11 +19,12 @@ from torch import Tensor
 from phi3v_dist.config import LoraSettings
 from phi3v_dist.errors import CheckpointError
 from phi3v_dist.model.adapters import DOWN, UP, is_adapter, merged
-from phi3v_dist.model.phi3v import Phi3VForCausalLM, read_config
+from phi3v_dist.model.origin import recorded_longrope
+from phi3v_dist.model.phi3v import DEFAULT_PAD_ID, Phi3VForCausalLM, read_config
 from phi3v_dist.model.vision import PATCHES_PER_SIDE, CLIPEncoderLayer, clip_config
 from phi3v_dist.model.weights import EMBEDDING, TOWER, OfficialFolder, Weights, is_untrained
 from phi3v_dist.parallel.partitions import fingerprint, fingerprint_text
-from phi3v_dist.survive.checkpoint import committed
+from phi3v_dist.survive.checkpoint import committed, read_tensors
 from phi3v_dist.survive.manifest import MANIFEST
 from phi3v_dist.survive.rank_files import TensorReader
 
@@ -31,16 +32,19 @@ RANDOM = "random"
 CHECKPOINTS = "checkpoints"  # the folder of them in a run folder
 INTO_RESIDUAL = ("o_proj.weight", "down_proj.weight", "out_proj.weight", "fc2.weight")
 RESIDUAL_SCALE = 0.3  # layers begin as small changes to what passes by them
-PAD_ID = 32000
 
 
-def initial_weights(path: Path, init_from: str | None, seed: int) -> Weights:
+def initial_weights(
+    path: Path, init_from: str | None, seed: int, moved_to: Path | None = None, verify: bool = False
+) -> Weights:
     """The weights that a run begins with.
 
     Args:
         path: `model.path`.
         init_from: `model.init_from`.
         seed: for `random`.
+        moved_to: where the model folder of all earlier runs is now, if it is not where they found it.
+        verify: read every byte of a checkpoint first.
 
     Raises:
         CheckpointError: there are none, or they cannot be read.
@@ -49,19 +53,51 @@ def initial_weights(path: Path, init_from: str | None, seed: int) -> Weights:
         return OfficialFolder(path)
     if init_from == RANDOM:
         return RandomWeights(read_config(path), seed)
-    folder = Path(init_from)
+    folder = Path(pinned(init_from))
     if (folder / MANIFEST).is_file():
-        return TrainedWeights.open(folder)
-    if (folder / CHECKPOINTS).is_dir():
-        checkpoints = committed(folder / CHECKPOINTS)
-        if not checkpoints:
-            raise CheckpointError(f"`model.init_from` {folder}: no checkpoint in it yet")
-        return TrainedWeights.open(checkpoints[0])
+        return TrainedWeights.open(folder, moved_to, verify)
     if not folder.is_dir():
         raise CheckpointError(
             f"`model.init_from` {folder}: no such folder; a run, a checkpoint, a model folder, or random"
         )
     return OfficialFolder(folder)
+
+
+def pinned(init_from: str) -> str:
+    """`model.init_from`, a run's folder replaced by its newest checkpoint, so that it means the same ever after.
+
+    Raises:
+        CheckpointError: the run has no checkpoint yet.
+    """
+    folder = Path(init_from) / CHECKPOINTS
+    if init_from == RANDOM or not folder.is_dir():
+        return init_from
+    checkpoints = committed(folder)
+    if not checkpoints:
+        raise CheckpointError(f"`model.init_from` {init_from}: no checkpoint in it yet")
+    return str(checkpoints[0])
+
+
+def trained_rule(path: Path, init_from: str | None) -> str:
+    """The LongRoPE rule under which the weights that a run begins with were trained."""
+    if init_from in (None, RANDOM):
+        return recorded_longrope(path)
+    folder = Path(pinned(str(init_from)))
+    return (
+        str(_run_settings(folder)["model"]["longrope"]) if (folder / MANIFEST).is_file() else recorded_longrope(folder)
+    )
+
+
+def _run_settings(checkpoint: Path) -> dict[str, Any]:
+    """config.yaml of the run that a checkpoint is of."""
+    path = checkpoint.parent.parent / "config.yaml"
+    try:
+        tree = yaml.safe_load(path.read_text())
+        return tree | {"model": {"longrope": "document", "init_from": None} | tree["model"]}
+    except (OSError, yaml.YAMLError, TypeError, KeyError) as error:
+        raise CheckpointError(
+            f"{checkpoint}: {path} cannot be read ({error!r}), so nothing says which model it was trained from"
+        ) from error
 
 
 class RandomWeights:
@@ -73,7 +109,7 @@ class RandomWeights:
     def __init__(self, config: dict[str, Any], seed: int):
         self.where = f"random weights, seed {seed}"
         self._config, self._seed = config, seed
-        self._dtype: torch.dtype = getattr(torch, config.get("torch_dtype", "float32"))
+        self._dtype: torch.dtype = getattr(torch, config.get("torch_dtype") or "float32")
         model = Phi3VForCausalLM.without_weights(config)
         self._shapes = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
         clip = clip_config(config)
@@ -104,7 +140,9 @@ class RandomWeights:
             return torch.full(shape, 0.0 if name.endswith("bias") else 1.0, dtype=self._dtype)
         tensor = torch.randn(shape, generator=generator)
         if name == EMBEDDING:
-            tensor[self._config.get("pad_token_id", PAD_ID)] = 0
+            pad_id = self._config.get("pad_token_id", DEFAULT_PAD_ID)
+            if pad_id is not None:
+                tensor[pad_id] = 0
             tensor *= 0.5  # of the size of the pictures' features, which stand beside it
         elif name.endswith(("_GN", "class_embedding")):
             tensor *= 0.02
@@ -155,15 +193,14 @@ class TrainedWeights:
             raise CheckpointError(problems)
 
     @classmethod
-    def open(cls, path: Path) -> "TrainedWeights":
+    def open(cls, path: Path, moved_to: Path | None = None, verify: bool = False) -> "TrainedWeights":
         """Of a committed checkpoint in a run folder, whose config.yaml says where the run began."""
-        checkpoint = TensorReader(path)
-        settings = path.parent.parent / "config.yaml"
-        if not settings.is_file():
-            raise CheckpointError(f"{path}: there is no {settings}, so nothing says which model it was trained from")
-        tree = yaml.safe_load(settings.read_text())
+        tree = _run_settings(path)
+        checkpoint = read_tensors(path) if verify else TensorReader(path)
         model = tree["model"]
-        base = initial_weights(Path(model["path"]), model.get("init_from"), tree["run"]["seed"])
+        base = initial_weights(
+            moved_to or Path(model["path"]), model["init_from"], tree["run"]["seed"], moved_to, verify
+        )
         return cls(checkpoint, base, LoraSettings(**tree["train"].get("lora", {})))
 
     @property
@@ -204,5 +241,6 @@ class TrainedWeights:
     def describe(self) -> dict[str, Any]:
         """Which checkpoint this is, for records: run, step, and the manifest's checksum."""
         manifest = json.loads((self.checkpoint.path / MANIFEST).read_text())
-        run = self.checkpoint.path.parent.parent.name
-        return {"run": run, "checkpoint": self.checkpoint.path.name, "manifest": manifest["checksum"]}
+        run = self.checkpoint.path.resolve().parent.parent.name
+        return {"run": run, "step": manifest["step"], "checkpoint": self.checkpoint.path.name,
+                "manifest": manifest["checksum"]}  # fmt: skip

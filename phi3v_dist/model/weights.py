@@ -164,7 +164,9 @@ def check_names(shapes: dict[str, tuple[int, ...]], weights: Weights) -> None:
         if not is_untrained(name) or _tower_layer(name) not in (-1, num_layers)
     ]
     for name in sorted(shapes.keys() & found):
-        if weights.shape(name) != shapes[name]:
+        if not weights.dtype(name).is_floating_point:
+            problems.append(f"{name}: stored as {weights.dtype(name)}; quantised weights cannot be trained")
+        elif weights.shape(name) != shapes[name]:
             problems.append(f"{name}: shape {weights.shape(name)}, config.json says {shapes[name]}")
     if problems:
         raise CheckpointError([f"{weights.where}: {problem}" for problem in problems])

@@ -118,6 +118,7 @@ class Partitions:
         if not frozen:
             return {}
         sums = torch.stack([fingerprint(_own_elements(param), _owned(param)[0]) for param in frozen.values()])
+        sums = sums.to(self.engine.device)  # offloaded weights are on the CPU, where NCCL does not sum
         dist.all_reduce(sums)
         return {name: fingerprint_text(total) for name, total in zip(frozen, sums, strict=True)}
 

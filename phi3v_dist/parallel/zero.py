@@ -6,11 +6,9 @@ Surprise: a number given in both places is an error even when they agree; one nu
 at 1.0 unless told otherwise, and opens its own W&B run if asked; both are decided here.
 """
 
-import ctypes
 import difflib
 import json
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -21,10 +19,9 @@ from transformers.initialization import no_init_weights
 from phi3v_dist.config import Settings
 from phi3v_dist.data.plan import accumulation
 from phi3v_dist.errors import ConfigError
+from phi3v_dist.memory import returned_when_freed
 
 ModuleT = TypeVar("ModuleT", bound=nn.Module)
-M_MMAP_THRESHOLD = -3  # malloc.h
-MIB = 2**20
 HOMES = {  # DeepSpeed key → the setting that owns it
     "train_batch_size": "train.rows_per_step",
     "train_micro_batch_size_per_gpu": "one row per forward, always",
@@ -130,27 +127,12 @@ def _autos(value: Any, key: str = "") -> list[str]:
 def build_partitioned(build: Callable[[], ModuleT], config: dict[str, Any]) -> ModuleT:
     """A model whose parameters are partitioned as they are made, their values not set: load all of them.
 
-    Initialisation is skipped. Freed memory goes back to the system at once: glibc would keep the whole tensors between
-    the partitions it has made of them (0.65 GB a rank for the real model on 2 ranks).
+    Initialisation is skipped: every value will be set.
     """
     import deepspeed
 
-    with no_init_weights(), _memory_returned(), deepspeed.zero.Init(config_dict_or_path=config):
+    with no_init_weights(), returned_when_freed(), deepspeed.zero.Init(config_dict_or_path=config):
         return build()  # zero.Init's own `dtype=` is ignored on a CPU (0.19.8): bf16 there; the config is not
-
-
-@contextmanager
-def _memory_returned() -> Iterator[None]:
-    libc = ctypes.CDLL(None)
-    if not hasattr(libc, "mallopt"):  # not glibc
-        yield
-        return
-    libc.mallopt(M_MMAP_THRESHOLD, MIB)
-    try:
-        yield
-    finally:
-        # Weights gathered later are larger still, so they go back too; the quickstart's steps take no longer.
-        libc.mallopt(M_MMAP_THRESHOLD, 4 * MIB)
 
 
 def initialize(model: nn.Module, optimizer: torch.optim.Optimizer | None, config: dict[str, Any]) -> Any:

@@ -13,21 +13,17 @@ from pathlib import Path
 import torch
 from PIL import Image
 
+from phi3v_dist.config import Settings
 from phi3v_dist.data.processor import Phi3VProcessor
-from phi3v_dist.model.phi3v import Phi3VForCausalLM, read_config
-from phi3v_dist.model.weights import OfficialFolder, load_weights
+from phi3v_dist.model.build import partitioned_model, proven_backend
+from phi3v_dist.model.phi3v import read_config
 from phi3v_dist.parallel import zero
 from phi3v_dist.parallel.partitions import Partitions
 from phi3v_dist.parallel.topology import Topology
 from phi3v_dist.survive.checkpoint import Checkpoints, Position
 
 PROMPT = "<|user|>\n<|image_1|>\nWhat?<|end|>\n<|assistant|>\n"
-ZERO_3 = {
-    "train_micro_batch_size_per_gpu": 1,
-    "bf16": {"enabled": True},
-    "zero_optimization": {"stage": 3, "stage3_max_live_parameters": 200_000_000},  # its default, 1e9, alone takes 2 GB
-    "steps_per_print": 10**9,
-}
+DEEPSPEED = Path(__file__).parents[2] / "ds_configs" / "zero3.json"
 
 
 def anonymous_bytes() -> int:
@@ -57,10 +53,14 @@ def main(base: Path, run: Path) -> None:
     topology = Topology.from_environment()
     topology.start(timeout_s=3600)
     memory, peaks = Memory(), {}
-    config = read_config(base)
-    model = zero.build_partitioned(lambda: Phi3VForCausalLM(config), ZERO_3)
-    load_weights(model, OfficialFolder(base))
-    engine = zero.initialize(model, None, ZERO_3)
+    settings = Settings.model_validate(
+        {"model": {"path": base, "dtype": "bf16"}, "data": {"train": [{"shards": "none.tar"}]},
+         "train": {"steps": 1, "rows_per_step": topology.world_size}, "parallel": {"deepspeed": DEEPSPEED}}
+    )  # fmt: skip
+    hidden_size = read_config(base)["hidden_size"]
+    ds_config = zero.resolve(settings, topology.world_size, torch.bfloat16, hidden_size)
+    backend = proven_backend(settings, topology.device)
+    engine = zero.initialize(partitioned_model(settings, backend, ds_config, show_progress=False), None, ds_config)
     peaks["load"] = memory.look()
 
     inputs = dict(Phi3VProcessor.from_pretrained(base, num_crops=1)(PROMPT, Image.new("RGB", (320, 320), "red")))

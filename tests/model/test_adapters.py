@@ -151,6 +151,17 @@ def test_plain_peft_loads_the_adapter(adapted_run, model, tiny_model, inputs, tm
         assert (ours - merged[name]).abs().max() <= 1e-6, name
 
 
+def test_an_adapter_on_another_runs_weights_has_no_base_to_name(adapted_run, model, settings_tree, tmp_path):
+    path, _ = adapted_run
+    settings_tree["model"]["init_from"] = str(path)
+    second = write_run(tmp_path / "runs", settings_tree, "second")
+    trained = {official_name(name): p.detach() for name, p in model.named_parameters() if is_adapter(name)}
+    frozen = {name: merged for name, merged in merged_parameters(model)}
+    weights = TrainedWeights.open(write_checkpoint(second, 2, trained, frozen))
+    with pytest.raises(CheckpointError, match="its adapters stand on .*step-00000005, .* export with --merge"):
+        export(weights, Settings.model_validate(settings_tree), tmp_path / "out")
+
+
 def test_weights_trained_in_full_have_no_place_in_an_adapter_folder(adapted_run, model, tmp_path):
     path, tree = adapted_run
     weights = TrainedWeights.open(path)

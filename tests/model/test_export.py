@@ -69,9 +69,12 @@ def test_the_folder_is_complete_and_opens_by_itself(base, trained, run, tmp_path
     assert written.keys() == original.keys()
     for name, tensor in written.items():
         assert torch.equal(tensor, trained.get(name, original[name])), name
+    written_anew = ("generation_config.json", "preprocessor_config.json")  # ends of answers; crops trained with
     for path in base.iterdir():
-        if path.suffix in (".json", ".py") and path.name != "generation_config.json" or path.name == "LICENSE":
+        if path.suffix in (".json", ".py") and path.name not in written_anew or path.name == "LICENSE":
             assert (out / path.name).read_bytes() == path.read_bytes(), path.name
+    given, found = (json.loads((folder / "preprocessor_config.json").read_text()) for folder in (base, out))
+    assert given["num_crops"] == 4 and found == given | {"num_crops": 1}
     assert not (out / "optimizer.bin").exists()
     model = Phi3VForCausalLM.from_pretrained(out)
     direct = Phi3VForCausalLM.without_weights(model.config).take(trained)
@@ -93,7 +96,7 @@ def test_generation_stops_at_all_three_end_ids_whatever_the_base_says(base, trai
     for name in ("phi3_vision", "phi3_5_vision"):
         folder = tmp_path / name
         folder.mkdir()
-        module._copy_files(assets_folder / name, folder)
+        module._copy_files(assets_folder / name, folder, None)
         real = json.loads((folder / "generation_config.json").read_text())
         assert (real["eos_token_id"], real["pad_token_id"]) == ([32000, 32001, 32007], 32000)
 
@@ -106,6 +109,9 @@ def test_weights_are_written_in_the_base_folders_types(base, trained, run, tmp_p
     written = load_file(tmp_path / "out" / "model.safetensors")
     assert {name: t.dtype for name, t in written.items()} == {name: t.dtype for name, t in tensors.items()}
     assert torch.equal(written["lm_head.weight"], trained["lm_head.weight"].bfloat16())
+    model = Phi3VForCausalLM.from_pretrained(tmp_path / "out")  # one type, or its first product of two would fail
+    assert {parameter.dtype for parameter in model.parameters()} == {torch.bfloat16}
+    assert model(torch.arange(3, 9)[None]).logits.isfinite().all()
 
 
 def test_a_model_larger_than_a_shard_is_written_in_several(base, trained, run, tmp_path, monkeypatch):
@@ -144,6 +150,9 @@ def test_the_card_tells_data_settings_scores_and_licence(base, trained, run, tmp
                   "LICENSE was copied", "3 steps, 9 samples", "checkpoint step-00000003 of run run"):  # fmt: skip
         assert words in card, words
     assert "blind" not in card and "# the base model" not in card
+    export_step(run, trained, tmp_path / "other", step=2)
+    card = (tmp_path / "other" / "README.md").read_text()
+    assert "not evaluated" in card and "2 steps" in card and "9 samples" not in card, "the summary is of step 3"
     origin = json.loads((tmp_path / "out" / "origin.json").read_text())
     manifest = json.loads((run / "checkpoints" / "step-00000003" / "manifest.json").read_text())
     assert origin["longrope"] == "document" and origin["manifest"] == manifest["checksum"]
@@ -251,3 +260,22 @@ def test_the_command_finds_a_base_that_moved_and_names_what_is_missing(base, tra
     assert done.returncode == 0, done.stderr
     assert OfficialFolder(run / "export").names == OfficialFolder(moved).names
     assert "no run folder" in command(tmp_path).stderr
+    assert "no adapters to merge" in command(run, "--base", moved, "--merge", "--out", tmp_path / "merged").stderr
+    for content in ("run: [", "hello", "run: {}\nmodel: {path: x, colour: red}\ndata: {train: []}"):
+        (run / "config.yaml").write_text(content)
+        done = command(run)
+        assert done.returncode == 4 and "config.yaml: not the settings of a run" in done.stderr, done.stderr
+
+
+@pytest.mark.parametrize(
+    ("spoil", "message"),
+    [
+        (lambda base, out: (base / "generation_config.json").write_text("{"), "generation_config.json: not JSON"),
+        (lambda base, out: (out.mkdir(), (out / "origin.json").write_text("{")), "origin.json: not JSON"),
+        (lambda base, out: out.with_name("out.partial").write_text(""), "out.partial: cannot be made"),
+    ],
+)
+def test_files_in_the_way_are_named(base, trained, run, tmp_path, spoil, message):
+    spoil(base, tmp_path / "out")
+    with pytest.raises(CheckpointError, match=message):
+        export_step(run, trained, tmp_path / "out")

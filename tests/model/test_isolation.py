@@ -6,6 +6,7 @@ from flash_double import HALF, FlashDouble, Leaking
 
 from phi3v_dist import config, run
 from phi3v_dist.errors import ConfigError
+from phi3v_dist.model import build
 from phi3v_dist.model.backends import Backend
 from phi3v_dist.model.isolation import check_isolation
 
@@ -95,7 +96,7 @@ def test_a_bad_backend_is_refused_with_what_to_do(double, message):
 def test_a_run_does_not_start_with_a_backend_that_leaks(config_file, monkeypatch):
     settings = config.load(config_file)
     assert run.problems(settings, world_size=1) == []
-    monkeypatch.setattr(run, "choose", lambda *_: flash(Leaking(ALL_TYPES)))
+    monkeypatch.setattr(build, "choose", lambda *_: flash(Leaking(ALL_TYPES)))
     found = run.problems(settings, world_size=1)
     assert len(found) == 1 and "`model.attention`: flash_attention_2 lets documents see each other" in found[0]
     with pytest.raises(ConfigError, match="see each other"):  # and on every rank, before a weight is read

@@ -6,12 +6,15 @@ import re
 
 import pytest
 import torch
+import yaml
 from safetensors.torch import load_file
 from stored import write_checkpoint, write_run
 
+from phi3v_dist.config import Settings
 from phi3v_dist.errors import CheckpointError
+from phi3v_dist.model.build import pinned_start
 from phi3v_dist.model.phi3v import Phi3VForCausalLM, read_config
-from phi3v_dist.model.sources import RandomWeights, TrainedWeights, initial_weights
+from phi3v_dist.model.sources import RandomWeights, TrainedWeights, initial_weights, pinned, trained_rule
 from phi3v_dist.model.weights import OfficialFolder, is_untrained, load_weights
 
 
@@ -73,6 +76,50 @@ def test_where_a_run_began_is_followed_through_several_runs(tiny_model, trained,
     text = {name: tensor for name, tensor in trained.items() if name not in vision}
     weights = TrainedWeights.open(write_checkpoint(second, 7, vision, frozen=text))
     assert all(torch.equal(weights.get(name), tensor) for name, tensor in (vision | text).items())
+
+
+def test_a_run_means_its_newest_checkpoint_of_that_time_ever_after(settings_tree, trained, run):
+    first = write_checkpoint(run, 3, trained)
+    settings = Settings.model_validate(settings_tree | {"model": settings_tree["model"] | {"init_from": str(run)}})
+    assert pinned_start(settings) == str(first)
+    settings.run.folder.mkdir(exist_ok=True)
+    recorded = settings_tree | {"model": settings_tree["model"] | {"init_from": str(first)}}
+    (settings.run.folder / "config.yaml").write_text(yaml.safe_dump(recorded))
+    second = write_checkpoint(run, 4, trained)
+    assert pinned(str(run)) == str(second) and pinned_start(settings) == str(first)
+    assert pinned_start(Settings.model_validate(settings_tree)) is None
+
+
+def test_a_changed_byte_is_found_before_a_run_begins_with_it(tiny_model, trained, run):
+    path = write_checkpoint(run, 3, trained) / "rank-00001.safetensors"
+    path.write_bytes(path.read_bytes()[:-1] + b"\x7f")
+    initial_weights(tiny_model, str(run), seed=0)
+    with pytest.raises(CheckpointError, match="rank-00001.safetensors: its bytes changed"):
+        initial_weights(tiny_model, str(run), seed=0, verify=True)
+
+
+def test_the_rule_of_a_run_is_known_to_those_that_begin_with_it(tiny_model, trained, settings_tree, tmp_path):
+    settings_tree["model"]["longrope"] = "long"
+    run = write_run(tmp_path / "runs", settings_tree, "long")
+    path = write_checkpoint(run, 3, trained)
+    assert trained_rule(tiny_model, str(run)) == trained_rule(tiny_model, str(path)) == "long"
+    assert trained_rule(tiny_model, None) == trained_rule(tiny_model, "random") == "document"
+
+
+def test_a_chain_finds_a_model_folder_that_moved(tiny_model, trained, run, settings_tree, tmp_path):
+    first = write_checkpoint(run, 3, trained)
+    tree = yaml.safe_load((run / "config.yaml").read_text())
+    tree["model"]["path"] = str(tmp_path / "gone")
+    (run / "config.yaml").write_text(yaml.safe_dump(tree))
+    with pytest.raises(CheckpointError, match="gone"):
+        initial_weights(tiny_model, str(first), seed=0)
+    weights = initial_weights(tiny_model, str(first), seed=0, moved_to=tiny_model)
+    assert torch.equal(weights.get("lm_head.weight"), trained["lm_head.weight"])
+
+
+def test_without_a_padding_token_the_embedding_is_random_too(tiny_model):
+    config = read_config(tiny_model) | {"pad_token_id": None}
+    assert RandomWeights(config, seed=0).get("model.embed_tokens.weight").any(1).all()
 
 
 @pytest.mark.parametrize(

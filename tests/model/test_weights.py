@@ -181,6 +181,46 @@ def test_a_config_that_is_not_of_this_model_is_refused(folder, content, message)
         read_config(folder)
 
 
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"hidden_size": None}, "`hidden_size` is None"),
+        ({"original_max_position_embeddings": "4k"}, "`original_max_position_embeddings` is 4k"),
+        ({"img_processor": None}, "`img_processor` is missing"),
+        ({"pad_token_id": 99999}, "`pad_token_id` is 99999"),
+        ({"rope_scaling": None, "rope_parameters": {"rope_type": "longrope"}}, "LongRoPE is read from `rope_scaling`"),
+        ({"rope_scaling": None}, "LongRoPE is read from `rope_scaling`"),
+        ({"rope_scaling": {"type": "linear", "factor": 2}}, "found {'type': 'linear'"),
+    ],
+)
+def test_a_config_with_something_missing_or_rewritten_is_refused(folder, change, message):
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | change))
+    with pytest.raises(CheckpointError, match=message):
+        Phi3VForCausalLM.from_pretrained(folder)
+
+
+def test_quantised_weights_are_refused(folder, tensors):
+    write(folder, tensors | {"lm_head.weight": tensors["lm_head.weight"].to(torch.int8)})
+    with pytest.raises(CheckpointError, match="lm_head.weight: stored as torch.int8; quantised"):
+        Phi3VForCausalLM.from_pretrained(folder)
+
+
+def test_inputs_that_do_not_fit_together_are_refused(folder):
+    model = Phi3VForCausalLM.from_pretrained(folder)
+    ids = torch.arange(3, 9)[None]
+    places = torch.cat([ids, torch.full((1, 303), -1)], dim=1)  # ten too few for one crop
+    pictures = {"pixel_values": torch.zeros(2, 3, 336, 336), "image_sizes": torch.tensor([[336, 336]])}
+    for wrong, message in (
+        ({"input_ids": ids[:, :0]}, "holds no token"),
+        ({"input_ids": ids, "attention_mask": torch.zeros_like(ids)}, "not all 0"),
+        ({"input_ids": ids, "attention_mask": torch.ones(1, 5)}, "must be as input_ids"),
+        ({"input_ids": places, **pictures}, "give 313 image tokens, the text has 303 places"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            model(**wrong)
+
+
 def test_files_in_bf16_stay_bf16_unless_another_type_is_asked_for(folder, tensors):
     write(folder, {name: tensor.bfloat16() for name, tensor in tensors.items()})
     assert OfficialFolder(folder).dtype("lm_head.weight") == torch.bfloat16
