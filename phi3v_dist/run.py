@@ -34,13 +34,14 @@ from phi3v_dist.data.shards import ShardTable
 from phi3v_dist.errors import DataError
 from phi3v_dist.evaluate.evaluator import Evaluator
 from phi3v_dist.model import build as model_build
-from phi3v_dist.model.phi3v import read_config
+from phi3v_dist.model.official_config import read_config
 from phi3v_dist.observe.console import ConsoleTracker
 from phi3v_dist.observe.tracker import AllOf, JsonlTracker, NoTracker, Tracker
 from phi3v_dist.observe.wandb_tracker import WandbTracker
 from phi3v_dist.parallel import zero
 from phi3v_dist.parallel.topology import Topology
 from phi3v_dist.survive.checkpoint import Checkpoints
+from phi3v_dist.survive.durable import write_durably
 from phi3v_dist.train.optim import build_optimizer
 
 PACKAGES = ("torch", "transformers", "deepspeed", "webdataset", "wandb", "phi3v-dist")
@@ -249,7 +250,7 @@ def _write_config(run: Run, resolved: dict[str, Any]) -> None:
         "commit": git.stdout.strip() or "unknown",
         "world_size": run.topology.world_size,
     }
-    (run.folder / "config.yaml").write_text(yaml.safe_dump(resolved | {"environment": environment}, sort_keys=False))
+    write_durably(run.folder / "config.yaml", yaml.safe_dump(resolved | {"environment": environment}, sort_keys=False))
 
 
 def describe(settings: Settings, train: Data, num_steps: int, world_size: int) -> list[str]:

@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
 
 from phi3v_dist.config import Settings
 from phi3v_dist.data.processor import Phi3VProcessor
@@ -19,9 +18,10 @@ from phi3v_dist.model.adapters import choose_trained, lora_targets
 from phi3v_dist.model.backends import Backend, choose
 from phi3v_dist.model.hub import check_sizes
 from phi3v_dist.model.isolation import check_isolation
-from phi3v_dist.model.phi3v import Phi3VForCausalLM, head_dim, read_config
-from phi3v_dist.model.sources import initial_weights, pinned, trained_rule
-from phi3v_dist.model.weights import Weights, check_names, load_weights
+from phi3v_dist.model.official_config import head_dim, read_config
+from phi3v_dist.model.phi3v import Phi3VForCausalLM
+from phi3v_dist.model.sources import initial_weights, pinned, recorded_settings, trained_rule
+from phi3v_dist.model.weights import check_names, load_weights
 from phi3v_dist.parallel import zero
 
 
@@ -29,16 +29,17 @@ def problems(settings: Settings, device: torch.device) -> list[str]:
     """What is wrong with the model folder, the weights to begin with, LoRA's targets and the backend asked for."""
     try:
         check_sizes(settings.model.path)
+        start = pinned_start(settings)  # what this run began with, not what that has become since
         model = Phi3VForCausalLM.without_weights(read_config(settings.model.path))
     except Phi3VError as error:
         return error.problems  # nothing else can be looked at
     shapes = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
     looks: list[Callable[[], object]] = [
-        lambda: check_names(shapes, _weights(settings, verify=True)),
+        lambda: check_names(shapes, initial_weights(settings.model.path, start, settings.run.seed, verify=True)),
         lambda: Phi3VProcessor.from_pretrained(settings.model.path, settings.data.num_crops),
         lambda: lora_targets(model, settings.train),
         lambda: proven_backend(settings, device),
-        lambda: _require_longrope_said(settings),
+        lambda: _require_longrope_said(settings, start),
     ]
     found = []
     for look in looks:
@@ -55,7 +56,8 @@ def partitioned_model(
     """The model under ZeRO-3: weights read, parts frozen or adapted as asked. All ranks call this together."""
     config, longrope = read_config(settings.model.path), settings.model.longrope
     model = zero.build_partitioned(lambda: Phi3VForCausalLM(config, longrope, backend), ds_config)
-    load_weights(model, _weights(settings), show_progress=show_progress and sys.stdout.isatty())
+    weights = initial_weights(settings.model.path, settings.model.init_from, settings.run.seed)
+    load_weights(model, weights, show_progress=show_progress and sys.stdout.isatty())
     choose_trained(model, settings.train, settings.run.seed)
     model.set_gradient_checkpointing(settings.model.gradient_checkpointing, settings.model.vision_chunk_crops)
     return model
@@ -98,24 +100,24 @@ def describe(settings: Settings, device: torch.device) -> list[str]:
 
 
 def pinned_start(settings: Settings) -> str | None:
-    """`model.init_from` as this run's first attempt understood it: another run's newest checkpoint of that time."""
+    """`model.init_from` as this run's first attempt understood it: another run's newest checkpoint of that time.
+
+    Raises:
+        CheckpointError: the other run has no checkpoint, or this run's config.yaml cannot be read.
+    """
     init_from, config = settings.model.init_from, settings.run.folder / "config.yaml"
     if init_from is None:
         return None
-    recorded = yaml.safe_load(config.read_text())["model"].get("init_from") if config.is_file() else None
+    recorded = recorded_settings(config)["model"]["init_from"] if config.is_file() else None
     same = recorded is not None and Path(init_from) in Path(recorded).parents
     return recorded if same else pinned(init_from)
 
 
-def _weights(settings: Settings, verify: bool = False) -> Weights:
-    return initial_weights(settings.model.path, settings.model.init_from, settings.run.seed, verify=verify)
-
-
-def _require_longrope_said(settings: Settings) -> None:
+def _require_longrope_said(settings: Settings, start: str | None) -> None:
     """A model trained under one LongRoPE rule does not go on under another because nobody said anything."""
-    rule, recorded = settings.model.longrope, trained_rule(settings.model.path, settings.model.init_from)
+    rule, recorded = settings.model.longrope, trained_rule(settings.model.path, start)
     if recorded != rule and "longrope" not in settings.model.model_fields_set:
         raise ConfigError(
-            f"`model.longrope` is not set, but {settings.model.init_from or settings.model.path} was trained under "
+            f"`model.longrope` is not set, but {start or settings.model.path} was trained under "
             f"{recorded}: write model.longrope={recorded} to go on so, or model.longrope={rule} to change it"
         )

@@ -17,9 +17,11 @@ from phi3v_dist.model.hub import DIGESTS_NAME, read_digests
 SCORES = re.compile(r"eval/(?!blind/|best_)")
 
 
-def model_card(origin: dict[str, Any], settings: Settings) -> str:
-    """Markdown. Scores are those of the run's summary, where it is of this very step."""
-    base = settings.model.path
+def model_card(origin: dict[str, Any], settings: Settings, base: Path) -> str:
+    """Markdown. Scores are those of the run's summary, where it is of this very step.
+
+    base: the model folder whose files were copied, or on which adapters stand.
+    """
     summary_path = settings.run.folder / "summary.json"
     summary = json.loads(summary_path.read_text()) if summary_path.is_file() else {}
     if summary.get("train/step") != origin["step"]:

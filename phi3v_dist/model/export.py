@@ -23,11 +23,12 @@ from phi3v_dist.errors import CheckpointError
 from phi3v_dist.memory import returned_when_freed
 from phi3v_dist.model.adapters import write_adapter
 from phi3v_dist.model.card import model_card
+from phi3v_dist.model.official_config import read_config
 from phi3v_dist.model.origin import LONGROPE_KEY, ORIGIN_NAME, read_origin
-from phi3v_dist.model.phi3v import Phi3VForCausalLM, read_config
+from phi3v_dist.model.phi3v import Phi3VForCausalLM
 from phi3v_dist.model.sources import TrainedWeights
 from phi3v_dist.model.weights import OfficialFolder, Weights, write_safetensors
-from phi3v_dist.survive.manifest import fsync_folder
+from phi3v_dist.survive.durable import fsync_folder, write_durably
 
 COPIED = (
     "config.json", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "preprocessor_config.json",
@@ -57,11 +58,8 @@ def export(weights: TrainedWeights, settings: Settings, out: Path, merge: bool =
         log.info("%s holds %s already", out, weights.where)
         return
     if out.exists():
-        what = (
-            "holds its adapters alone"
-            if there.get("adapter_only") and merge
-            else f"is not the export of {weights.where}"
-        )
+        alone = bool(there.get("adapter_only")) and merge
+        what = "holds its adapters alone" if alone else f"is not the export of {weights.where}"
         raise CheckpointError(f"{out}: exists and {what}; remove it or choose another --out")
     partial = out.with_name(out.name + ".partial")
     try:
@@ -70,14 +68,17 @@ def export(weights: TrainedWeights, settings: Settings, out: Path, merge: bool =
     except OSError as error:
         raise CheckpointError(f"{partial}: cannot be made: {error.strerror}; choose another --out") from error
     if adapter_only:
-        write_adapter(partial, weights.adapters, settings.train.lora, Path(weights.base.where))
+        assert isinstance(weights.base, OfficialFolder)  # as _require_a_form has seen
+        base = weights.base.folder
+        write_adapter(partial, weights.adapters, settings.train.lora, base)
     else:
-        _copy_files(settings.model.path, partial, settings.data.num_crops)
+        base = settings.model.path
+        _copy_files(base, partial, settings.data.num_crops)
         with returned_when_freed():
             write_safetensors(partial, weights)
             _verify(partial, weights, settings.model.longrope)
-    _write(partial / "README.md", model_card(origin, settings))
-    _write(partial / ORIGIN_NAME, json.dumps(origin, indent=2) + "\n")
+    write_durably(partial / "README.md", model_card(origin, settings, base))
+    write_durably(partial / ORIGIN_NAME, json.dumps(origin, indent=2) + "\n")
     fsync_folder(partial)
     partial.rename(out)
     fsync_folder(out.parent)
@@ -108,10 +109,12 @@ def _copy_files(base: Path, folder: Path, num_crops: int | None) -> None:
     for pattern in COPIED:
         for path in base.glob(pattern):
             shutil.copyfile(path, folder / path.name)
+            with (folder / path.name).open("rb") as file:
+                os.fsync(file.fileno())
     processor = Phi3VProcessor.from_pretrained(base)
     if num_crops is not None:
         preprocessor = json.loads((base / "preprocessor_config.json").read_text())
-        _write(
+        write_durably(
             folder / "preprocessor_config.json", json.dumps(preprocessor | {"num_crops": num_crops}, indent=2) + "\n"
         )
     given = base / "generation_config.json"
@@ -120,14 +123,7 @@ def _copy_files(base: Path, folder: Path, num_crops: int | None) -> None:
     except ValueError as error:
         raise CheckpointError(f"{given}: not JSON: {error}") from error
     generation |= {"eos_token_id": sorted(processor.stop_ids), "pad_token_id": processor.tokenizer.pad_token_id}
-    _write(folder / "generation_config.json", json.dumps(generation, indent=2) + "\n")
-
-
-def _write(path: Path, text: str) -> None:
-    with path.open("w") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
+    write_durably(folder / "generation_config.json", json.dumps(generation, indent=2) + "\n")
 
 
 @torch.inference_mode()

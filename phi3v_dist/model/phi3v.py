@@ -9,7 +9,6 @@ just right.
 Every call takes one path: rows lose their padding, become one flat row of documents, and get it back at the end.
 """
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,21 +21,15 @@ from transformers import Phi3Config
 from transformers.models.phi3.modeling_phi3 import Phi3DecoderLayer, Phi3RMSNorm
 from transformers.utils import ModelOutput
 
-from phi3v_dist.errors import CheckpointError
 from phi3v_dist.model.attention import INTERFACE, Layout
 from phi3v_dist.model.backends import Backend, check_name, choose
 from phi3v_dist.model.cache import KeyValueCache
 from phi3v_dist.model.loss import Head
+from phi3v_dist.model.official_config import DEFAULT_PAD_ID, head_dim, read_config
 from phi3v_dist.model.origin import recorded_longrope
 from phi3v_dist.model.rope import LongRope
 from phi3v_dist.model.vision import ImageEmbedding, Normalization, num_crops_of, num_image_tokens
 from phi3v_dist.model.weights import EMBEDDING, OfficialFolder, check_names
-
-SIZES = (
-    "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "vocab_size",
-    "max_position_embeddings", "original_max_position_embeddings",
-)  # fmt: skip
-DEFAULT_PAD_ID = 32000  # the official class's default, which Phi-3-vision's config.json leaves unsaid
 
 
 @dataclass
@@ -47,43 +40,6 @@ class Phi3VOutput(ModelOutput):
     loss: Tensor | None = None
     token_losses: Tensor | None = None
     logits: Tensor | None = None
-
-
-def read_config(folder: Path) -> dict[str, Any]:
-    """config.json of a model folder, as it is.
-
-    Raises:
-        CheckpointError: no such file, or not a Phi-3-V's.
-    """
-    path = Path(folder) / "config.json"
-    if not path.is_file():
-        raise CheckpointError(f"{path}: no such file; `model.path` must be a folder in the official layout")
-    try:
-        config = json.loads(path.read_text())
-    except ValueError as error:
-        raise CheckpointError(f"{path}: not JSON: {error}") from error
-    kind = config.get("model_type") if isinstance(config, dict) else config
-    if kind != "phi3_v":
-        raise CheckpointError(f"{path}: model_type is {kind!r}, not 'phi3_v'; this is another model")
-    wrong = [
-        f"{path}: `{key}` is {config.get(key, 'missing')}, but must be a whole number above 0"
-        for key in SIZES
-        if not isinstance(config.get(key), int) or config[key] < 1
-    ]
-    if not isinstance(config.get("img_processor"), dict):
-        wrong.append(f"{path}: `img_processor` is missing, which names the vision tower")
-    if not wrong:
-        pad_id = config.get("pad_token_id", DEFAULT_PAD_ID)
-        if pad_id is not None and not 0 <= pad_id < config["vocab_size"]:
-            wrong.append(f"{path}: `pad_token_id` is {pad_id} (if unsaid, {DEFAULT_PAD_ID}), not in the vocabulary")
-    if wrong:
-        raise CheckpointError(wrong)
-    return config
-
-
-def head_dim(config: dict[str, Any]) -> int:
-    """Width of one attention head."""
-    return int(config["hidden_size"] // config["num_attention_heads"])
 
 
 class Phi3VDecoder(nn.Module):

@@ -19,11 +19,12 @@ from torch import Tensor
 from phi3v_dist.config import LoraSettings
 from phi3v_dist.errors import CheckpointError
 from phi3v_dist.model.adapters import DOWN, UP, is_adapter, merged
+from phi3v_dist.model.official_config import DEFAULT_PAD_ID, read_config
 from phi3v_dist.model.origin import recorded_longrope
-from phi3v_dist.model.phi3v import DEFAULT_PAD_ID, Phi3VForCausalLM, read_config
+from phi3v_dist.model.phi3v import Phi3VForCausalLM
 from phi3v_dist.model.vision import PATCHES_PER_SIDE, CLIPEncoderLayer, clip_config
 from phi3v_dist.model.weights import EMBEDDING, TOWER, OfficialFolder, Weights, is_untrained
-from phi3v_dist.parallel.partitions import fingerprint, fingerprint_text
+from phi3v_dist.parallel.fingerprint import fingerprint, fingerprint_text
 from phi3v_dist.survive.checkpoint import committed, read_tensors
 from phi3v_dist.survive.manifest import MANIFEST
 from phi3v_dist.survive.rank_files import TensorReader
@@ -84,20 +85,27 @@ def trained_rule(path: Path, init_from: str | None) -> str:
         return recorded_longrope(path)
     folder = Path(pinned(str(init_from)))
     return (
-        str(_run_settings(folder)["model"]["longrope"]) if (folder / MANIFEST).is_file() else recorded_longrope(folder)
+        str(_settings_of(folder)["model"]["longrope"]) if (folder / MANIFEST).is_file() else recorded_longrope(folder)
     )
 
 
-def _run_settings(checkpoint: Path) -> dict[str, Any]:
-    """config.yaml of the run that a checkpoint is of."""
-    path = checkpoint.parent.parent / "config.yaml"
+def recorded_settings(path: Path) -> dict[str, Any]:
+    """A run's config.yaml; settings of the model that it does not know yet have their defaults.
+
+    Raises:
+        CheckpointError: it cannot be read.
+    """
     try:
         tree = yaml.safe_load(path.read_text())
         return tree | {"model": {"longrope": "document", "init_from": None} | tree["model"]}
     except (OSError, yaml.YAMLError, TypeError, KeyError) as error:
         raise CheckpointError(
-            f"{checkpoint}: {path} cannot be read ({error!r}), so nothing says which model it was trained from"
+            f"{path}: cannot be read ({error!r}), so nothing says which model this run began with: restore the file"
         ) from error
+
+
+def _settings_of(checkpoint: Path) -> dict[str, Any]:
+    return recorded_settings(checkpoint.parent.parent / "config.yaml")
 
 
 class RandomWeights:
@@ -195,7 +203,7 @@ class TrainedWeights:
     @classmethod
     def open(cls, path: Path, moved_to: Path | None = None, verify: bool = False) -> "TrainedWeights":
         """Of a committed checkpoint in a run folder, whose config.yaml says where the run began."""
-        tree = _run_settings(path)
+        tree = _settings_of(path)
         checkpoint = read_tensors(path) if verify else TensorReader(path)
         model = tree["model"]
         base = initial_weights(

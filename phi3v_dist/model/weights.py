@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from phi3v_dist.errors import CheckpointError
 from phi3v_dist.parallel.partitions import full_shape, is_partitioned, set_partition
-from phi3v_dist.survive.manifest import fsync_folder
+from phi3v_dist.survive.durable import fsync_folder, write_durably
 from phi3v_dist.survive.tensor_file import TORCH_DTYPES, Specs, blocks, size_bytes
 
 EMBEDDING = "model.embed_tokens.weight"
@@ -202,7 +202,7 @@ def write_safetensors(folder: Path, weights: Weights, shard_size_bytes: int = SH
     if len(shards) > 1:
         total = sum(size_bytes(*spec) for spec in specs.values())
         index = {"metadata": {"total_size": total}, "weight_map": weight_map}
-        (folder / INDEX_NAME).write_text(json.dumps(index, indent=2, sort_keys=True) + "\n")
+        write_durably(folder / INDEX_NAME, json.dumps(index, indent=2, sort_keys=True) + "\n")
     fsync_folder(folder)
 
 

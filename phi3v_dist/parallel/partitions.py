@@ -21,10 +21,10 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from phi3v_dist.errors import CheckpointError
+from phi3v_dist.parallel.fingerprint import fingerprint, fingerprint_text
 
 TESTED_DEEPSPEED = "0.19.8"
 COUNTERS = ("global_steps", "global_samples", "skipped_steps", "micro_steps")
-FINGERPRINT_BLOCK = 2**22  # elements widened to int64 at a time
 LOSS_SCALE_NUMBERS = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")
 
 WRAPPED = ".base_layer."  # where peft puts a module that got an adapter
@@ -300,24 +300,6 @@ def official_name(name: str) -> str:
 
 def full_shape(param: nn.Parameter) -> tuple[int, ...]:
     return tuple(getattr(param, "ds_shape", param.shape))
-
-
-def fingerprint(elements: Tensor, start: int = 0) -> Tensor:
-    """The sum of bits x odd position over elements [start, …) of a flattened tensor, int64, modulo 2^64.
-
-    Those of a tensor's pieces add up to that of the whole, however it is cut. It finds accidents, not forgeries.
-    """
-    integers = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[elements.element_size()]
-    total = torch.zeros((), dtype=torch.int64, device=elements.device)
-    for begin in range(0, elements.numel(), FINGERPRINT_BLOCK):
-        bits = elements[begin : begin + FINGERPRINT_BLOCK].view(integers).to(torch.int64)
-        first = 2 * (start + begin) + 1
-        total += (bits * torch.arange(first, first + 2 * len(bits), 2, device=bits.device)).sum()
-    return total
-
-
-def fingerprint_text(total: Tensor) -> str:
-    return f"{int(total) % 2**64:016x}"
 
 
 def _fill(target: Tensor, elements: Tensor) -> None:

@@ -20,6 +20,7 @@ from typing import Any
 import xxhash
 
 from phi3v_dist.errors import CheckpointError
+from phi3v_dist.survive.durable import fsync_folder, write_durably
 from phi3v_dist.survive.tensor_file import BLOCK_BYTES
 
 log = logging.getLogger(__name__)
@@ -73,22 +74,7 @@ def remove(path: Path) -> None:
 
 def write_manifest(folder: Path, manifest: dict[str, Any]) -> None:
     """Appears whole or not at all, also after a power cut."""
-    temporary = folder / f"{MANIFEST}.tmp"
-    with temporary.open("w") as file:
-        json.dump(manifest | {"checksum": _checksum(manifest)}, file, indent=1)
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.rename(folder / MANIFEST)
-    fsync_folder(folder)
-
-
-def fsync_folder(folder: Path) -> None:
-    """Make the names in a folder durable, not only the contents of its files."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+    write_durably(folder / MANIFEST, json.dumps(manifest | {"checksum": _checksum(manifest)}, indent=1))
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:

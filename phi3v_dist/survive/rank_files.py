@@ -21,9 +21,9 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from phi3v_dist.parallel.partitions import TensorSpec
+from phi3v_dist.survive.durable import fsync_folder
 from phi3v_dist.survive.manifest import (
     DamagedError,
-    fsync_folder,
     hash_file,
     rank_file_name,
     read_manifest,

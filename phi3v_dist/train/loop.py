@@ -9,7 +9,6 @@ import logging
 import time
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any
 
 from phi3v_dist.data.batch import Batch
@@ -17,6 +16,7 @@ from phi3v_dist.errors import DataError
 from phi3v_dist.observe.metrics import step_row
 from phi3v_dist.run import Run
 from phi3v_dist.survive.checkpoint import Position
+from phi3v_dist.survive.durable import write_durably
 from phi3v_dist.train.optim import learning_rates
 from phi3v_dist.train.step import StepResult, train_step
 
@@ -148,12 +148,6 @@ def _finish(run: Run, totals: Totals) -> dict[str, float]:
     summary = {"train/step": totals.step} | totals.row(run) | metrics | run.reference
     run.tracker.finish(summary)
     if run.topology.is_main:
-        _write_atomically(run.folder / SUMMARY_NAME, json.dumps(summary, indent=2) + "\n")
+        write_durably(run.folder / SUMMARY_NAME, json.dumps(summary, indent=2) + "\n")
     run.topology.barrier()
     return summary
-
-
-def _write_atomically(path: Path, text: str) -> None:
-    partial = path.with_suffix(".partial")
-    partial.write_text(text)
-    partial.rename(path)

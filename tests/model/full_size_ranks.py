@@ -16,7 +16,7 @@ from PIL import Image
 from phi3v_dist.config import Settings
 from phi3v_dist.data.processor import Phi3VProcessor
 from phi3v_dist.model.build import partitioned_model, proven_backend
-from phi3v_dist.model.phi3v import read_config
+from phi3v_dist.model.official_config import read_config
 from phi3v_dist.parallel import zero
 from phi3v_dist.parallel.partitions import Partitions
 from phi3v_dist.parallel.topology import Topology

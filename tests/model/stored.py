@@ -7,7 +7,8 @@ import torch
 import yaml
 from torch import Tensor
 
-from phi3v_dist.parallel.partitions import TensorSpec, fingerprint, fingerprint_text
+from phi3v_dist.parallel.fingerprint import fingerprint, fingerprint_text
+from phi3v_dist.parallel.partitions import TensorSpec
 from phi3v_dist.survive.manifest import FORMAT, FORMAT_VERSION, UPGRADE, rank_file_name, write_manifest
 from phi3v_dist.survive.rank_files import write_rank_file
 

@@ -13,7 +13,8 @@ from phi3v_dist.errors import ConfigError
 from phi3v_dist.model import phi3v
 from phi3v_dist.model.backends import FLASH, Backend, choose
 from phi3v_dist.model.isolation import check_isolation
-from phi3v_dist.model.phi3v import Phi3VForCausalLM, read_config
+from phi3v_dist.model.official_config import read_config
+from phi3v_dist.model.phi3v import Phi3VForCausalLM
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda", 0)
 BOTH = ["flash_attention_2", "flash_attention_3"]
@@ -280,15 +281,20 @@ def test_a_layout_that_is_not_the_rows_is_refused(model):
             model(**row | more)
 
 
-@pytest.mark.gpu
-@pytest.mark.parametrize("name", [*BOTH, "sdpa", "auto"])
-def test_on_a_gpu_the_real_kernel_keeps_documents_apart_and_equals_eager(name):
+def chosen_on_a_gpu(name, head_dim):
+    """The backend, or a skip with the reason why this machine has it not."""
     if not torch.cuda.is_available():
         pytest.skip("no GPU")
     try:
-        backend = choose(name, CUDA, torch.bfloat16, 96)
+        return choose(name, CUDA, torch.bfloat16, head_dim)
     except ConfigError as error:
         pytest.skip(str(error))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", [*BOTH, "sdpa", "auto"])
+def test_on_a_gpu_the_real_kernel_keeps_documents_apart_and_equals_eager(name):
+    backend = chosen_on_a_gpu(name, 96)
     for kv_heads in (32, 8):
         found = check_isolation(backend, PHI3 | {"num_key_value_heads": kv_heads}, CUDA, torch.bfloat16, 4096)
         assert found.num_documents == 4
@@ -298,12 +304,7 @@ def test_on_a_gpu_the_real_kernel_keeps_documents_apart_and_equals_eager(name):
 @pytest.mark.parametrize("name", BOTH)
 @torch.no_grad()
 def test_on_a_gpu_a_model_is_as_near_to_fp32_as_sdpa_is(name, model):
-    if not torch.cuda.is_available():
-        pytest.skip("no GPU")
-    try:
-        backend = choose(name, CUDA, torch.bfloat16, 16)
-    except ConfigError as error:
-        pytest.skip(str(error))
+    backend = chosen_on_a_gpu(name, 16)
     model.attention = Backend("sdpa")
     exact = model(**packed_row(), return_logits=True).logits
     half = Phi3VForCausalLM(model.config).eval()

@@ -15,7 +15,7 @@ import torch
 import yaml
 from conftest import REPOSITORY, environment
 
-from phi3v_dist.model.phi3v import read_config
+from phi3v_dist.model.official_config import read_config
 from phi3v_dist.model.sources import RandomWeights
 from phi3v_dist.model.weights import OfficialFolder, write_safetensors
 

@@ -24,7 +24,7 @@ from rich.console import Console
 
 from phi3v_dist.model import Phi3VForCausalLM
 from phi3v_dist.model.backends import Backend
-from phi3v_dist.model.phi3v import read_config
+from phi3v_dist.model.official_config import read_config
 
 VARIANTS = [(case, *variant) for case in all_cases() for variant in case.variants]
 RECORDED = {"logits", "logsumexp", "token_nll", "loss", "grad_norms", "grad_samples"}

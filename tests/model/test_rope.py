@@ -15,8 +15,9 @@ from phi3v_dist import run
 from phi3v_dist.config import LongRopeRule
 from phi3v_dist.data.batch import Filling, Row, collate
 from phi3v_dist.errors import CheckpointError, ConfigError
+from phi3v_dist.model.official_config import read_config
 from phi3v_dist.model.origin import LONGROPE_KEY, ORIGIN_NAME, recorded_longrope
-from phi3v_dist.model.phi3v import Phi3VForCausalLM, read_config
+from phi3v_dist.model.phi3v import Phi3VForCausalLM
 from phi3v_dist.model.rope import LongRope
 
 RULES = get_args(LongRopeRule)

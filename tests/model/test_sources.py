@@ -13,7 +13,8 @@ from stored import write_checkpoint, write_run
 from phi3v_dist.config import Settings
 from phi3v_dist.errors import CheckpointError
 from phi3v_dist.model.build import pinned_start
-from phi3v_dist.model.phi3v import Phi3VForCausalLM, read_config
+from phi3v_dist.model.official_config import read_config
+from phi3v_dist.model.phi3v import Phi3VForCausalLM
 from phi3v_dist.model.sources import RandomWeights, TrainedWeights, initial_weights, pinned, trained_rule
 from phi3v_dist.model.weights import OfficialFolder, is_untrained, load_weights
 
@@ -143,5 +144,5 @@ def test_a_place_without_weights_is_named(tiny_model, tmp_path, make, message):
 
 def test_a_checkpoint_outside_of_a_run_folder_is_refused(tiny_model, trained, tmp_path):
     path = write_checkpoint(tmp_path / "alone", 3, trained)
-    with pytest.raises(CheckpointError, match="nothing says which model it was trained from"):
+    with pytest.raises(CheckpointError, match="nothing says which model this run began with"):
         initial_weights(tiny_model, str(path), seed=0)

@@ -11,7 +11,8 @@ from safetensors.torch import load_file
 from transformers import PreTrainedTokenizerFast
 
 from phi3v_dist.data.processor import Phi3VProcessor
-from phi3v_dist.model.phi3v import Phi3VForCausalLM, read_config
+from phi3v_dist.model.official_config import read_config
+from phi3v_dist.model.phi3v import Phi3VForCausalLM
 from phi3v_dist.model.tiny import write_tiny
 
 SENTENCES = ["A red coat, Price: 120.50", "A blue coat with a collar, Price: 99.00", "What is shown? A green coat."]

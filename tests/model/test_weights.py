@@ -9,7 +9,8 @@ from safetensors.torch import load_file, save_file
 from stored import InMemory
 
 from phi3v_dist.errors import CheckpointError
-from phi3v_dist.model.phi3v import Phi3VForCausalLM, read_config
+from phi3v_dist.model.official_config import read_config
+from phi3v_dist.model.phi3v import Phi3VForCausalLM
 from phi3v_dist.model.weights import OfficialFolder, load_weights, write_safetensors
 
 EMBEDDING = "model.embed_tokens.weight"

@@ -171,7 +171,22 @@ def run_train(folder: Path) -> dict:
         notes[f"{dtype} with a save"] = [before, train(engine, STEPS)]
         Checkpoints(folder / dtype, keep=1).load(engine, path)
         notes[f"{dtype} rolled back"] = train(engine, STEPS)
-    return notes | refusals(engine, folder)
+    return notes | weights_only(folder) | refusals(engine, folder)
+
+
+def weights_only(folder: Path) -> dict:
+    """An engine without an optimizer: what it holds is saved as it is, frozen or not."""
+    torch.manual_seed(3)
+    zero = {"stage": 3, "stage3_param_persistence_threshold": 0}
+    settings = {"train_micro_batch_size_per_gpu": 1, "bf16": {"enabled": True}, "zero_optimization": zero}
+    engine = deepspeed.initialize(model=OddSizes(0.0), config=settings)[0]
+    path = Checkpoints(folder / "weights-only", keep=1).save(engine, position(STEPS))
+    whole = {}
+    for name, param in engine.module.named_parameters():
+        with deepspeed.zero.GatheredParameters(param):
+            whole[name] = digest(param)
+    refused = refusal(lambda: Checkpoints(folder / "weights-only", keep=1).load(engine, path))
+    return {"weights only": whole, "weights only loaded": refused}
 
 
 def refusals(engine, folder: Path) -> dict:

@@ -20,7 +20,7 @@ from hypothesis import strategies as st
 
 from phi3v_dist.errors import CheckpointError
 from phi3v_dist.parallel import partitions
-from phi3v_dist.parallel.partitions import fingerprint
+from phi3v_dist.parallel.fingerprint import fingerprint
 from phi3v_dist.survive import random_state, rank_files
 from phi3v_dist.survive.checkpoint import Checkpoints, read_tensors
 from phi3v_dist.survive.manifest import read_manifest, write_manifest
@@ -239,6 +239,16 @@ def test_frozen_weights_are_not_stored_and_must_be_what_they_were(runs):
         assert "frozen.weight: frozen, and not the weights it was saved with" in report
         assert f"{fingerprints}"[2:-2] in report
         assert "`model.path`, `model.init_from` or `model.dtype` changed" in report
+
+
+def test_an_engine_without_an_optimizer_saves_its_weights_and_cannot_be_continued(runs):
+    reader = read_tensors(runs / "train-2" / "weights-only" / STEP)
+    seen = notes(runs, "train-2")
+    stored = {name: reader.stored(name) for name in reader.names if reader.specs[name].role == "trained"}
+    assert {tensor.dtype for tensor in stored.values()} == {torch.bfloat16}
+    found = {name: xxhash.xxh3_128_hexdigest(t.view(-1).view(torch.uint8).numpy()) for name, t in stored.items()}
+    assert found == seen["weights only"] and "frozen.weight" in found
+    assert all("has no optimizer, so there is nothing to continue" in report for report in seen["weights only loaded"])
 
 
 @given(st.integers(0, 40), st.lists(st.integers(0, 40), max_size=3))
