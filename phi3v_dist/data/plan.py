@@ -14,9 +14,11 @@ import copy
 import itertools
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any
 
 import numpy as np
+import xxhash
 
 from phi3v_dist.errors import DataError
 
@@ -45,6 +47,12 @@ class Lengths:
 
     def __len__(self) -> int:
         return len(self.tokens)
+
+    @cached_property
+    def digest(self) -> str:
+        """Of all that planning depends on."""
+        columns = (self.tokens, self.label_tokens, self.crops)
+        return xxhash.xxh3_64_hexdigest(b"".join(column.astype("<i4").tobytes() for column in columns))
 
 
 @dataclass(frozen=True)

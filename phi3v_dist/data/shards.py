@@ -259,6 +259,12 @@ class ShardTable:
     def __len__(self) -> int:
         return int(self.start[-1])
 
+    @cached_property
+    def digest(self) -> str:
+        """Of what the sample ids stand for: contents and order of the shards, whatever folder they lie in."""
+        parts = [f"{self.source_of_shard[shard]} {self.index(shard).digest}" for shard in range(len(self.shards))]
+        return xxhash.xxh3_64_hexdigest("\n".join(parts).encode())
+
     def locate(self, sample_id: int) -> tuple[int, int]:
         """Sample id → (shard number, sample number in it)."""
         shard = bisect.bisect_right(self.start, sample_id) - 1
