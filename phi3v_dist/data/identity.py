@@ -7,11 +7,11 @@ them, never which samples make a row, so both may change from one start of a run
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from phi3v_dist.data.order import Order
-from phi3v_dist.data.plan import Lengths, PlannedRow, Planner
+from phi3v_dist.data.plan import Lengths, Planner
 from phi3v_dist.data.shards import ShardTable
 
 Facts = Mapping[str, Any]
@@ -55,10 +55,10 @@ def differences(before: Facts, now: Facts) -> list[str]:
     return [f"{name} {before.get(name)} is now {now.get(name)}: {CAUSES[name]}" for name in names]
 
 
-def chain_rows(chain: str, rows: tuple[PlannedRow, ...]) -> str:
-    """The hash of all rows up to and with these, given that of the rows before; the same however steps are cut."""
+def chain_rows(chain: str, rows: Iterable[tuple[int, ...]]) -> str:
+    """The hash of all rows (their sample ids) up to and with these, given that of the rows before; the same however steps are cut."""
     for row in rows:
-        chain = hashlib.sha256(f"{chain} {row.sample_ids}".encode()).hexdigest()
+        chain = hashlib.sha256(f"{chain} {row}".encode()).hexdigest()
     return chain
 
 

@@ -80,13 +80,16 @@ class Accounts:
             unused: samples that this rank could not use; num_unused: those of all ranks.
             updated: whether the step changed the weights.
         """
-        self.chain = identity.chain_rows(self.chain, plan.rows)
+        rows = tuple(row.sample_ids for row in plan.rows)
+        self.chain = identity.chain_rows(self.chain, rows)
         mine = [(part.sample_id, part.reason) for part in unused if part.sample_id is not None]
         everyone = self.topology.gather(mine) if num_unused else [mine]
         if self.ledger is None or self.quarantine is None:
             return
         reasons = {sample_id: reason for share in everyone for sample_id, reason in share}
-        rows = tuple(row.sample_ids for row in plan.rows)
+        self.quarantine.add(
+            quarantine.entry_of(self.table, sample_id, reasons[sample_id], plan.number) for sample_id in sorted(reasons)
+        )
         status = {}
         for place, sample_id in enumerate(plan.sample_ids):
             if sample_id in reasons:
@@ -96,9 +99,6 @@ class Accounts:
         world_size = self.topology.world_size
         empty_rows = accumulation(self.rows_per_step, world_size) * world_size - len(rows)
         self.ledger.append(Record(plan.number, self.attempt, world_size, rows, empty_rows, status))
-        self.quarantine.add(
-            quarantine.entry_of(self.table, sample_id, reasons[sample_id], plan.number) for sample_id in sorted(reasons)
-        )
 
     def require_few_bad(self, num_bad: int, num_seen: int, at_end: bool = False) -> None:
         """Raises DataError, on all ranks alike, when `data.max_bad_frac` is passed."""
