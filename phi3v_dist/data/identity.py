@@ -52,11 +52,13 @@ def differences(before: Facts, now: Facts) -> list[str]:
     names = [name for name in CAUSES if before.get(name) != now.get(name)]
     if "shards" in names:
         names = [name for name in names if name not in ("lengths", "weights", "end", "window_samples")]
+    if not names and before.get("plan") != now.get("plan"):
+        return ["this release makes other rows from the same data: go on with the release that began the run"]
     return [f"{name} {before.get(name)} is now {now.get(name)}: {CAUSES[name]}" for name in names]
 
 
 def chain_rows(chain: str, rows: Iterable[tuple[int, ...]]) -> str:
-    """The hash of all rows (their sample ids) up to and with these, given that of the rows before; the same however steps are cut."""
+    """The hash of all rows (of sample ids) so far, given that of those before; the same however steps are cut."""
     for row in rows:
         chain = hashlib.sha256(f"{chain} {row}".encode()).hexdigest()
     return chain

@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from phi3v_dist.data import identity, ledger, quarantine
-from phi3v_dist.data.batch import Filling
 from phi3v_dist.data.ledger import Ledger, Record, Status
 from phi3v_dist.data.plan import Lengths, PlannedStep, Planner, accumulation
 from phi3v_dist.data.quarantine import Quarantine
@@ -73,17 +72,18 @@ class Accounts:
             topology, table, planner.rows_per_step, max_bad_frac, facts, state["chain"], attempt, book, listed
         )  # fmt: skip
 
-    def record(self, plan: PlannedStep, unused: Iterable[Filling], num_unused: int, updated: bool = True) -> None:
+    def record(
+        self, plan: PlannedStep, unused: Iterable[tuple[int, str]], num_unused: int, updated: bool = True
+    ) -> None:
         """Write down a finished step.
 
         Args:
-            unused: samples that this rank could not use; num_unused: those of all ranks.
+            unused: id and reason of each sample that this rank could not use; num_unused: how many all ranks had.
             updated: whether the step changed the weights.
         """
         rows = tuple(row.sample_ids for row in plan.rows)
         self.chain = identity.chain_rows(self.chain, rows)
-        mine = [(part.sample_id, part.reason) for part in unused if part.sample_id is not None]
-        everyone = self.topology.gather(mine) if num_unused else [mine]
+        everyone = self.topology.gather(list(unused)) if num_unused else []
         if self.ledger is None or self.quarantine is None:
             return
         reasons = {sample_id: reason for share in everyone for sample_id, reason in share}

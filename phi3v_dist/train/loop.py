@@ -36,7 +36,7 @@ def fit(run: Run) -> dict[str, float]:
         totals.add(result)
         totals.wall_s = clock.read_s()
         plan = _plan_of(batches)
-        accounts.record(plan, [part for batch in batches for part in batch.quarantined], result.quarantined)
+        accounts.record(plan, _unused(batches), result.quarantined)
         run.tracker.log(
             step_row(result, run.settings.data.row_length_tokens, run.topology.world_size) | totals.row(run)
         )
@@ -111,6 +111,11 @@ def _timed(loader: Iterable[list[Batch]]) -> Iterator[tuple[list[Batch], float]]
     for batches in loader:
         yield batches, time.perf_counter() - began
         began = time.perf_counter()
+
+
+def _unused(batches: list[Batch]) -> list[tuple[int, str]]:
+    """Id and reason of each sample that this rank could not use."""
+    return [(part.sample_id, part.reason) for b in batches for part in b.quarantined if part.sample_id is not None]
 
 
 def _plan_of(batches: list[Batch]) -> PlannedStep:
