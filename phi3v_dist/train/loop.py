@@ -7,11 +7,10 @@ changes. Observers get numbers and cannot change anything; the order of effects 
 import json
 import logging
 import time
-from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from phi3v_dist.data.batch import Batch
+from phi3v_dist.data.plan import PlannedStep
 from phi3v_dist.errors import DataError
 from phi3v_dist.observe.metrics import step_row
 from phi3v_dist.run import Run
@@ -29,9 +28,9 @@ def fit(run: Run) -> dict[str, float]:
     """Train to the last step, from the newest checkpoint if there is one; returns the summary."""
     totals, state = _start(run)
     clock = Clock(totals.wall_s)
-    for batches, data_s in _timed(run.loader(state)) if totals.step < run.num_steps else ():
+    for plan, batches in run.loader(state) if totals.step < run.num_steps else ():
         rates = learning_rates(totals.step + 1, run.num_steps, run.settings.train)
-        result = train_step(run.engine, batches, rates, run.topology, data_s)
+        result = train_step(run.engine, plan, batches, rates, run.topology)
         totals.add(result)
         totals.wall_s = clock.read_s()
         run.tracker.log(
@@ -40,7 +39,7 @@ def fit(run: Run) -> dict[str, float]:
         _refuse_bad_data(run, totals)
         last = totals.step == run.num_steps
         if last or totals.step % run.settings.checkpoint.every_steps == 0:
-            _save(run, totals, batches)
+            _save(run, totals, plan)
         if last:
             break
         if run.settings.eval.every_steps and totals.step % run.settings.eval.every_steps == 0:
@@ -99,14 +98,6 @@ def _start(run: Run) -> tuple[Totals, dict[str, Any] | None]:
     return Totals(**position.extra), position.loader
 
 
-def _timed(loader: Iterable[list[Batch]]) -> Iterator[tuple[list[Batch], float]]:
-    """Each step's Batches, and the seconds that training waited for them."""
-    began = time.perf_counter()
-    for batches in loader:
-        yield batches, time.perf_counter() - began
-        began = time.perf_counter()
-
-
 def _refuse_bad_data(run: Run, totals: Totals) -> None:
     limit = run.settings.data.max_bad_frac
     if totals.quarantined > max(1, limit * totals.samples):
@@ -116,10 +107,8 @@ def _refuse_bad_data(run: Run, totals: Totals) -> None:
         )
 
 
-def _save(run: Run, totals: Totals, batches: list[Batch]) -> None:
+def _save(run: Run, totals: Totals, plan: PlannedStep) -> None:
     began = time.perf_counter()
-    plan = batches[0].plan
-    assert plan is not None  # the loader's batches have one
     position = Position(
         step=totals.step, run_id=run.run_id, loader=plan.state, attempt=run.tracker.attempt, seed=run.settings.run.seed,
         config_digest=run.config_digest, extra=asdict(totals),
