@@ -5,6 +5,9 @@ python launch/prepare.py tiny --out data/tiny-phi3v             a small Phi-3-V 
 python launch/prepare.py index 'shards/train-*.tar'             index tars written elsewhere
 python launch/prepare.py weights microsoft/Phi-3.5-vision-instruct --out models/phi-3.5-vision
                                                                 fetch a model where there is a network, with digests
+python launch/prepare.py audit runs/quickstart                  was each sample trained exactly once per epoch?
+python launch/prepare.py audit runs/quickstart --step 120 --preview
+                                                                the samples of a step, and a page that shows them
 python launch/prepare.py weights --verify models/phi-3.5-vision read it again and compare
 """
 
@@ -20,7 +23,7 @@ from phi3v_dist import config
 from phi3v_dist.cli import run_script
 from phi3v_dist.config import SourceSettings
 from phi3v_dist.data.shards import ShardTable
-from phi3v_dist.errors import ConfigError
+from phi3v_dist.errors import ConfigError, DataError
 
 
 def main() -> None:
@@ -45,6 +48,15 @@ def main() -> None:
     weights.add_argument("--revision", default="main", help="branch, tag or commit; default: main")
     weights.add_argument("--verify", type=Path, metavar="FOLDER", help="read a fetched folder again and compare")
     weights.set_defaults(run=fetch_weights)
+    audit = commands.add_parser("audit", help="prove from a run's ledger that each sample was trained once per epoch")
+    audit.add_argument("run_folder", type=Path, metavar="RUN")
+    audit.add_argument("settings", nargs="*", help="key=value for what was moved since, such as model.path=…")
+    audit.add_argument("--step", type=int, help="name the samples of this step instead")
+    audit.add_argument(
+        "--preview", type=Path, nargs="?", const=Path(), metavar="HTML",
+        help="with --step: also write a page that shows them; default: RUN/step-N.html",
+    )  # fmt: skip
+    audit.set_defaults(run=audit_run)
     arguments = parser.parse_args()
     arguments.run(arguments)
 
@@ -94,6 +106,41 @@ def fetch_weights(arguments: argparse.Namespace) -> None:
         )  # fmt: skip
     else:
         raise ConfigError("give OWNER/NAME and --out FOLDER to fetch a model, or only --verify FOLDER to look at one")
+
+
+def audit_run(arguments: argparse.Namespace) -> None:
+    from phi3v_dist.data import audit, audit_report
+    from phi3v_dist.data.ledger import LEDGER_NAME, LedgerReader
+    from phi3v_dist.run import Data, plan
+
+    if arguments.preview and arguments.step is None:
+        raise ConfigError("--preview shows the samples of one step: give --step N too")
+    folder = arguments.run_folder
+    settings = audit_report.settings_of(folder, arguments.settings)
+    reader = LedgerReader(folder / LEDGER_NAME)
+    data = Data.open(settings.data.train, settings)
+    console = Console(highlight=False)
+    if arguments.step is not None:
+        record = audit.step_of(reader, arguments.step)
+        console.print(audit_report.step_table(record, data.table, data.lengths), soft_wrap=True)
+        if arguments.preview is not None:
+            from phi3v_dist.data.preview_page import write_preview
+
+            path = folder / f"step-{record.step}.html" if arguments.preview == Path() else arguments.preview
+            write_preview(path, f"{folder.name}, step {record.step}", record.sample_ids, data)
+            logging.info("%s shows them", path)
+        return
+    if settings.train.overfit_one_batch:
+        raise ConfigError("`train.overfit_one_batch` repeats one step on purpose; `--step N` names its samples")
+    planner, _ = plan(settings, data)
+    found = audit.audit(
+        reader, data.table, data.lengths, planner, audit_report.newest_head(folder), audit_report.listed_in(folder)
+    )
+    console.print(audit_report.table_of(found))
+    for line in audit_report.lines_of(found):
+        console.print(line, soft_wrap=True)
+    if found.problems:
+        raise DataError(list(found.problems))
 
 
 def cli() -> None:

@@ -22,7 +22,7 @@ import yaml
 
 from phi3v_dist import config
 from phi3v_dist.config import Settings, SourceSettings
-from phi3v_dist.data import outcomes
+from phi3v_dist.data import outcomes, quarantine
 from phi3v_dist.data.fetch import Fetcher
 from phi3v_dist.data.fit import FitPolicy
 from phi3v_dist.data.lengths import measure
@@ -42,6 +42,7 @@ from phi3v_dist.parallel import zero
 from phi3v_dist.parallel.topology import Topology
 from phi3v_dist.survive.checkpoint import Checkpoints
 from phi3v_dist.survive.durable import write_durably
+from phi3v_dist.train.accounts import Accounts
 from phi3v_dist.train.optim import build_optimizer
 
 PACKAGES = ("torch", "transformers", "deepspeed", "webdataset", "wandb", "phi3v-dist")
@@ -102,6 +103,13 @@ class Run:
     def config_digest(self) -> str:
         return hashlib.sha256(json.dumps(self.resolved, sort_keys=True).encode()).hexdigest()[:16]
 
+    def accounts(self, state: dict[str, Any] | None) -> Accounts:
+        """Ledger and quarantine, from a checkpoint's state on; None: from the beginning."""
+        return Accounts.open(
+            self.folder, self.topology, self.train.table, self.train.lengths, self.planner,
+            self.settings.data.max_bad_frac, self.tracker.attempt, state,
+        )  # fmt: skip
+
     def loader(self, state: dict[str, Any] | None) -> Loader:
         """Batches from where `state` says the run goes on; None: from the beginning."""
         data, topology = self.settings.data, self.topology
@@ -134,7 +142,20 @@ def problems(settings: Settings, world_size: int) -> list[str]:
             data = Data.open(sources, settings) if sources else None
             if data and not data.usable(settings.data.row_length_tokens):
                 found.append(f"`data.{side}` is empty: {len(data.table)} samples, {data.why_left_out()}")
+            elif data and side == "train":
+                found += _too_many_unusable(data, settings.data.max_bad_frac)
     return found
+
+
+def _too_many_unusable(data: Data, limit_frac: float) -> list[str]:
+    """Damage that is known before the first step. Samples that `data.fit` leaves out are no damage."""
+    bad = list(quarantine.unusable(data.table, data.lengths))
+    if not quarantine.too_many(len(bad), len(data.table), limit_frac, at_end=True):
+        return []
+    return [
+        f"`data.train`: {len(bad)} of {len(data.table)} samples cannot be used, more than `data.max_bad_frac` "
+        f"{limit_frac:g}; {quarantine.summarize(bad)}. Mend the shards, or raise the limit"
+    ]
 
 
 def build(settings: Settings, topology: Topology) -> Run:

@@ -8,10 +8,9 @@ from the ids, never taken from the source, so that a mistake of template, tokeni
     [image 1: …]   a picture
 """
 
-import unicodedata
 from collections.abc import Iterator
 from itertools import groupby
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 from rich.text import Text
 from transformers import PreTrainedTokenizerFast
@@ -19,33 +18,46 @@ from transformers import PreTrainedTokenizerFast
 from phi3v_dist.data.batch import Example
 from phi3v_dist.model.attention import IGNORE
 from phi3v_dist.model.vision import num_crops_of
+from phi3v_dist.printable import printable
 
 TRAINED, UNTRAINED, TEMPLATE = "green", "dim", "cyan"
 LEGEND = f"[{TRAINED}]⟦trained⟧[/] [{UNTRAINED}]not trained[/] [{TEMPLATE}]\\[template][/]"  # rich markup
 
 
-class _Stretch(NamedTuple):
-    """Ids that are shown together. picture: its number; 0 for text."""
+class Stretch(NamedTuple):
+    """Neighbouring tokens that are shown alike. `text` has no control character but line breaks."""
 
-    ids: list[int]
+    text: str
     trained: bool
-    picture: int
-    is_template: bool
+    kind: Literal["words", "template", "picture"]
+
+
+def stretches(example: Example, tokenizer: PreTrainedTokenizerFast) -> Iterator[Stretch]:
+    """The whole example, in order: runs of words, single tokens of the template, and pictures."""
+    pairs = zip(example.input_ids.tolist(), example.labels.tolist(), strict=True)
+    special = tokenizer.added_tokens_decoder  # words of the data never have these ids (chat.py)
+    keyed = groupby(pairs, key=lambda pair: (pair[1] != IGNORE, max(0, -pair[0]), pair[0] in special))
+    for (trained, picture, is_template), group in keyed:
+        ids = [token_id for token_id, _ in group]
+        if picture:
+            yield Stretch(_picture_mark(example, picture, len(ids)), trained, "picture")
+        elif is_template:
+            yield from (Stretch(token, trained, "template") for token in tokenizer.convert_ids_to_tokens(ids))
+        else:
+            yield Stretch(printable(str(tokenizer.decode(ids)), keep="\n"), trained, "words")
 
 
 def render(example: Example, tokenizer: PreTrainedTokenizerFast) -> Text:
     """The whole example, line breaks as line breaks."""
     text = Text()
-    for trained, stretches in groupby(_stretches(example, tokenizer), key=lambda stretch: stretch.trained):
+    for trained, group in groupby(stretches(example, tokenizer), key=lambda stretch: stretch.trained):
         text.append("⟦" if trained else "", TRAINED)
-        for stretch in stretches:
-            if stretch.picture:
-                text.append(_picture_mark(example, stretch.picture, len(stretch.ids)), TEMPLATE)
-            elif stretch.is_template:
-                marks = "".join(f"[{token}]" for token in tokenizer.convert_ids_to_tokens(stretch.ids))
-                text.append(marks, f"bold {TRAINED}" if trained else TEMPLATE)
+        for stretch in group:
+            if stretch.kind == "words":
+                text.append(stretch.text, TRAINED if trained else UNTRAINED)
             else:
-                text.append(_visible(str(tokenizer.decode(stretch.ids))), TRAINED if trained else UNTRAINED)
+                bold = f"bold {TRAINED}" if trained and stretch.kind == "template" else TEMPLATE
+                text.append(f"[{stretch.text}]", bold)
         text.append("⟧" if trained else "", TRAINED)
     return text
 
@@ -55,22 +67,6 @@ def trained_share(trained: int, tokens: int) -> str:
     return f"{trained:,} of {tokens:,} tokens trained ({100 * trained / max(1, tokens):.1f} %)"
 
 
-def _stretches(example: Example, tokenizer: PreTrainedTokenizerFast) -> Iterator[_Stretch]:
-    pairs = zip(example.input_ids.tolist(), example.labels.tolist(), strict=True)
-    special = tokenizer.added_tokens_decoder  # words of the data never have these ids (chat.py)
-    keyed = groupby(pairs, key=lambda pair: (pair[1] != IGNORE, max(0, -pair[0]), pair[0] in special))
-    for (trained, picture, is_template), stretch in keyed:
-        yield _Stretch([token_id for token_id, _ in stretch], trained, picture, is_template)
-
-
 def _picture_mark(example: Example, number: int, num_tokens: int) -> str:
     height, width = example.image_sizes[number - 1].tolist()
-    return f"[image {number}: {num_tokens:,} tokens, {width}x{height} px, {num_crops_of(height, width)} crops]"
-
-
-def _visible(words: str) -> str:
-    """Control characters and the like spelled out, so that none of them reaches the terminal."""
-    return "".join(
-        char if char == "\n" or unicodedata.category(char)[0] != "C" else char.encode("unicode_escape").decode()
-        for char in words
-    )
+    return f"image {number}: {num_tokens:,} tokens, {width}x{height} px, {num_crops_of(height, width)} crops"

@@ -10,12 +10,11 @@ import time
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from phi3v_dist.data.plan import PlannedStep
-from phi3v_dist.errors import DataError
 from phi3v_dist.observe.metrics import step_row
 from phi3v_dist.run import Run
 from phi3v_dist.survive.checkpoint import Position
 from phi3v_dist.survive.durable import write_durably
+from phi3v_dist.train.accounts import Accounts, plan_state
 from phi3v_dist.train.optim import learning_rates
 from phi3v_dist.train.step import StepResult, train_step
 
@@ -26,24 +25,28 @@ log = logging.getLogger(__name__)
 
 def fit(run: Run) -> dict[str, float]:
     """Train to the last step, from the newest checkpoint if there is one; returns the summary."""
-    totals, state = _start(run)
+    totals, state, accounts = _start(run)
     clock = Clock(totals.wall_s)
     for plan, batches in run.loader(state) if totals.step < run.num_steps else ():
         rates = learning_rates(totals.step + 1, run.num_steps, run.settings.train)
         result = train_step(run.engine, plan, batches, rates, run.topology)
         totals.add(result)
         totals.wall_s = clock.read_s()
+        unused = [(part.sample_id, part.reason) for part in result.left_out if part.sample_id is not None]
+        accounts.record(plan, unused, result.quarantined)
         run.tracker.log(
             step_row(result, run.settings.data.row_length_tokens, run.topology.world_size) | totals.row(run)
         )
-        _refuse_bad_data(run, totals)
+        accounts.require_few_bad(totals.quarantined, totals.samples)
         last = totals.step == run.num_steps
         if last or totals.step % run.settings.checkpoint.every_steps == 0:
-            _save(run, totals, plan)
+            _save(run, totals, accounts.state(plan))
         if last:
             break
         if run.settings.eval.every_steps and totals.step % run.settings.eval.every_steps == 0:
             _evaluate(run, totals.step, run.settings.eval.samples)
+    accounts.require_few_bad(totals.quarantined, totals.samples, at_end=run.planner.end is not None)
+    accounts.close()
     totals.wall_s = clock.read_s()
     return _finish(run, totals)
 
@@ -85,32 +88,24 @@ class Totals:
         }
 
 
-def _start(run: Run) -> tuple[Totals, dict[str, Any] | None]:
-    """Open the sinks and go back to the newest checkpoint: what was done, and where the data goes on."""
+def _start(run: Run) -> tuple[Totals, dict[str, Any] | None, Accounts]:
+    """Open the sinks and go back to the newest checkpoint: what was done, where the data goes on, and the books."""
     run.tracker.start(run.resolved)
     newest = run.checkpoints.newest()
-    if newest is None:
-        return Totals(), None
-    position = run.checkpoints.load(run.engine, newest)
+    position = run.checkpoints.load(run.engine, newest) if newest else None
+    accounts = run.accounts(position.loader if position else None)
+    if position is None:
+        return Totals(), None, accounts
     log.info("continuing from %s, step %d of %d", newest, position.step, run.num_steps)
     if position.config_digest != run.config_digest:
         log.warning("the settings are not those that %s was saved with; compare %s", newest, run.folder / "config.yaml")
-    return Totals(**position.extra), position.loader
+    return Totals(**position.extra), plan_state(position.loader), accounts
 
 
-def _refuse_bad_data(run: Run, totals: Totals) -> None:
-    limit = run.settings.data.max_bad_frac
-    if totals.quarantined > max(1, limit * totals.samples):
-        raise DataError(
-            f"step {totals.step}: {totals.quarantined} of {totals.samples} samples could not be used, more than "
-            f"`data.max_bad_frac` {limit}; each is named in a warning above. Mend the shards, or raise the limit"
-        )
-
-
-def _save(run: Run, totals: Totals, plan: PlannedStep) -> None:
+def _save(run: Run, totals: Totals, data_state: dict[str, Any]) -> None:
     began = time.perf_counter()
     position = Position(
-        step=totals.step, run_id=run.run_id, loader=plan.state, attempt=run.tracker.attempt, seed=run.settings.run.seed,
+        step=totals.step, run_id=run.run_id, loader=data_state, attempt=run.tracker.attempt, seed=run.settings.run.seed,
         config_digest=run.config_digest, extra=asdict(totals),
     )  # fmt: skip
     run.checkpoints.save(run.engine, position)
