@@ -7,9 +7,9 @@ exactly as upstream, which does none of it. The plan counts tokens by the header
 What is refused: pictures that are not whole, that would need more memory than `MAX_PIXELS` allows (found from the
 header), and pixels without a known range (floating point, 32 bits). Of animations the first frame is taken.
 
-JPEG decoders warn of damage and of harmless oddities alike, and then fill up with grey. Harmless, by trial on files cut,
-flipped and padded at every place: bytes between the segments of the header, nonsense in the segments that say nothing of
-pixels, and up to `SPARE_BYTES` between the last pixel and the end mark. Whatever else is warned of is damage.
+JPEG decoders warn of damage and of harmless oddities alike, and then fill up with grey. Harmless, by trial on files
+cut, flipped and padded at every place: bytes between the segments of the header, nonsense in the segments that say
+nothing of pixels, up to `SPARE_BYTES` between the last pixel and the end mark. All else that is warned of is damage.
 """
 
 import io
@@ -27,8 +27,8 @@ IMAGE_SUFFIXES = ("jpg", "jpeg", "png", "webp", "bmp", "gif", "tif", "tiff", "pp
 IMAGE_FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "PPM")  # no EPS: Pillow would start Ghostscript
 ALPHA_BACKGROUND = (255, 255, 255)
 
-# Decoding one picture may take about 0.9 GB: JPEGs need 3 bytes a pixel, progressive ones 6, what Pillow decodes 6 to 26
-# (measured). Photos of 108 MP and A4 pages of 600 dpi are let in; no crop is ever cut from more than 7 MP.
+# Decoding one picture may take about 0.9 GB: JPEGs need 3 bytes a pixel, progressive ones 6, what Pillow decodes 6 to
+# 26 (measured). Photos of 108 MP and A4 pages of 600 dpi are let in; no crop is ever cut from more than 7 MP.
 MAX_JPEG_PIXELS = 1 << 27
 MAX_PIXELS = 36_000_000
 
@@ -147,14 +147,13 @@ def _orientation(file: Image.Image, data: bytes) -> int:
 
 def _rgb(picture: Image.Image) -> UInt8[np.ndarray, "height width 3"]:
     picture.load()
-    if (
-        picture.mode == "F"
-        or picture.mode == "I"
-        and not 0 <= picture.getextrema()[0] <= picture.getextrema()[1] < 1 << 16
-    ):
-        raise ValueError("its pixels are floating-point or 32-bit numbers of no known range; store 8 or 16 bits")
     if picture.mode.startswith("I"):  # 16-bit grey; upstream clips at 255, which leaves nearly all white
-        return np.repeat((np.asarray(picture).clip(0, 65535) >> 8).astype(np.uint8)[..., None], 3, axis=2)
+        grey = np.asarray(picture)
+        if grey.min() < 0 or grey.max() > 65535:
+            raise ValueError("its pixels are 32-bit numbers of no known range; store 8 or 16 bits")
+        return np.repeat((grey >> 8).astype(np.uint8)[..., None], 3, axis=2)
+    if picture.mode == "F":
+        raise ValueError("its pixels are floating-point numbers of no known range; store 8 or 16 bits")
     if picture.has_transparency_data:
         picture = picture if picture.mode == "RGBA" else picture.convert("RGBA")
         picture = Image.alpha_composite(Image.new("RGBA", picture.size, ALPHA_BACKGROUND), picture)

@@ -10,8 +10,8 @@ A sample is `KEY.json` (or `KEY.txt`) and its pictures. The JSON either holds `m
                   {"role": "assistant", "content": "…"}]}
 
 or is any object, and the source's `prompt` and `answer` templates say what to make of its fields. Pictures that no part
-names come first in the first user turn, in the tar's order. A part `{"type": "image_url", "image_url": {"url": "0.jpg"}}`
-shows a picture of the sample as well; nothing is ever fetched from an address.
+names come first in the first user turn, in the tar's order. `{"type": "image_url", "image_url": {"url": "0.jpg"}}` shows
+a picture of the sample as well; nothing is ever fetched from an address.
 """
 
 import json
@@ -202,4 +202,5 @@ def _shown_picture(part: Mapping[str, Any], image_names: list[str], next_image: 
             f"a turn shows the picture at {name[:60]!r}, which is not in the shard: nothing is fetched in training. "
             "`launch/prepare.py import` fetches pictures into shards"
         )
-    raise ValueError(f"a turn shows picture {str(name)[:60]!r}; the sample has: {', '.join(image_names) or 'none'}")
+    shown = "one more picture" if name is None else f"picture {str(name)[:60]!r}"
+    raise ValueError(f"a turn shows {shown}; the sample has: {', '.join(image_names) or 'none'}")
