@@ -29,7 +29,7 @@ from phi3v_dist.model.attention import IGNORE
 from phi3v_dist.model.vision import CROP_SIZE, Normalization
 
 # Part of `digest`: count up when the same turns come to give other ids, so that stored lengths are measured again.
-ENCODING_VERSION = 1
+ENCODING_VERSION = 2
 _PLACEHOLDER = re.compile(r"<\|image_(\d+)\|>")
 
 
