@@ -11,17 +11,25 @@ import time
 from collections.abc import Callable
 
 from phi3v_dist.errors import Phi3VError
+from phi3v_dist.printable import printable
 
 LAST_WORD_S = 5.0  # enough for rank 0 to print
+
+
+class _OwnLines(logging.Formatter):
+    """No message, whatever name of a file or sample is in it, looks like a line of the log or moves the cursor."""
+
+    def formatMessage(self, record: logging.LogRecord) -> str:  # noqa: N802  # the library's name
+        record.message = printable(record.message, keep="\n\t").replace("\n", "\n    ")
+        return super().formatMessage(record)
 
 
 def run_script(main: Callable[[], None]) -> None:
     """Run `main`; exit 0, or with the error's own code after its report on stderr."""
     rank = int(os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0")))
-    logging.basicConfig(
-        level=logging.INFO if rank == 0 else logging.WARNING,
-        format=f"%(asctime)s [{rank}] %(message)s", datefmt="%H:%M:%S", stream=sys.stdout, force=True,
-    )  # fmt: skip
+    handler = logging.StreamHandler(sys.stdout)
+    handler.setFormatter(_OwnLines(f"%(asctime)s [{rank}] %(message)s", datefmt="%H:%M:%S"))
+    logging.basicConfig(level=logging.INFO if rank == 0 else logging.WARNING, handlers=[handler], force=True)
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
     try:
         main()

@@ -93,7 +93,7 @@ class SourceSettings(Section):
     answer: str | None = None
     """As `prompt`, for what the model should say."""
     system: str | None = None
-    """As `prompt`, for an optional system turn."""
+    """As `prompt`, for an optional system turn; put before `messages` too, unless they begin with one of their own."""
 
 
 class DataSettings(Section):

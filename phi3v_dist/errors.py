@@ -7,6 +7,8 @@ Every class here is raised with a message that says what was attempted, on what,
 
 from collections.abc import Sequence
 
+from phi3v_dist.printable import printable
+
 
 class Phi3VError(Exception):
     """Base of all errors for people. `problems` holds one message each, so that several can be shown at once."""
@@ -22,7 +24,8 @@ class Phi3VError(Exception):
         """The text a launch script prints: a count and one bullet per problem."""
         count = len(self.problems)
         head = f"{self.kind}: {count} problem{'s' if count != 1 else ''}"
-        return "\n".join([head, *(f"  - {problem}" for problem in self.problems)])
+        shown = (printable(problem, keep="\n").replace("\n", "\n    ") for problem in self.problems)
+        return "\n".join([head, *(f"  - {problem}" for problem in shown)])
 
 
 class ConfigError(Phi3VError):

@@ -68,6 +68,9 @@ class Filling:
 class Batch:
     """What one rank feeds forward: one flat row.
 
+    The loader writes crops to memory that it uses again: `pixel_values` holds until the next Batch is asked for.
+    Whoever keeps a Batch longer copies them.
+
     input_ids: int64; picture positions are negative. position_ids: int64, 0 again at every document.
     labels: int64, not shifted; -100 where nothing is learned.
     pixel_values: real crops in prompt order; if there is none, one crop of zeros, whose features no position takes,
@@ -115,8 +118,15 @@ def collate(
     plan: PlannedStep | None = None,
     normalization: Normalization | None = None,
     num_vision_chunks: int | None = None,
+    slot: Crops | None = None,
 ) -> Batch:
-    """Lay a row's parts one after another. `normalization` comes with fast crops, and only with them."""
+    """Lay a row's parts one after another.
+
+    Args:
+        normalization: comes with fast crops, and only with them.
+        slot: memory with room for all crops of the row, and for one; where they lie in it already, in their order,
+            nothing is copied. None: fresh memory.
+    """
     dtype = torch.float32 if normalization is None else torch.uint8
     ids, labels, lengths, pixels, sizes = [], [], [], [], []
     for part in row.parts:
@@ -130,13 +140,14 @@ def collate(
             sizes.append(part.image_sizes)
         lengths.append(len(ids[-1]))
     assert all(crops.dtype == dtype for crops in pixels)  # a run has one kind of crops
-    dummy = torch.zeros(1, 3, CROP_SIZE, CROP_SIZE, dtype=dtype)
+    if slot is None:
+        slot = torch.empty(max(1, sum(map(len, pixels))), 3, CROP_SIZE, CROP_SIZE, dtype=dtype)
     labels_row = torch.cat(labels)
     return Batch(
         input_ids=torch.cat(ids)[None],
         position_ids=torch.cat([torch.arange(n) for n in lengths])[None],
         labels=labels_row[None],
-        pixel_values=torch.cat(pixels) if any(map(len, pixels)) else dummy,
+        pixel_values=_close_up(pixels, slot),
         image_sizes=torch.cat(sizes) if sizes else torch.zeros(0, 2, dtype=torch.int64),
         layout=Layout.of(lengths, labels_row),
         normalization=normalization,
@@ -144,3 +155,14 @@ def collate(
         plan=plan,
         quarantined=tuple(part for part in row.parts if isinstance(part, Filling) and part.sample_id is not None),
     )
+
+
+def _close_up(pixels: list[Tensor], slot: Tensor) -> Tensor:
+    """The crops one after another from the slot's beginning; a quarantined picture leaves a gap where it was to be."""
+    end = 0
+    for crops in pixels:
+        place = slot[end : end + len(crops)]
+        if place.data_ptr() != crops.data_ptr():
+            place.copy_(crops.clone())  # the two may overlap
+        end += len(crops)
+    return slot[:end] if end else slot[:1].zero_()

@@ -1,30 +1,34 @@
 """Planned steps → this rank's Batches, decoded ahead by threads.
 
-What comes in: a planner, a decoder, and which consumer this rank is. What goes out: one list of Batches per optimizer
-step, one Batch per micro-step, as many on every rank. Surprise: the threads hold no state and draw no random number;
-results are placed by the plan. So the state of the whole loader is the plan's own state after the last finished step,
-and work in flight is simply thrown away.
+What comes in: a planner, a decoder, and which consumer this rank is. What goes out: for each optimizer step its plan
+and one Batch per micro-step, as many on every rank. Surprise: the threads hold no state and draw no random number;
+results are placed by the plan, crops straight into the memory of their Batch. So the state of the whole loader is the
+plan's own state after the last finished step, and work in flight is simply thrown away.
 
 A sample that cannot be decoded is replaced by filling of the same length: the plan does not move, the sample is named
 in the log, and the run stops when more than `max_bad_frac` of all samples seen were bad (the loop counts, over all
 ranks).
 """
 
+import itertools
 import logging
 from collections import deque
 from collections.abc import Iterable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future
 from dataclasses import dataclass
+from functools import partial
 
-import cv2
+import torch
 
-from phi3v_dist.data.batch import Batch, Example, Filling, Row, collate
+from phi3v_dist.data.batch import Batch, Crops, Example, Filling, Row, collate
 from phi3v_dist.data.crops import CropMode
 from phi3v_dist.data.fetch import Fetcher
 from phi3v_dist.data.plan import Lengths, PlannedRow, PlannedStep, assign, num_vision_chunks
+from phi3v_dist.data.pool import DecodePool
 from phi3v_dist.data.processor import Phi3VProcessor
 from phi3v_dist.data.samples import BadSample, Sample, decode_sample
 from phi3v_dist.data.shards import ShardTable
+from phi3v_dist.data.slots import Slot, Slots
 from phi3v_dist.model.vision import Normalization
 
 EMPTY_ROW_TOKENS = 8  # as short as is comfortable; its only purpose is to take part in collectives
@@ -59,10 +63,13 @@ class Decoder:
         path, source_name = str(self.table.shards[shard]), self.table.source_name(shard)
         return decode_sample(sample_id, path, index.key(number), source_name, source, parts, names)
 
-    def example(self, sample_id: int, planned_tokens: int) -> Example:
-        """The encoded sample. Raises BadSample, also when its length is not what was planned."""
+    def example(self, sample_id: int, planned_tokens: int, out: Crops | None = None) -> Example:
+        """The encoded sample, its crops written to `out` where that is given (`Phi3VProcessor.encode`).
+
+        Raises BadSample, also when its length is not what was planned.
+        """
         sample = self.sample(sample_id)
-        example = self.processor.encode(sample, self.crops)
+        example = self.processor.encode(sample, self.crops, out)
         if len(example.input_ids) != planned_tokens:
             reason = f"it has {len(example.input_ids)} tokens, the plan says {planned_tokens}; delete its lengths file"
             raise BadSample(sample.shard, sample.key, reason)
@@ -71,10 +78,15 @@ class Decoder:
 
 @dataclass(frozen=True)
 class Loader:
-    """Iterates over optimizer steps.
+    """Iterates over optimizer steps: each is its plan, and this rank's Batches as they are asked for.
+
+    A Batch's crops hold until the next one is asked for (`Batch`). Batches of a step that nobody asked for are passed
+    over when the next step is.
 
     steps: the plan, from where the run goes on.
     consumer, num_consumers: which of the equal takers of rows this rank is.
+    micro_steps: Batches in a step.
+    prefetch_rows: decoded ahead of the one in use, in this step and the next ones; memory is bounded by them.
     vision_chunk_crops: most crops the vision tower takes in one call when it checkpoints; None: no limit.
     """
 
@@ -88,35 +100,63 @@ class Loader:
     prefetch_rows: int
     vision_chunk_crops: int | None = None
 
-    def __iter__(self) -> Iterator[list[Batch]]:
-        steps_ahead = max(1, self.prefetch_rows // self.micro_steps)
-        pending: deque[list[Future[Batch]]] = deque()
-        # OpenCV would start threads of its own for each picture; these are enough.
-        pool = ThreadPoolExecutor(self.num_workers, "decode", initializer=cv2.setNumThreads, initargs=(1,))
-        try:
-            for step in self.steps:
-                table = assign(step, self.num_consumers, self.micro_steps)
-                pending.append([pool.submit(self._batch, micro_step, step) for micro_step in table])
-                if len(pending) > steps_ahead:
-                    yield [future.result() for future in pending.popleft()]
-            while pending:
-                yield [future.result() for future in pending.popleft()]
-        finally:
-            pool.shutdown(wait=True, cancel_futures=True)
+    def __iter__(self) -> Iterator[tuple[PlannedStep, Iterator[Batch]]]:
+        steps, steps_ahead = itertools.tee(self.steps)
+        with DecodePool(self.num_workers, lambda sample_id: self.decoder.table.sample_name(sample_id)) as pool:
+            batches = self._batches(steps_ahead, pool)
+            for step in steps:
+                of_step = itertools.islice(batches, self.micro_steps)
+                yield step, of_step
+                deque(of_step, maxlen=0)
 
-    def _batch(self, micro_step: list[PlannedRow | None], step: PlannedStep) -> Batch:
+    def _batches(self, steps: Iterable[PlannedStep], pool: DecodePool) -> Iterator[Batch]:
+        """One for each micro-step; while one is in use, `prefetch_rows` are being decoded."""
+        slots = Slots(torch.uint8 if self.decoder.normalization else torch.float32)
+        rows = (
+            self._start(step, micro_step, pool, slots)
+            for step in steps
+            for micro_step in assign(step, self.num_consumers, self.micro_steps)
+        )
+        ahead = deque(itertools.islice(rows, self.prefetch_rows))
+        while ahead:
+            ahead.extend(itertools.islice(rows, 1))
+            row = ahead.popleft()
+            yield self._finish(row, pool)
+            slots.give_back(row.slot)
+
+    def _start(
+        self, step: PlannedStep, micro_step: list[PlannedRow | None], pool: DecodePool, slots: Slots
+    ) -> "_RowAhead":
         planned = micro_step[self.consumer]
-        parts: tuple[Example | Filling, ...] = (Filling(EMPTY_ROW_TOKENS),)
-        if planned is not None:
-            parts = tuple(self._part(sample_id) for sample_id in planned.sample_ids)
-        num_chunks = num_vision_chunks(micro_step, self.vision_chunk_crops)
-        pad_id = self.decoder.processor.tokenizer.pad_token_id
-        return collate(Row(parts), pad_id, step, self.decoder.normalization, num_chunks)
+        slot = slots.take(planned.crops if planned else 0)
+        sample_ids = planned.sample_ids if planned else ()
+        borders = [0, *itertools.accumulate(int(self.lengths.crops[sample_id]) for sample_id in sample_ids)]
+        parts = [
+            pool.submit(sample_id, partial(self._part, sample_id, slot, begin, end))
+            for sample_id, (begin, end) in zip(sample_ids, itertools.pairwise(borders), strict=True)
+        ]
+        return _RowAhead(step, num_vision_chunks(micro_step, self.vision_chunk_crops), slot, parts)
 
-    def _part(self, sample_id: int) -> Example | Filling:
+    def _part(self, sample_id: int, slot: Slot, begin: int, end: int) -> Example | Filling:
         planned_tokens = int(self.lengths.tokens[sample_id])
         try:
-            return self.decoder.example(sample_id, planned_tokens)
+            slot.wait()
+            return self.decoder.example(sample_id, planned_tokens, slot.crops[begin:end])
         except BadSample as error:
             log.warning("quarantined: %s", error)
             return Filling(planned_tokens, sample_id, f"{error.shard}:{error.key}", error.reason)
+
+    def _finish(self, row: "_RowAhead", pool: DecodePool) -> Batch:
+        parts = tuple(pool.result(part) for part in row.parts) or (Filling(EMPTY_ROW_TOKENS),)
+        pad_id = self.decoder.processor.tokenizer.pad_token_id
+        return collate(Row(parts), pad_id, row.step, self.decoder.normalization, row.num_chunks, row.slot.crops)
+
+
+@dataclass(frozen=True)
+class _RowAhead:
+    """A row whose samples are being decoded into its slot."""
+
+    step: PlannedStep
+    num_chunks: int
+    slot: Slot
+    parts: list["Future[Example | Filling]"]

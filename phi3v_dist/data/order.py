@@ -9,17 +9,22 @@ read together but not trained together. Both permutations are 4-round Feistel ne
 Rogaway, "Ciphers with arbitrary finite domains", 2002), keyed by (seed, source, epoch).
 """
 
+import heapq
 from collections.abc import Sequence
-from functools import lru_cache
+from dataclasses import dataclass
+from functools import cached_property, lru_cache
+from itertools import count
 
 import numpy as np
 import xxhash
 
 from phi3v_dist.data.shards import ShardTable
 
+ORDER_FORMAT = 2  # counts changes to the rules below: another order from the same seed
 SHARDS_PER_WINDOW = 16
-WEIGHT_SCALE = 1_000_000_000  # what weights add up to as whole numbers: position x share still fits into 63 bits
+WEIGHT_SCALE = 1_000_000_000  # what weights add up to as whole numbers: 2 x position x share still fits into 63 bits
 ROUNDS = 4
+GOLDEN = np.uint64(0x9E3779B97F4A7C15)  # splitmix64's step from one key to the next
 
 
 def derive_key(*parts: int | str) -> int:
@@ -27,31 +32,33 @@ def derive_key(*parts: int | str) -> int:
     return xxhash.xxh3_64_intdigest("/".join(map(str, parts)).encode())
 
 
-def permute(values: np.ndarray, size: int, key: int) -> np.ndarray:
-    """A keyed permutation of 0 … size-1, applied to `values` (any integers in that range)."""
-    if size <= 1:
-        return values.copy()
-    half_bits = max(1, ((size - 1).bit_length() + 1) // 2)
-    mask = np.uint64((1 << half_bits) - 1)
-    shift = np.uint64(half_bits)
-    round_keys = [np.uint64(derive_key(key, i)) for i in range(ROUNDS)]
+def permute(values: np.ndarray, size: int | np.ndarray, key: int | np.ndarray) -> np.ndarray:
+    """A keyed permutation of 0 … size-1, applied to `values` (any integers in that range).
+
+    size, key: for all values, or an array with one for each.
+    """
+    sizes = np.broadcast_to(np.asarray(size, np.uint64), values.shape)
+    keys = np.broadcast_to(np.asarray(key, np.uint64), values.shape)
+    _, bits = np.frexp((sizes - np.uint64(1)).astype(np.float64))  # of the largest value; exact below 2⁵³
+    shifts = np.maximum((bits + 1) // 2, 1).astype(np.uint64)
     result = values.astype(np.uint64)
-    walking = np.ones(len(result), bool)
-    while walking.any():  # the network permutes a power of 4; walk on until inside 0 … size-1
-        block = result[walking]
+    walking = np.arange(len(result))
+    while len(walking):  # the network permutes a power of 4; walk on until inside 0 … size-1
+        block, shift, round_key = result[walking], shifts[walking], keys[walking]
+        mask = (np.uint64(1) << shift) - np.uint64(1)
         left, right = block >> shift, block & mask
-        for round_key in round_keys:
-            left, right = right, left ^ (_mix(right ^ round_key) & mask)
+        for _ in range(ROUNDS):
+            round_key = round_key + GOLDEN
+            left, right = right, left ^ (_mix(right ^ _mix(round_key)) & mask)
         result[walking] = (left << shift) | right
-        walking = result >= np.uint64(size)
+        walking = walking[result[walking] >= sizes[walking]]
     return result.astype(np.int64)
 
 
 def _mix(values: np.ndarray) -> np.ndarray:
     """The finaliser of splitmix64: every input bit reaches every output bit."""
-    with np.errstate(over="ignore"):
-        values = (values ^ (values >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-        values = (values ^ (values >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    values = (values ^ (values >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    values = (values ^ (values >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
     return values ^ (values >> np.uint64(31))
 
 
@@ -67,12 +74,22 @@ class Order:
             self.shares = [max(1, round((weight or 1.0) / whole * WEIGHT_SCALE)) for weight in weights]
         else:
             self.shares = [source.num_samples for source in self.sources]
+        self.mixture = mixture(self.shares)
         self.num_samples = sum(source.num_samples for source in self.sources)
+
+    @cached_property
+    def digest(self) -> str:
+        """Of all that decides the stream: seed, shares, the shards' sizes, and the rules here."""
+        rules = [ORDER_FORMAT, SHARDS_PER_WINDOW, ROUNDS, self.seed, self.shares]
+        digest = xxhash.xxh3_64(repr(rules))
+        for source in self.sources:
+            digest.update(np.ascontiguousarray(np.stack([source.first_id, source.sizes]), "<i8"))
+        return digest.hexdigest()
 
     def sample_ids(self, begin: int, end: int) -> np.ndarray:
         """Sample ids at positions begin … end-1 of the run."""
         positions = np.arange(begin, end)
-        sources, places = mix(positions, self.shares)
+        sources, places = mix(positions, self.mixture)
         ids = np.empty(len(positions), np.int64)
         for number, source in enumerate(self.sources):
             chosen = sources == number
@@ -80,28 +97,49 @@ class Order:
         return ids
 
 
-def mix(positions: np.ndarray, shares: Sequence[int]) -> tuple[np.ndarray, np.ndarray]:
-    """Position of the run → (source, position in that source), with every prefix mixed by the shares.
+@dataclass(frozen=True)
+class Mixture:
+    """Sources that are mixed two by two: a tree, whose leaves are numbers of sources."""
 
-    Source by source: it takes the positions at which floor(k · share / rest) grows, and hands the others on.
+    share: int
+    source: int = -1
+    parts: "tuple[Mixture, Mixture] | None" = None
+
+
+def mixture(shares: Sequence[int]) -> Mixture:
+    """The two smallest become one, again and again (Huffman, 1952), so that errors of a split halve further down."""
+    order = count()  # decides between equal shares
+    heap = [(share, next(order), Mixture(share, source)) for source, share in enumerate(shares)]
+    heapq.heapify(heap)
+    while len(heap) > 1:
+        (small, _, one), (large, _, other) = heapq.heappop(heap), heapq.heappop(heap)
+        heapq.heappush(heap, (small + large, next(order), Mixture(small + large, parts=(one, other))))
+    return heap[0][2]
+
+
+def mix(positions: np.ndarray, mixture: Mixture) -> tuple[np.ndarray, np.ndarray]:
+    """Position of the run → (source, position in that source).
+
+    At every split one side takes the positions at which round(position · share) grows, and the other the rest. So a
+    source's count in any prefix is off its share by at most a half with two sources, by less than 1 with three, and by
+    less than 1.7 with any number: half the sum over a leaf's ancestors of its share in theirs, which is largest when
+    shares are as Fibonacci's numbers. (Measured: 1.34.)
     """
-    sources = np.full(len(positions), len(shares) - 1)
-    places = positions.astype(np.int64).copy()
-    waiting = np.ones(len(positions), bool)
-    for number, share in enumerate(shares[:-1]):
-        rest = sum(shares[number:])
-        before = _portion(places, share, rest)
-        taken = waiting & (_portion(places + 1, share, rest) > before)
-        sources[taken] = number
-        places = np.where(taken, before, np.where(waiting, places - before, places))
-        waiting &= ~taken
+    if mixture.parts is None:
+        return np.full(len(positions), mixture.source), positions
+    one, _ = mixture.parts
+    before = _portion(positions, one.share, mixture.share)
+    taken = _portion(positions + 1, one.share, mixture.share) > before
+    sources, places = np.empty((2, len(positions)), np.int64)
+    for part, chosen, inside in zip(mixture.parts, (taken, ~taken), (before, positions - before), strict=True):
+        sources[chosen], places[chosen] = mix(inside[chosen], part)
     return sources, places
 
 
 def _portion(positions: np.ndarray, share: int, whole: int) -> np.ndarray:
-    """floor(position · share / whole) without overflow: positions are split at `whole`."""
+    """round(position · share / whole) without overflow: positions are split at `whole`."""
     turns, rest = np.divmod(positions, whole)
-    return turns * share + rest * share // whole
+    return turns * share + (2 * rest * share + whole) // (2 * whole)
 
 
 class _Source:
@@ -131,11 +169,9 @@ class _Source:
             here = epochs == epoch
             offset = offsets[here]
             window = np.searchsorted(windows, offset, side="right") - 1
-            shuffled = np.empty(len(offset), np.int64)
-            for w in np.unique(window):
-                inside = window == w
-                size = int(windows[w + 1] - windows[w])
-                shuffled[inside] = windows[w] + permute(offset[inside] - windows[w], size, derive_key(key, int(w)))
+            begin = windows[window]
+            window_key = np.uint64(key) ^ _mix(window.astype(np.uint64))
+            shuffled = begin + permute(offset - begin, windows[window + 1] - begin, window_key)
             place = np.searchsorted(begins, shuffled, side="right") - 1
             ids[here] = self.first_id[order[place]] + shuffled - begins[place]
         return ids

@@ -12,6 +12,7 @@ import numpy as np
 from phi3v_dist.data.fit import FitPolicy
 from phi3v_dist.data.plan import Lengths
 from phi3v_dist.data.shards import ShardTable
+from phi3v_dist.printable import printable
 
 CUT = {"drop": "cut", "fewer_crops": "cut into fewer crops", "truncate_text": "with text cut"}
 STILL = {"drop": "", "fewer_crops": " with any number of crops", "truncate_text": ", texts cut or not"}
@@ -47,7 +48,7 @@ def names(outcome: Outcome, table: ShardTable, lengths: Lengths, num_samples: in
     for sample_id in outcome.sample_ids[:num_samples].tolist():
         tokens, full_tokens = int(lengths.tokens[sample_id]), int(lengths.full_tokens[sample_id])
         after = f", {tokens:,} after the cut" if tokens < full_tokens else ""
-        about = lengths.bad.get(sample_id) or f"{full_tokens:,} tokens{after}"
+        about = printable(lengths.bad.get(sample_id, "")) or f"{full_tokens:,} tokens{after}"
         lines.append(f"{table.sample_name(sample_id)}: {about}")
     return lines
 

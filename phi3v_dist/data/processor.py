@@ -29,7 +29,7 @@ from phi3v_dist.model.attention import IGNORE
 from phi3v_dist.model.vision import CROP_SIZE, Normalization
 
 # Part of `digest`: count up when the same turns come to give other ids, so that stored lengths are measured again.
-ENCODING_VERSION = 1
+ENCODING_VERSION = 2
 _PLACEHOLDER = re.compile(r"<\|image_(\d+)\|>")
 
 
@@ -156,17 +156,21 @@ class Phi3VProcessor:
             output["num_img_tokens"] = [layout.num_tokens for layout in layouts]
         return BatchFeature(output)
 
-    def encode(self, sample: Sample, crops: CropMode = "exact") -> Example:
+    def encode(self, sample: Sample, crops: CropMode = "exact", out: Crops | None = None) -> Example:
         """The whole conversation, every answer and the `<|end|>` after it learned.
 
         Pictures are numbered as they are read; one that no turn shows is left out. `fast` crops are uint8.
 
+        Args:
+            out: where to write the crops, as many as the pictures have; None: to fresh memory.
+
         Raises:
-            BadSample: naming shard and key, for the reasons of `count`.
+            BadSample: naming shard and key, for the reasons of `count`, or because the crops are not as many as `out`
+                takes, which is then untouched.
         """
         try:
             pictures, fitted = self._fit(sample.messages, sample.images)
-            return self._example(sample.sample_id, fitted.ids, fitted.labels, pictures, fitted.layouts, crops)
+            return self._example(sample.sample_id, fitted.ids, fitted.labels, pictures, fitted.layouts, crops, out)
         except DataError as error:
             raise BadSample(sample.shard, sample.key, str(error)) from error
 
@@ -210,29 +214,34 @@ class Phi3VProcessor:
 
     def _example(
         self, sample_id: int, ids: list[int], labels: list[int], pictures: Sequence[Picture],
-        layouts: Sequence[CropLayout], crops: CropMode = "exact",
+        layouts: Sequence[CropLayout], crops: CropMode = "exact", out: Crops | None = None,
     ) -> Example:  # fmt: skip
         return Example(
             sample_id=sample_id,
             input_ids=torch.tensor(ids),
             labels=torch.tensor(labels),
-            pixel_values=self._crops(pictures, layouts, crops),
+            pixel_values=self._crops(pictures, layouts, crops, out),
             image_sizes=torch.tensor([layout.padded_hw for layout in layouts], dtype=torch.int64).view(-1, 2),
         )
 
     def _layout(self, image: Picture) -> CropLayout:
         return CropLayout.of(*_size_wh(image), self.num_crops)
 
-    def _crops(self, pictures: Sequence[Picture], layouts: Sequence[CropLayout], mode: CropMode) -> Crops:
+    def _crops(
+        self, pictures: Sequence[Picture], layouts: Sequence[CropLayout], mode: CropMode, out: Crops | None = None
+    ) -> Crops:
         num_crops = [layout.num_crops for layout in layouts]
-        dtype = torch.uint8 if mode == "fast" else torch.float32
-        pixel_values = torch.empty(sum(num_crops), 3, CROP_SIZE, CROP_SIZE, dtype=dtype)
-        for picture, layout, out in zip(pictures, layouts, pixel_values.split(num_crops), strict=True):
+        if out is None:
+            dtype = torch.uint8 if mode == "fast" else torch.float32
+            out = torch.empty(sum(num_crops), 3, CROP_SIZE, CROP_SIZE, dtype=dtype)
+        elif len(out) != sum(num_crops):
+            raise DataError(f"it has {sum(num_crops)} crops, the plan says {len(out)}; delete its lengths file")
+        for picture, layout, crops in zip(pictures, layouts, out.split(num_crops), strict=True):
             if mode == "fast":
-                write_fast_crops(picture, layout, out)
+                write_fast_crops(picture, layout, crops)
             else:
-                write_crops(picture, layout, self.normalization, out)
-        return pixel_values
+                write_crops(picture, layout, self.normalization, crops)
+        return out
 
 
 def _size_wh(image: Picture) -> tuple[int, int]:

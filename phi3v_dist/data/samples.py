@@ -10,23 +10,23 @@ A sample is `KEY.json` (or `KEY.txt`) and its pictures. The JSON either holds `m
                   {"role": "assistant", "content": "…"}]}
 
 or is any object, and the source's `prompt` and `answer` templates say what to make of its fields. Pictures that no part
-names come first in the first user turn, in the tar's order.
+names come first in the first user turn, in the tar's order. `{"type": "image_url", "image_url": {"url": "0.jpg"}}` shows
+a picture of the sample as well; nothing is ever fetched from an address.
 """
 
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
 from typing import Any
 
 import numpy as np
 from jaxtyping import UInt8
-from jinja2 import StrictUndefined, Template
-from jinja2.sandbox import SandboxedEnvironment
 
 from phi3v_dist.config import SourceSettings
 from phi3v_dist.data.pictures import PICTURE_ERRORS, decode_image
+from phi3v_dist.data.templates import describe_fields, fill_template
 from phi3v_dist.errors import DataError
+from phi3v_dist.printable import printable
 
 ROLES = ("system", "user", "assistant")
 TEXT_MEMBERS = ("json", "txt")
@@ -63,11 +63,14 @@ class Sample:
 
 
 class BadSample(DataError):
-    """One sample that cannot be used; the policy in `loader.py` counts and names it, and goes on."""
+    """One sample that cannot be used; the policy in `loader.py` counts and names it, and goes on.
+
+    key, reason: fit to be printed, whatever the data spelled.
+    """
 
     def __init__(self, shard: str, key: str, reason: str):
-        self.shard, self.key, self.reason = shard, key, reason
-        super().__init__(f"{shard}: sample {key!r}: {reason}")
+        self.shard, self.key, self.reason = shard, printable(key), printable(reason)
+        super().__init__(f"{printable(shard)}: sample '{self.key}': {self.reason}")
 
 
 def read_messages(
@@ -83,10 +86,12 @@ def read_messages(
         ValueError: with the reason, when there is no conversation to be had.
     """
     record = _record(parts)
-    if source.prompt is not None or source.answer is not None or source.system is not None:
+    if source.prompt is not None or source.answer is not None:
         messages = _from_templates(record, source)
     elif "messages" in record:
         messages = _from_messages(record["messages"], list(image_names))
+        if source.system is not None and messages[0].role != "system":
+            messages.insert(0, _from_template(record, "system", source.system))
     else:
         fields = ", ".join(sorted(record)) or "none"
         raise ValueError(f"no `messages`, and the source names no `prompt` and `answer` (fields found: {fields})")
@@ -127,10 +132,13 @@ def decode_sample(
 def _record(parts: Mapping[str, bytes]) -> dict[str, Any]:
     record: dict[str, Any] = {}
     if "txt" in parts:
-        record["text"] = parts["txt"].decode("utf-8-sig").strip()
+        try:
+            record["text"] = parts["txt"].decode("utf-8-sig").strip()
+        except UnicodeDecodeError as error:
+            raise ValueError(f"its .txt is not UTF-8: {error}") from error
     if "json" in parts:
         try:
-            loaded = json.loads(parts["json"])
+            loaded = json.loads(parts["json"], parse_constant=lambda _: None)  # NaN is how pandas writes null
         except (ValueError, RecursionError) as error:
             raise ValueError(f"its JSON cannot be read: {error}") from error
         if not isinstance(loaded, dict):
@@ -143,15 +151,14 @@ def _record(parts: Mapping[str, bytes]) -> dict[str, Any]:
 
 def _from_templates(record: Mapping[str, Any], source: SourceSettings) -> list[Message]:
     turns = (("system", source.system), ("user", source.prompt), ("assistant", source.answer))
-    messages = []
-    for role, template in turns:
-        if template is not None:
-            try:
-                text = _template(template).render(record)
-            except Exception as error:  # a template is a small program of the user's, and can raise what it likes
-                raise ValueError(f"template {template!r}: {error} (fields: {', '.join(sorted(record))})") from error
-            messages.append(Message(role, (text,) if text else ()))
-    return messages
+    return [_from_template(record, role, template) for role, template in turns if template is not None]
+
+
+def _from_template(record: Mapping[str, Any], role: str, template: str) -> Message:
+    text = fill_template(template, record)
+    if role == "assistant" and not text.strip():
+        raise ValueError(f"template {template!r} gives an empty answer ({describe_fields(template, record)})")
+    return Message(role, (text,) if text else ())
 
 
 def _from_messages(turns: Any, image_names: list[str]) -> list[Message]:
@@ -169,17 +176,10 @@ def _from_messages(turns: Any, image_names: list[str]) -> list[Message]:
         for part in [{"type": "text", "text": content}] if isinstance(content, str) else content:
             if not isinstance(part, dict):
                 raise ValueError(f"a part of a turn is not an object with a `type`: {str(part)[:80]!r}")
-            if part.get("type") == "image":
-                name = part.get("image")
-                if name is None and next_image < len(image_names):
-                    name = image_names[next_image]
-                name = name.lower() if isinstance(name, str) else name  # as WebDataset names members
-                if name not in image_names:
-                    raise ValueError(
-                        f"a turn shows picture {name!r}; the sample has: {', '.join(image_names) or 'none'}"
-                    )
-                next_image = image_names.index(name) + 1
-                parts.append(image_names.index(name))
+            if part.get("type") in ("image", "image_url"):
+                index = _shown_picture(part, image_names, next_image)
+                next_image = index + 1
+                parts.append(index)
             elif part.get("type") == "text" and isinstance(part.get("text"), str):
                 parts.append(part["text"])
             else:
@@ -188,13 +188,19 @@ def _from_messages(turns: Any, image_names: list[str]) -> list[Message]:
     return messages
 
 
-@lru_cache(maxsize=64)
-def _template(text: str) -> Template:
-    environment = SandboxedEnvironment(undefined=StrictUndefined, keep_trailing_newline=True, finalize=_refuse_null)
-    return environment.from_string(text)
-
-
-def _refuse_null(value: Any) -> Any:
-    if value is None:
-        raise ValueError("a value it shows is null, which would be written as None; {{ field or '' }} allows it")
-    return value
+def _shown_picture(part: Mapping[str, Any], image_names: list[str], next_image: int) -> int:
+    """Which picture a part shows: the one it names, or the next. Names are in lower case, as WebDataset has them."""
+    name = part.get(part["type"])
+    if part["type"] == "image_url" and isinstance(name, dict):  # as OpenAI writes it
+        name = name.get("url")
+    if name is None and part["type"] == "image" and next_image < len(image_names):
+        return next_image
+    if isinstance(name, str) and name.lower() in image_names:
+        return image_names.index(name.lower())
+    if isinstance(name, str) and ":" in name:
+        raise ValueError(
+            f"a turn shows the picture at {name[:60]!r}, which is not in the shard: nothing is fetched in training. "
+            "`launch/prepare.py import` fetches pictures into shards"
+        )
+    shown = "one more picture" if name is None else f"picture {str(name)[:60]!r}"
+    raise ValueError(f"a turn shows {shown}; the sample has: {', '.join(image_names) or 'none'}")

@@ -31,6 +31,7 @@ from phi3v_dist.config import SourceSettings
 from phi3v_dist.data.pictures import IMAGE_SUFFIXES, PICTURE_ERRORS, upright_size
 from phi3v_dist.data.sidecar import ENDINGS, Columns, load_sidecar, save_sidecar
 from phi3v_dist.errors import DataError
+from phi3v_dist.printable import printable
 
 INDEX_FORMAT = "2"
 INDEX_SUFFIX = "index.safetensors"
@@ -71,9 +72,9 @@ class ShardIndex:
         return xxhash.xxh3_64_hexdigest(b"".join(parts))
 
     def key(self, number: int) -> str:
-        """The sample's key. Bytes that are no UTF-8 are spelled out, so that every message can be printed."""
+        """The sample's key. What is no UTF-8 or does not show is spelled out, so that every message can be printed."""
         start, end = self.columns["key_start"][number : number + 2]
-        return self.columns["key_bytes"][start:end].tobytes().decode(errors="backslashreplace")
+        return printable(self.columns["key_bytes"][start:end].tobytes().decode(errors="backslashreplace"))
 
     def members(self, number: int) -> list[Member]:
         """The members of sample `number`, in the tar's order."""

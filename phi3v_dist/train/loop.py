@@ -7,12 +7,9 @@ changes. Observers get numbers and cannot change anything; the order of effects 
 import json
 import logging
 import time
-from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from phi3v_dist.data.batch import Batch
-from phi3v_dist.data.plan import PlannedStep
 from phi3v_dist.observe.metrics import step_row
 from phi3v_dist.run import Run
 from phi3v_dist.survive.checkpoint import Position
@@ -30,13 +27,13 @@ def fit(run: Run) -> dict[str, float]:
     """Train to the last step, from the newest checkpoint if there is one; returns the summary."""
     totals, state, accounts = _start(run)
     clock = Clock(totals.wall_s)
-    for batches, data_s in _timed(run.loader(state)) if totals.step < run.num_steps else ():
+    for plan, batches in run.loader(state) if totals.step < run.num_steps else ():
         rates = learning_rates(totals.step + 1, run.num_steps, run.settings.train)
-        result = train_step(run.engine, batches, rates, run.topology, data_s)
+        result = train_step(run.engine, plan, batches, rates, run.topology)
         totals.add(result)
         totals.wall_s = clock.read_s()
-        plan = _plan_of(batches)
-        accounts.record(plan, _unused(batches), result.quarantined)
+        unused = [(part.sample_id, part.reason) for part in result.left_out if part.sample_id is not None]
+        accounts.record(plan, unused, result.quarantined)
         run.tracker.log(
             step_row(result, run.settings.data.row_length_tokens, run.topology.world_size) | totals.row(run)
         )
@@ -103,25 +100,6 @@ def _start(run: Run) -> tuple[Totals, dict[str, Any] | None, Accounts]:
     if position.config_digest != run.config_digest:
         log.warning("the settings are not those that %s was saved with; compare %s", newest, run.folder / "config.yaml")
     return Totals(**position.extra), plan_state(position.loader), accounts
-
-
-def _timed(loader: Iterable[list[Batch]]) -> Iterator[tuple[list[Batch], float]]:
-    """Each step's Batches, and the seconds that training waited for them."""
-    began = time.perf_counter()
-    for batches in loader:
-        yield batches, time.perf_counter() - began
-        began = time.perf_counter()
-
-
-def _unused(batches: list[Batch]) -> list[tuple[int, str]]:
-    """Id and reason of each sample that this rank could not use."""
-    return [(part.sample_id, part.reason) for b in batches for part in b.quarantined if part.sample_id is not None]
-
-
-def _plan_of(batches: list[Batch]) -> PlannedStep:
-    plan = batches[0].plan
-    assert plan is not None  # the loader's batches have one
-    return plan
 
 
 def _save(run: Run, totals: Totals, data_state: dict[str, Any]) -> None:

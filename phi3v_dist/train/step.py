@@ -1,6 +1,7 @@
 """One optimizer step: Batches in, `StepResult` out.
 
-What comes in: this rank's Batches of one planned step. What goes out: numbers already summed over all ranks.
+What comes in: one planned step and this rank's Batches of it, which may still be on their way. What goes out: numbers
+already summed over all ranks.
 Surprise: the loss is the sum over label tokens divided by the label tokens of the *whole* step. ZeRO-3 divides
 gradients by the world size, so each micro-step's sum is multiplied by world / planned tokens and nothing else is
 scaled; ranks, accumulation and packing then cannot change the result beyond the order of a sum.
@@ -8,12 +9,13 @@ scaled; ranks, accumulation and packing then cannot change the result beyond the
 
 import math
 import time
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 
-from phi3v_dist.data.batch import Batch
+from phi3v_dist.data.batch import Batch, Filling
 from phi3v_dist.data.plan import PlannedStep
 from phi3v_dist.errors import DataError, DivergedError
 from phi3v_dist.parallel.topology import Topology
@@ -27,6 +29,8 @@ class StepResult:
     label_tokens: really trained; fewer than planned when samples were quarantined.
     tokens: of all rows, without filling. padding_frac: share of the rows' capacity left empty.
     seconds: by part of the step (data, fwd, bwd, opt), this rank's clock.
+    data_wait_s: what training waited for data, mean over ranks.
+    left_out: the quarantined samples, of this rank only.
     """
 
     step: int
@@ -41,50 +45,59 @@ class StepResult:
     sample_ids: tuple[int, ...]
     rows: int
     seconds: dict[str, float] = field(default_factory=dict)
+    data_wait_s: float = 0.0
+    left_out: tuple[Filling, ...] = ()
 
 
 def train_step(
-    engine: Any, batches: list[Batch], rates: dict[str, float], topology: Topology, data_s: float = 0.0
+    engine: Any, plan: PlannedStep, batches: Iterable[Batch], rates: dict[str, float], topology: Topology
 ) -> StepResult:
-    """Forward and backward of every Batch, then one update.
+    """Forward and backward of each Batch as it comes, then one update.
 
     Raises:
         DivergedError: the loss is not finite; the weights are then unchanged.
         DataError: every sample of the step was quarantined.
     """
-    plan = batches[0].plan
-    assert plan is not None  # the loader's batches have one
-    seconds = {"data": data_s, "fwd": 0.0, "bwd": 0.0, "opt": 0.0}
-    summed = torch.zeros((), dtype=torch.float64, device=engine.device)  # read once, so that no micro-step waits
+    seconds = {"data": 0.0, "fwd": 0.0, "bwd": 0.0, "opt": 0.0}
+    loss_sum = torch.zeros((), dtype=torch.float64, device=engine.device)  # read once, so that no micro-step waits
+    label_tokens = images = 0
+    left_out: list[Filling] = []
     for group in engine.optimizer.param_groups:
         group["lr"] = rates[group["part"]]
-    for batch in batches:
+    for batch in _timed(batches, seconds):
         began = time.perf_counter()
         losses = engine(**batch.inputs(engine.device)).token_losses.sum()
         forward = time.perf_counter()
         engine.backward(losses * (topology.world_size / plan.label_tokens), scale_wrt_gas=False)
-        summed += losses.detach()
-        backward = time.perf_counter()
+        loss_sum += losses.detach()
         seconds["fwd"] += forward - began
-        seconds["bwd"] += backward - forward
-        if batch is not batches[-1]:
+        seconds["bwd"] += time.perf_counter() - forward
+        label_tokens += batch.label_tokens
+        images += len(batch.image_sizes)
+        left_out += batch.quarantined
+        if not engine.is_gradient_accumulation_boundary():
             engine.step()
     began = time.perf_counter()
-    loss_sum, label_tokens, images, quarantined = topology.sum(
-        [summed.item(), *(float(sum(column)) for column in zip(*map(_counts, batches), strict=True))]
+    loss, labels, pictures, quarantined, waited_s = topology.sum(
+        [loss_sum.item(), float(label_tokens), float(images), float(len(left_out)), seconds["data"]]
     )
-    _update(engine, plan, loss_sum, int(label_tokens))
+    _update(engine, plan, loss, int(labels))
     seconds["opt"] = time.perf_counter() - began
     return StepResult(
-        step=plan.number, loss=loss_sum / label_tokens, grad_norm=float(engine.get_global_grad_norm()),
-        learning_rates=rates, label_tokens=int(label_tokens), tokens=plan.tokens, images=int(images),
+        step=plan.number, loss=loss / labels, grad_norm=float(engine.get_global_grad_norm()),
+        learning_rates=rates, label_tokens=int(labels), tokens=plan.tokens, images=int(pictures),
         samples=len(plan.sample_ids), quarantined=int(quarantined), sample_ids=plan.sample_ids, rows=len(plan.rows),
-        seconds=seconds,
+        seconds=seconds, data_wait_s=waited_s / topology.world_size, left_out=tuple(left_out),
     )  # fmt: skip
 
 
-def _counts(batch: Batch) -> tuple[int, int, int]:
-    return batch.label_tokens, len(batch.image_sizes), len(batch.quarantined)
+def _timed(batches: Iterable[Batch], seconds: dict[str, float]) -> Iterator[Batch]:
+    """Each Batch as it comes; what training waits for them is added to `seconds`."""
+    began = time.perf_counter()
+    for batch in batches:
+        seconds["data"] += time.perf_counter() - began
+        yield batch
+        began = time.perf_counter()
 
 
 def _update(engine: Any, plan: PlannedStep, loss_sum: float, label_tokens: int) -> None:

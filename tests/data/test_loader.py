@@ -6,6 +6,7 @@ import shutil
 import threading
 import time
 from collections import Counter
+from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 from itertools import islice
 from pathlib import Path
@@ -22,7 +23,7 @@ from phi3v_dist.data.fetch import Fetcher
 from phi3v_dist.data.lengths import measure
 from phi3v_dist.data.loader import Decoder, Loader
 from phi3v_dist.data.order import Order
-from phi3v_dist.data.plan import Planner, accumulation
+from phi3v_dist.data.plan import Planner, accumulation, assign
 from phi3v_dist.data.processor import Phi3VProcessor
 from phi3v_dist.data.shards import ShardTable
 
@@ -56,7 +57,12 @@ class World:
         return replace(loader, **changes)
 
     def steps(self, num_steps: int, **changes: Any) -> list[list[Batch]]:
-        return list(islice(self.loader(**changes), num_steps))
+        return [kept(batches) for _, batches in islice(self.loader(**changes), num_steps)]
+
+
+def kept(batches: Iterable[Batch]) -> list[Batch]:
+    """A copy of each, since the loader uses their memory again."""
+    return [replace(batch, pixel_values=batch.pixel_values.clone()) for batch in batches]
 
 
 @pytest.fixture(scope="module")
@@ -104,7 +110,7 @@ def test_batches_do_not_depend_on_threads_or_prefetch(world: World) -> None:
 
 def test_a_plan_that_ends_gives_all_its_steps(shards: Path, tiny_model: Path) -> None:
     finite = World.open(shards, tiny_model, end=40)
-    steps = [step[0].plan for step in finite.loader(prefetch_rows=40)]
+    steps = [plan for plan, _ in finite.loader(prefetch_rows=40)]
     assert steps == list(finite.planner)
     assert sorted(i for step in steps for i in step.sample_ids) == list(range(40))
 
@@ -158,11 +164,11 @@ class Watched(Decoder):
     decoded: list[int] = field(default_factory=list)
     fail_at: int | None = None
 
-    def example(self, sample_id: int, planned_tokens: int) -> Example:
+    def example(self, sample_id: int, planned_tokens: int, out: torch.Tensor | None = None) -> Example:
         self.decoded.append(sample_id)
         if sample_id == self.fail_at:
             raise RuntimeError("a mistake of ours")
-        return super().example(sample_id, planned_tokens)
+        return super().example(sample_id, planned_tokens, out)
 
 
 def watched(world: World, fail_at: int | None = None) -> Watched:
@@ -174,39 +180,52 @@ def decoding_threads() -> list[str]:
 
 
 @pytest.mark.timeout(30)
-def test_a_mistake_that_is_not_a_bad_sample_reaches_the_caller(world: World) -> None:
-    plan = list(islice(world.planner, 2))
-    batches = iter(world.loader(decoder=watched(world, fail_at=plan[1].sample_ids[0])))
-    next(batches)
+def test_a_mistake_that_is_not_a_bad_sample_reaches_the_caller_at_its_batch(world: World) -> None:
+    _, second, third = islice(world.planner, 3)
+    steps = iter(world.loader(decoder=watched(world, fail_at=third.sample_ids[0])))
+    assert [len(kept(batches)) for _, batches in islice(steps, 2)] == [ROWS_PER_STEP] * 2
     with pytest.raises(RuntimeError, match="a mistake of ours"):
-        next(batches)
+        kept(next(steps)[1])
+    steps.close()
     assert not decoding_threads()
 
 
 @pytest.mark.timeout(30)
-@pytest.mark.parametrize(("prefetch_rows", "steps_held"), [(1, 2), (4, 2), (9, 3)])
-def test_no_more_is_decoded_ahead_than_was_asked_for(world: World, prefetch_rows: int, steps_held: int) -> None:
+@pytest.mark.parametrize(("prefetch_rows", "batches_taken"), [(1, 1), (4, 2), (9, 3)])
+def test_no_more_is_decoded_ahead_than_was_asked_for(world: World, prefetch_rows: int, batches_taken: int) -> None:
     decoder = watched(world)
-    batches = iter(world.loader(decoder=decoder, prefetch_rows=prefetch_rows))
-    next(batches)
-    planned = sorted(i for step in islice(world.planner, steps_held) for i in step.sample_ids)
+    steps = iter(world.loader(decoder=decoder, prefetch_rows=prefetch_rows))
+    _, batches = next(steps)
+    for _ in range(batches_taken):
+        next(batches)
+    rows = [row for step in islice(world.planner, 3) for (row,) in assign(step, 1, ROWS_PER_STEP)]
+    planned = sorted(i for row in rows[: batches_taken + prefetch_rows] for i in row.sample_ids)
     deadline = time.monotonic() + 20
     while len(decoder.decoded) < len(planned) and time.monotonic() < deadline:
         time.sleep(0.01)
     time.sleep(0.1)
     assert sorted(decoder.decoded) == planned
-    batches.close()
+    steps.close()
     assert not decoding_threads()
 
 
 @pytest.mark.timeout(30)
 def test_a_loader_that_is_left_early_throws_away_work_in_flight(world: World) -> None:
     decoder = watched(world)
-    batches = iter(world.loader(decoder=decoder, prefetch_rows=100, num_workers=1))
-    next(batches)
-    batches.close()
+    steps = iter(world.loader(decoder=decoder, prefetch_rows=100, num_workers=1))
+    next(next(steps)[1])
+    steps.close()
     assert not decoding_threads()
     assert len(decoder.decoded) < 30  # of 26 steps, about 300 samples, asked for
+
+
+def test_batches_that_nobody_asked_for_are_passed_over(world: World) -> None:
+    steps = iter(world.loader())
+    first, batches = next(steps)
+    next(batches)
+    second, batches = next(steps)
+    assert (first.number, second.number) == (1, 2)
+    assert list(map(fingerprint, kept(batches))) == list(map(fingerprint, world.steps(2)[1]))
 
 
 def example_of(labels: list[int], sample_id: int) -> Example:

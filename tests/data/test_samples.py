@@ -76,7 +76,7 @@ def test_pictures_that_no_part_shows_come_first_in_the_first_user_turn() -> None
         ([{"role": "user", "content": [None]}], "a part of a turn is not an object .*None"),
         ([{"role": "user", "content": [{"type": "video"}]}], "neither text nor image: .*video"),
         ([{"role": "user", "content": [{"type": "text", "text": None}]}], "neither text nor image"),
-        ([{"role": "user", "content": [IMAGE, IMAGE, IMAGE]}], "shows picture None; the sample has: 0.jpg, 1.jpg"),
+        ([{"role": "user", "content": [IMAGE, IMAGE, IMAGE]}], "shows one more picture; the sample has: 0.jpg, 1.jpg"),
         ([{"role": "user", "content": [IMAGE | {"image": "9.jpg"}]}], "shows picture '9.jpg'; the sample has: 0.jpg"),
         ([{"role": "user", "content": [IMAGE | {"image": ["0.jpg"]}]}], "shows picture .* the sample has"),
         ([{"role": "user", "content": [IMAGE | {"image": "0.jpg"}] * 2}], "a picture is used twice"),

@@ -12,6 +12,7 @@ import logging
 import os
 import socket
 import sys
+from collections.abc import Iterable
 from dataclasses import dataclass
 from itertools import count, islice
 from pathlib import Path
@@ -86,7 +87,7 @@ class Mix:
         )  # fmt: skip
         return Loader(planner, decoder, lengths, consumer, num_consumers, micro_steps, 1, 1, CHUNK_CROPS)
 
-    def example(self, sample_id: int, planned_tokens: int) -> Example:
+    def example(self, sample_id: int, planned_tokens: int, out: torch.Tensor) -> Example:
         """Drawn from its number; the same on every rank."""
         sizes, is_good = self.kinds[sample_id % len(self.kinds)]
         if not is_good:
@@ -138,19 +139,19 @@ def run_trial(folder: Path, topology: Topology, num_steps: int, name: str, tower
     steps = zip(mix.loader(topology.rank, topology.world_size, num_steps), alone, strict=False)
     differences: dict[str, float] = {}
     losses, by_step = [], []
-    for batches, all_rows in islice(steps, num_steps):
+    for (plan, batches), rows_alone in islice(steps, num_steps):
         copy = local_copy(engine.module)
         calls.clear()
-        result = train_step(engine, batches, RATES, topology)
+        result = train_step(engine, plan, batches, RATES, topology)
         by_step.append(topology.gather(len(calls)))
         losses.append(result.loss)
         if topology.is_main:
-            for parameter_name, difference in compare(copy.train(), all_rows, gradients).items():
+            for parameter_name, difference in compare(copy.train(), rows_alone[1], gradients).items():
                 differences[parameter_name] = max(difference, differences.get(parameter_name, 0.0))
     return {"losses": losses, "calls": by_step, "differences": differences}
 
 
-def compare(copy: Phi3VForCausalLM, batches: list, gradients: dict[str, torch.Tensor]) -> dict[str, float]:
+def compare(copy: Phi3VForCausalLM, batches: Iterable, gradients: dict[str, torch.Tensor]) -> dict[str, float]:
     """Per tensor: norm of the difference relative to max(own norm, 1e-6 x global norm); k_proj.bias, 0 in theory,
     relative to the global norm."""
     with plain_linear():

@@ -1,0 +1,98 @@
+"""Lengths of a window's samples → which of them share a row.
+
+What comes in: sizes, in the shuffled order of the stream, and a row's capacity. What goes out: places in that list, row
+by row, every one once. Surprise: exact fits come from whole numbers. A number of 131,072 bits holds every sum that some
+samples can make, and one shift adds a sample to all of them, in a few microseconds.
+
+Two ways are tried, and the one that needs fewer rows is taken. Measured on ten mixes of pictures, captions and
+documents, in rows of 1,024 to 131,072 tokens: exact fits fill 0 to 4 points more, but where three pictures of about
+2,600 tokens share a row of 8,192, they use up the small samples too early, and best fit is up to 3 points ahead.
+
+Neither sorts by length to the token. Rows would be of samples of one length, and so often of one kind: on the sample
+catalogue the loss then jumped from 0.5 to 1.3 whenever the lengths moved on.
+"""
+
+import bisect
+from collections.abc import Sequence
+
+import numpy as np
+
+SIZE_CLASSES = 32  # best fit by classes costs at most 0.6 points against sorting to the token
+CHOICE = 24  # samples among which an exact fit is looked for; 16 fill up to 2 points less, 32 take a third longer
+
+
+def pack(sizes: Sequence[int], capacity: int) -> list[list[int]]:
+    """Rows of at most `capacity`, as places in `sizes`. The same input gives the same rows.
+
+    sizes: each from 1 to `capacity`.
+    """
+    return min(exact_fit(sizes, capacity), best_fit(sizes, capacity), key=len)
+
+
+def largest_first(sizes: Sequence[int], capacity: int) -> list[int]:
+    """Places by size. Sizes within 1 / `SIZE_CLASSES` of the capacity count as equal and keep the input's order."""
+    return sorted(range(len(sizes)), key=lambda place: -(sizes[place] * SIZE_CLASSES // capacity))
+
+
+def best_fit(sizes: Sequence[int], capacity: int) -> list[list[int]]:
+    """Best-fit decreasing: each size, the largest first, into the fullest row that still has room."""
+    rows: list[list[int]] = []
+    room: list[tuple[int, int]] = []  # (tokens left, row), sorted
+    for place in largest_first(sizes, capacity):
+        tightest = bisect.bisect_left(room, (sizes[place], -1))
+        if tightest < len(room):
+            left, chosen = room.pop(tightest)
+        else:
+            left, chosen = capacity, len(rows)
+            rows.append([])
+        rows[chosen].append(place)
+        bisect.insort(room, (left - sizes[place], chosen))
+    return rows
+
+
+def exact_fit(sizes: Sequence[int], capacity: int) -> list[list[int]]:
+    """Row by row: the largest sample, then others as they come, and at last those that leave the least room.
+
+    The principle is that of minimum bin slack (Gupta and Ho, 1999), here over `CHOICE` samples at a time.
+    """
+    waiting = np.array(sizes)
+    used = capacity + 1  # fits nowhere
+    smallest = min(sizes, default=0)
+    rows = []
+    for first in largest_first(sizes, capacity):
+        if waiting[first] == used:
+            continue
+        room, row, chosen = capacity, [], [first]
+        while chosen:
+            row += chosen
+            room -= sum(sizes[place] for place in chosen)
+            waiting[chosen] = used
+            chosen = _next(waiting, room) if room >= smallest else []
+        rows.append(row)
+    return rows
+
+
+def _next(waiting: np.ndarray, room: int) -> list[int]:
+    """The samples to put into a row with this room: those that come next, or, near its end, those that fit best."""
+    fitting = np.flatnonzero(waiting <= room)[:CHOICE]
+    sizes = waiting[fitting].tolist()
+    few = CHOICE // 2
+    if len(sizes) == CHOICE and sum(sizes[:few]) <= room:
+        return fitting[:few].tolist()
+    return fitting[fullest(sizes, room)].tolist() if sizes else []
+
+
+def fullest(sizes: Sequence[int], room: int) -> list[int]:
+    """Places of the sizes whose sum comes closest to `room` from below, early ones if several sums are equal."""
+    reachable = [1 << room]  # bit k: there is a choice among the sizes so far that leaves k of the room
+    for size in sizes:
+        reachable.append(reachable[-1] | reachable[-1] >> size)
+        if reachable[-1] & 1:  # nothing left
+            break
+    left = (reachable[-1] & -reachable[-1]).bit_length() - 1
+    chosen = []
+    for place in reversed(range(len(reachable) - 1)):
+        if not reachable[place] >> left & 1:  # not without this one
+            chosen.append(place)
+            left += sizes[place]
+    return chosen[::-1]

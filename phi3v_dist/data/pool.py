@@ -1,0 +1,121 @@
+"""Threads that decode samples, in the order in which they are needed.
+
+What comes in: for each sample, a call that decodes it. What goes out: its result, or an error that names the sample
+when a call does not come to an end. Surprise: Python cannot end a thread, and its own `ThreadPoolExecutor` waits for
+every thread before the process may exit, for ever if one hangs. These threads are daemons: they never hold up an exit.
+"""
+
+import queue
+import sys
+import threading
+import time
+import traceback
+from collections import Counter
+from collections.abc import Callable
+from concurrent.futures import Future
+from pathlib import Path
+from typing import Any, Generic, NamedTuple, TypeVar
+
+import cv2
+import torch
+
+from phi3v_dist.errors import DataError
+
+DECODE_LIMIT_S = 600.0  # for one sample; the longest a fetch may take with all its retries is well below
+POLL_S = 1.0
+CLOSE_S = 5.0  # what is running when the pool is closed may take this long; then it is left behind
+
+Result = TypeVar("Result")
+
+
+class _Task(NamedTuple, Generic[Result]):
+    sample_id: int
+    work: Callable[[], Result]
+    future: "Future[Result]"
+
+
+class DecodePool:
+    """A context: its threads end with it.
+
+    name_of: sample id → `shard:key`, for the error. limit_s: longest that one sample may take.
+    """
+
+    def __init__(self, num_workers: int, name_of: Callable[[int], str], limit_s: float = DECODE_LIMIT_S):
+        self._name_of, self._limit_s = name_of, limit_s
+        self._tasks: queue.SimpleQueue[_Task[Any] | None] = queue.SimpleQueue()
+        self._running: dict[int, _Task[Any]] = {}  # by thread
+        started = threading.Barrier(num_workers + 1)
+        num_threads = torch.get_num_threads()
+        self._threads = [
+            threading.Thread(target=self._work, args=(started,), name=f"decode_{i}", daemon=True)
+            for i in range(num_workers)
+        ]
+        for thread in self._threads:
+            thread.start()
+        started.wait()
+        torch.set_num_threads(num_threads)  # the threads set theirs, and with it what threads to come would begin with
+
+    def __enter__(self) -> "DecodePool":
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        while not self._tasks.empty():
+            self._tasks.get()
+        for _ in self._threads:
+            self._tasks.put(None)
+        deadline = time.monotonic() + CLOSE_S
+        for thread in self._threads:
+            thread.join(max(0.0, deadline - time.monotonic()))
+
+    def submit(self, sample_id: int, work: Callable[[], Result]) -> "Future[Result]":
+        """Have a sample decoded; calls begin in the order in which they were submitted."""
+        future: Future[Result] = Future()
+        self._tasks.put(_Task(sample_id, work, future))
+        return future
+
+    def result(self, future: "Future[Result]") -> Result:
+        """What the call returned, or the error it raised.
+
+        Raises:
+            DataError: this or another call, which all wait for, takes longer than the limit.
+        """
+        polls: Counter[int] = Counter()
+        while not future.done():
+            try:
+                future.exception(timeout=POLL_S)  # waits, and unlike `result` raises only when the time is up
+            except TimeoutError:
+                self._refuse_stuck(polls)
+        return future.result()
+
+    def _refuse_stuck(self, polls: "Counter[int]") -> None:
+        """Counts looks, not seconds: a whole job that was suspended for an hour is not stuck."""
+        for thread_id, task in list(self._running.items()):
+            polls[task.sample_id] += 1
+            if polls[task.sample_id] * POLL_S >= self._limit_s:
+                raise DataError(
+                    f"{self._name_of(task.sample_id)}: this sample has been in {_place(thread_id)} for "
+                    f"{self._limit_s:.0f} s. See whether the storage of its shard answers, and start the run again, "
+                    "which goes on from the last checkpoint; if it stops here again, take the sample out"
+                )
+
+    def _work(self, started: threading.Barrier) -> None:
+        # Both would start threads of their own for each picture; these are enough, and the model needs the cores.
+        cv2.setNumThreads(1)
+        torch.set_num_threads(1)
+        started.wait()
+        me = threading.get_ident()
+        while (task := self._tasks.get()) is not None:
+            self._running[me] = task
+            try:
+                task.future.set_result(task.work())
+            except BaseException as error:  # goes to whoever asks for the result
+                task.future.set_exception(error)
+            del self._running[me], task
+
+
+def _place(thread_id: int) -> str:
+    """The innermost function of ours in which a thread is, with file and line."""
+    package = str(Path(__file__).parents[1])
+    stack = traceback.extract_stack(sys._current_frames().get(thread_id))
+    here = [frame for frame in stack if frame.filename.startswith(package)]
+    return f"`{here[-1].name}` ({Path(here[-1].filename).name}, line {here[-1].lineno})" if here else "decoding"
