@@ -208,7 +208,7 @@ def plan(settings: Settings, train: Data) -> tuple[Planner, int]:
         order.sample_ids, train.lengths, rows_per_step=settings.train.rows_per_step,
         row_length_tokens=settings.data.row_length_tokens, packing=settings.data.packing, seed=settings.run.seed,
         window_samples=min(settings.data.window_samples, order.num_samples),
-        end=round(epochs * order.num_samples) if epochs else None,
+        end=round(epochs * order.num_samples) if epochs else None, order_digest=order.digest,
     )  # fmt: skip
     num_steps = settings.train.steps or sum(1 for _ in planner)
     if not settings.train.steps and settings.train.warmup_steps >= num_steps:
