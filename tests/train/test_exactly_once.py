@@ -65,6 +65,7 @@ def simulate(folder: Path, num_samples: int, rows_per_step: int, num_kills: int)
     slices = np.linspace(0, num_steps, num_kills + 2).astype(int)  # far enough apart for each to leave something
     deaths = [rng.randint((begin + end) // 2, end - 1) for begin, end in zip(slices[:-2], slices[1:-1], strict=True)]
     script = Path(__file__).with_name("simulated_run.py")
+    saved_path, largest_state = folder / "run" / "checkpoint.json", 0
     for number, at_step in enumerate([*deaths, None]):
         world_size = WORLD_SIZES[number * len(WORLD_SIZES) // (num_kills + 1)]
         tears = number % 3 == 2 and at_step
@@ -78,8 +79,10 @@ def simulate(folder: Path, num_samples: int, rows_per_step: int, num_kills: int)
                 process.kill()
                 break
         assert process.wait(TIMEOUT_S) == (-9 if at_step else 0)
+        largest_state = max(largest_state, len(json.dumps(json.loads(saved_path.read_text())["data"])))
     reader = LedgerReader(folder / "run" / "ledger.bin")
-    saved = json.loads((folder / "run" / "checkpoint.json").read_text())
+    saved = json.loads(saved_path.read_text())
+    print(f"killed at steps {deaths} of {num_steps}, largest state {largest_state} bytes")
     head = Head(*saved["data"]["ledger"])
     found = audit(reader, table, opened, planner_of(table, opened, rows_per_step), head)
     assert found.problems == () and found.torn_bytes == 0
