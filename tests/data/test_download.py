@@ -10,7 +10,6 @@ import signal
 import subprocess
 import sys
 import threading
-import time
 from collections import Counter
 from datetime import UTC, datetime, timedelta
 from email.utils import format_datetime
@@ -43,7 +42,7 @@ from phi3v_dist.data.importers.download import Downloads, DownloadSettings, show
 from phi3v_dist.data.pictures import PICTURE_ERRORS, decode_image
 from phi3v_dist.errors import DataError
 
-QUICK = DownloadSettings(concurrency=16, timeout_s=1.0, total_s=20.0, backoff_s=0.01, max_wait_s=0.1, max_bytes=1 << 20)
+QUICK = DownloadSettings(concurrency=24, timeout_s=1.5, total_s=20.0, backoff_s=0.01, max_wait_s=0.1, max_bytes=1 << 20)
 
 
 def jpeg(number: int) -> bytes:
@@ -89,7 +88,7 @@ HOPELESS = {  # fault of every request → (how many of the thousand, what the r
     "forbidden": (status(403), 10, "HTTP 403 Forbidden"),
     "page": (HTML_AS_JPEG, 30, "begin with b'<!DOCTYP'"),
     "broken": (status(500), 15, "HTTP 500"),
-    "silent": (STALL, 8, "nothing came for 1 s"),
+    "silent": (STALL, 8, "nothing came for 1.5 s"),
     "empty": (EMPTY, 10, "the server sent no bytes"),
     "announces less": (wrong_length(-500), 20, "not a picture"),
     "announces more": (Fault(length_error=500, ignore_range=True), 10, "bytes came"),
@@ -274,7 +273,7 @@ def test_a_steady_drip_ends(server, fetch):
         ("data:image/png;base64,AAAA", "data: is not fetched"),
         ("photos/a.jpg", "no scheme: is not fetched"),
         ("", "no scheme: is not fetched"),
-        ("http://", "names no host"),
+        ("http://", "not an address"),
         ("http://[::1/a.jpg", "not an address"),
         ("http://127.0.0.1:99999/a.jpg", "not an address"),
         ("http://127.0.0.1/\x1b[31mred", "not an address"),
@@ -290,7 +289,7 @@ def test_what_is_no_web_address_is_refused_by_name(fetch, tmp_path, url, reason)
     assert (tmp_path / "cache/failures.jsonl").read_text().strip().isprintable()
 
 
-@pytest.mark.parametrize("target", ["file:///etc/passwd", "ftp://127.0.0.1/", "http://127.0.0.1:99999/", "http://"])
+@pytest.mark.parametrize("target", ["file:///etc/passwd", "ftp://127.0.0.1/", "http://127.0.0.1:99999/", "http:///"])
 def test_a_redirect_leads_nowhere_else(server, fetch, target):
     server.script("/1.jpg", always=redirect(target))
     (fetched,) = fetch(server.url("/1.jpg"))
@@ -368,14 +367,13 @@ def test_a_check_runs_once_for_each_file_and_what_it_refuses_is_not_kept(server,
 def test_passwords_and_control_characters_are_not_written_down(server, fetch, tmp_path, caplog):
     caplog.set_level("INFO")
     secret = server.url("/missing.jpg").replace("//", "//user:se@cret@")
-    fetch(
-        secret, secret.replace("missing", "1"), secret.replace("http:", "ftp:"), secret.replace("/missing", "/\x1b[2J")
-    )
-    written = caplog.text + "".join(path.read_text() for path in (tmp_path / "cache").glob("**/*.failed"))
-    written += (tmp_path / "cache/failures.jsonl").read_text()
-    assert (
-        "***@127.0.0.1" in written and "cret" not in written and "\x1b" not in json.loads(f'"{written[:0]}"') + written
-    )
+    fetch(secret, secret.replace("missing", "1"), secret.replace("http:", "ftp:"), secret.replace("/mi", "/\x1b[2J"))
+    cache = tmp_path / "cache"
+    written = caplog.text + "".join(path.read_text() for path in [*cache.glob("**/*.failed"), cache / "failures.jsonl"])
+    assert "***@127.0.0.1" in written and "cret" not in written
+    urls = [line["url"] for line in listed(cache)]
+    assert len(urls) == 3 and all(url.isprintable() for url in urls)
+    assert len(list(cache.glob("??/*"))) == 4  # with the password, the good one was there
 
 
 def test_results_keep_the_order_and_urls_are_taken_only_as_far_ahead_as_allowed(server, tmp_path):
@@ -405,15 +403,12 @@ def test_who_stops_reading_stops_all_transfers(server, tmp_path):
         server.script(f"/1.jpg?{number}", always=drip(10, 0.05))
     stream = Downloads(tmp_path, QUICK).stream(server.url(f"/1.jpg?{number}") for number in range(40))
     assert next(stream).path
-    begin = time.monotonic()
     stream.close()
-    assert time.monotonic() - begin < QUICK.total_s / 2  # it would take longer to wait for them
     ours = [thread for thread in set(threading.enumerate()) - threads if "process_request" not in thread.name]
     assert ours == []
-    assert sorted(path.suffix for path in tmp_path.glob("??/*")) == [""]
-    asked = len(server.log)
-    assert asked < 40
-    assert listed(tmp_path) == []
+    assert len(list(tmp_path.glob("??/*"))) == 1
+    assert len(server.log) <= 1 + QUICK.concurrency
+    assert listed(tmp_path) == []  # had it waited for them, each would have had its say
 
 
 def test_two_at_a_time_in_one_folder_are_refused(server, tmp_path):
@@ -448,7 +443,7 @@ print(large - small)
 
 
 def test_a_large_file_goes_to_the_disk_not_into_memory(tmp_path):
-    with LoopbackServer({"/small": b"1", "/large": bytes(200 << 20)}) as server:
+    with LoopbackServer({"/small": b"1", "/large": bytes(64 << 20)}) as server:
         words = [sys.executable, "-c", LARGE, server.origin, str(tmp_path)]
         done = subprocess.run(words, capture_output=True, text=True, env=environment(), timeout=60, check=True)
-    assert int(done.stdout) < 32
+    assert int(done.stdout) < 20

@@ -96,9 +96,10 @@ class Downloads:
     def _known(self, url: str, call: str) -> Fetched | None:
         """What is there already; None: it has to be fetched."""
         path = self._path(url)
-        if _has_bytes(path):
-            return Fetched(url, path, None)
-        failure = _read_failure(_failure_path(path))
+        with _storing(self.folder):
+            if _has_bytes(path):
+                return Fetched(url, path, None)
+            failure = _read_failure(_failure_path(path))
         if failure is None:
             return None
         if self.settings.retry_failed and not failure["permanent"] and failure["call"] != call:
@@ -109,7 +110,7 @@ class Downloads:
         """Transfer one URL, and store what came of it."""
         path = self._path(url)
         stored = _failure_path(path)
-        with _writing(self.folder):
+        with _storing(self.folder):
             path.parent.mkdir(exist_ok=True)
             before = _read_failure(stored)
             attempts, failure = await transfers.fetch(url, path)
@@ -130,7 +131,7 @@ class Downloads:
     @contextmanager
     def _alone(self) -> Iterator[None]:
         """Nobody else downloads into the folder meanwhile: two could write to one file."""
-        with _writing(self.folder):
+        with _storing(self.folder):
             self.folder.mkdir(parents=True, exist_ok=True)
             lock = (self.folder / "lock").open("w")
         with lock:
@@ -145,7 +146,7 @@ class Downloads:
     def _tidy(self) -> None:
         """Remove what was cut off, and write the list of failures."""
         partial = partial_path(self.failures)
-        with _writing(self.folder):
+        with _storing(self.folder):
             with partial.open("w") as file:
                 for folder in sorted(path for path in self.folder.iterdir() if path.is_dir()):
                     for path in sorted(Path(entry) for entry in os.scandir(folder) if "." in entry.name):
@@ -159,7 +160,7 @@ class Downloads:
 
 
 @contextmanager
-def _writing(folder: Path) -> Iterator[None]:
+def _storing(folder: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:

@@ -25,6 +25,7 @@ from anyio.to_thread import run_sync
 from phi3v_dist.printable import printable
 
 SCHEMES = ("http", "https")
+MAX_LABEL = 63  # letters between two dots of a host name
 BLOCK_BYTES = 1 << 16
 KEPT_CONNECTIONS = 4  # of a slot: the last hosts, and where they redirect to
 TRY_AGAIN = (408, 425, 429)  # and all from 500 on; the other answers stay what they are
@@ -134,6 +135,7 @@ class Transfers:
             headers={"User-Agent": settings.user_agent, "Accept": "*/*", "Accept-Encoding": "identity"},
             timeout=settings.timeout_s, follow_redirects=True, max_redirects=settings.max_redirects,
             limits=httpx.Limits(max_keepalive_connections=KEPT_CONNECTIONS), verify=self._certificates,
+            event_hooks={"request": [_check_request]},
             cookies=CookieJar(DefaultCookiePolicy(allowed_domains=[])),  # else they pile up
         )  # fmt: skip
 
@@ -169,12 +171,10 @@ class Transfers:
             return Failure(f"not done after {self.settings.total_s:g} s, {partial.progress}")
         except httpx.TimeoutException:
             return Failure(f"nothing came for {self.settings.timeout_s:g} s, {partial.progress}", again=True)
-        except (httpx.UnsupportedProtocol, httpx.TooManyRedirects) as error:
-            return Failure(f"redirected to where nobody follows: {error}", permanent=True)
+        except httpx.TooManyRedirects:
+            return Failure(f"redirected more than {self.settings.max_redirects} times", permanent=True)
         except httpx.RequestError as error:
             return Failure(f"{error or type(error).__name__}, {partial.progress}", again=True)
-        except (httpx.InvalidURL, ValueError, OverflowError) as error:  # a port of 99999, a name that no host can have
-            return Failure(f"not an address: {error}", permanent=True)
         return None if partial.num_bytes else Failure("the server sent no bytes", again=True)
 
     async def _receive(self, client: httpx.AsyncClient, url: str, partial: _Partial) -> None:
@@ -214,12 +214,24 @@ class Transfers:
 
 def _refusal_of_url(url: str) -> Failure | None:
     try:
-        parsed = httpx.URL(url)
+        _check_address(httpx.URL(url))
+    except Failure as failure:
+        return failure
     except (httpx.InvalidURL, ValueError) as error:
         return Failure(f"not an address: {error}", permanent=True)
-    if parsed.scheme not in SCHEMES:
-        return Failure(f"{parsed.scheme or 'no scheme'}: is not fetched, only http: and https:", permanent=True)
-    return None if parsed.host else Failure("not an address: it names no host", permanent=True)
+    return None
+
+
+async def _check_request(request: httpx.Request) -> None:
+    """Redirects come by here as well."""
+    _check_address(request.url)
+
+
+def _check_address(url: httpx.URL) -> None:
+    if url.scheme not in SCHEMES:
+        raise Failure(f"{url.scheme or 'no scheme'}: is not fetched, only http: and https:", permanent=True)
+    if not url.host or max(map(len, url.raw_host.split(b"."))) > MAX_LABEL or not 0 < (url.port or 80) < 1 << 16:
+        raise Failure(f"not an address: {url.netloc.decode()!r} is no host and port", permanent=True)
 
 
 def _refusal(response: httpx.Response) -> Failure:
