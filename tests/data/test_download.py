@@ -37,10 +37,11 @@ from loopback import (
 )
 from PIL import Image
 
+from phi3v_dist.config import parse
 from phi3v_dist.data.importers import transfer
 from phi3v_dist.data.importers.download import Downloads, DownloadSettings, shown
 from phi3v_dist.data.pictures import PICTURE_ERRORS, decode_image
-from phi3v_dist.errors import DataError
+from phi3v_dist.errors import ConfigError, DataError
 
 QUICK = DownloadSettings(concurrency=24, timeout_s=1.5, total_s=20.0, backoff_s=0.01, max_wait_s=0.1, max_bytes=1 << 20)
 
@@ -299,6 +300,11 @@ def test_a_redirect_leads_nowhere_else(server, fetch, target):
     assert server.log == []
 
 
+def test_an_absurd_answer_is_a_failure_not_a_crash(server, fetch):
+    server.script("/1.jpg", drop_after(1000), status(416, Content_Range=f"bytes */{'9' * 5000}"))
+    assert "unusable" in fetch(server.url("/1.jpg"))[0].reason
+
+
 def test_a_redirect_is_followed(server, fetch):
     server.script("/1.jpg", redirect("/2.jpg", 301))
     assert fetch(server.url("/1.jpg"))[0].path.read_bytes() == server.files["/2.jpg"]
@@ -428,6 +434,22 @@ def test_a_folder_that_cannot_be_written_is_named(server, tmp_path):
     (tmp_path / "cache" / _place(url)[:2]).write_text("")  # in the way of a folder
     with pytest.raises(DataError, match="cache: cannot keep downloads here"):
         next(Downloads(tmp_path / "cache", QUICK).stream([url]))
+
+
+def test_files_of_others_in_the_folder_stay(server, fetch, tmp_path):
+    others = [tmp_path / "cache" / name for name in ("photos/a.jpg", "ab/photo.partial", "ab/notes.failed", "a.jpg")]
+    for path in others:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text("mine")
+    fetch(server.url("/1.jpg"), server.url("/missing.jpg"))
+    assert [path.read_text() for path in others] == ["mine"] * 4
+    assert len(listed(tmp_path / "cache")) == 1
+
+
+@pytest.mark.parametrize("word", ["concurrency=0", "timeout_s=0", "retries=-1", "max_bytes=none", "timout_s=3"])
+def test_settings_that_could_not_work_are_refused_by_name(word):
+    with pytest.raises(ConfigError, match=word.partition("=")[0]):
+        parse(DownloadSettings, [word])
 
 
 LARGE = """

@@ -1,4 +1,4 @@
-"""Shards as img2dataset writes them are trained on as they are: nothing is converted, nothing is configured but words."""
+"""Shards as img2dataset writes them are trained on as they are; only the words of question and answer are set."""
 
 import csv
 import io
@@ -20,7 +20,7 @@ from phi3v_dist.config import load
 from phi3v_dist.observe.tracker import read_metrics
 from phi3v_dist.run import Data
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800)]
 
 NUM_PICTURES = 40
 BAD = {3: status(404), 7: HTML_AS_JPEG, 11: RESET, 19: drop_after(500)}
@@ -49,7 +49,10 @@ def img2dataset(tmp_path_factory):
     folder = tmp_path_factory.mktemp("img2dataset")
     subprocess.run([sys.executable, "-m", "venv", folder], check=True)
     install = [folder / "bin/pip", "install", "--quiet", "--disable-pip-version-check", "img2dataset"]
-    done = subprocess.run(install, capture_output=True, text=True, timeout=INSTALL_S)
+    try:
+        done = subprocess.run(install, capture_output=True, text=True, timeout=INSTALL_S)
+    except subprocess.TimeoutExpired:
+        pytest.skip(f"img2dataset cannot be installed within {INSTALL_S} s")
     if done.returncode:
         pytest.skip(f"img2dataset cannot be installed: {done.stderr.strip().splitlines()[-1]}")
     yield folder / "bin/img2dataset"
@@ -102,21 +105,19 @@ def test_every_good_sample_is_decoded_with_its_own_picture_and_words(source_tree
     assert len(data.table) == len(good_numbers())
     found = []
     for sample_id in range(len(data.table)):
-        if not data.lengths.tokens[sample_id]:
-            continue
         sample = data.decoder.sample(sample_id)
-        question, (words,) = sample.messages[0].parts, sample.messages[1].parts
+        question, words = sample.messages[0].parts, "".join(sample.messages[1].parts)
         assert question == (0, "What is shown?")
-        number = int(re.search(r"number (\d+)", words).group(1))
+        number = int(re.search(r"number (\d+)", words).group(1)) if words else NO_CAPTION
         assert words == caption(number)
         assert sample.images[0].shape == (224, 224, 3)
         middle = sample.images[0][112, 112].astype(int)
         assert np.abs(middle - colour(number)).max() <= 4  # two JPEG encodings; measured: 2
-        example = data.decoder.example(sample_id, int(data.lengths.tokens[sample_id]))
-        assert (example.labels >= 0).any()
         found.append(number)
-    assert sorted(found) == [number for number in good_numbers() if number != NO_CAPTION]
-    assert data.why_left_out().startswith("1 "), data.why_left_out()
+        if words:
+            example = data.decoder.example(sample_id, int(data.lengths.tokens[sample_id]))
+            assert (example.labels >= 0).any()
+    assert sorted(found) == good_numbers()
 
 
 def test_a_model_is_trained_on_them(source_tree, tmp_path):

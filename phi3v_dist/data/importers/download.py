@@ -15,6 +15,7 @@ import hashlib
 import json
 import logging
 import os
+import re
 import uuid
 from collections import deque
 from collections.abc import Iterable, Iterator
@@ -30,6 +31,9 @@ from phi3v_dist.data.importers.transfer import DownloadSettings, Transfers, Veri
 from phi3v_dist.errors import DataError
 
 __all__ = ["DownloadSettings", "Downloads", "Fetched", "shown"]
+
+_OUR_FOLDER = re.compile("[0-9a-f]{2}")
+_NOT_WHOLE = re.compile(r"[0-9a-f]{64}(\.failed|\.partial|\.failed\.partial)")
 
 log = logging.getLogger(__name__)
 
@@ -148,8 +152,8 @@ class Downloads:
         partial = partial_path(self.failures)
         with _storing(self.folder):
             with partial.open("w") as file:
-                for folder in sorted(path for path in self.folder.iterdir() if path.is_dir()):
-                    for path in sorted(Path(entry) for entry in os.scandir(folder) if "." in entry.name):
+                for folder in sorted(path for path in self.folder.iterdir() if _OUR_FOLDER.fullmatch(path.name)):
+                    for path in sorted(Path(entry) for entry in os.scandir(folder) if _NOT_WHOLE.fullmatch(entry.name)):
                         failure = _read_failure(path)
                         if failure is None or _has_bytes(path.with_suffix("")):
                             path.unlink()

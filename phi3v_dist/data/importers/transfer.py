@@ -16,11 +16,12 @@ from dataclasses import dataclass
 from http import HTTPStatus
 from http.cookiejar import CookieJar, DefaultCookiePolicy
 from pathlib import Path
-from typing import Any, Self
+from typing import Annotated, Any, Self
 
 import anyio
 import httpx
 from anyio.to_thread import run_sync
+from pydantic import Field
 
 from phi3v_dist.printable import printable
 
@@ -34,29 +35,29 @@ Verify = Callable[[bytes], str | None]
 
 @dataclass(frozen=True)
 class DownloadSettings:
-    """How hard to try.
+    """How hard to try."""
 
-    concurrency: transfers at a time.
-    look_ahead: URLs taken up before the first of them is given out; a slow one holds up no more than these.
-    timeout_s: for a connection, and between two pieces of an answer.
-    total_s: for all transfers of one file together, however steadily it drips.
-    retries: further attempts after a failure that may pass.
-    backoff_s, max_wait_s: pause before the first retry, doubled each time; and the longest, whatever Retry-After says.
-    max_bytes: of a file, unpacked.
-    retry_failed: ask again for what failed in an earlier call and may have passed (not for a 404).
-    """
-
-    concurrency: int = 64
-    look_ahead: int = 4096
-    timeout_s: float = 10.0
-    total_s: float = 120.0
-    retries: int = 2
-    backoff_s: float = 1.0
-    max_wait_s: float = 30.0
-    max_bytes: int = 64 << 20
-    max_redirects: int = 5
+    concurrency: Annotated[int, Field(ge=1)] = 64
+    """Transfers at a time."""
+    look_ahead: Annotated[int, Field(ge=1)] = 4096
+    """URLs taken up before the first of them is given out; a slow one holds up no more than these."""
+    timeout_s: Annotated[float, Field(gt=0)] = 10.0
+    """For a connection, and between two pieces of an answer."""
+    total_s: Annotated[float, Field(gt=0)] = 120.0
+    """For all transfers of one file together, however steadily it drips."""
+    retries: Annotated[int, Field(ge=0)] = 2
+    """Further attempts after a failure that may pass."""
+    backoff_s: Annotated[float, Field(ge=0)] = 1.0
+    """Pause before the first retry; doubled before each further one."""
+    max_wait_s: Annotated[float, Field(ge=0)] = 30.0
+    """The longest pause, whatever a server's Retry-After says."""
+    max_bytes: Annotated[int, Field(ge=1)] = 64 << 20
+    """Of a file, unpacked."""
+    max_redirects: Annotated[int, Field(ge=0)] = 5
     retry_failed: bool = False
+    """Ask again for what failed in an earlier call and may have passed; a 404 never does."""
     user_agent: str = "phi3v-dist (image import)"
+    """Some sites only answer one that names a person to write to."""
 
 
 class Failure(Exception):
@@ -175,6 +176,8 @@ class Transfers:
             return Failure(f"redirected more than {self.settings.max_redirects} times", permanent=True)
         except httpx.RequestError as error:
             return Failure(f"{error or type(error).__name__}, {partial.progress}", again=True)
+        except (httpx.InvalidURL, ValueError) as error:  # a name no host can have, a number with 5,000 digits
+            return Failure(f"unusable address or answer: {error}", permanent=True)
         return None if partial.num_bytes else Failure("the server sent no bytes", again=True)
 
     async def _receive(self, client: httpx.AsyncClient, url: str, partial: _Partial) -> None:
@@ -269,7 +272,8 @@ def _goes_on(partial: _Partial, response: httpx.Response) -> bool:
     partial.expected_bytes = int(total) if total.isdecimal() else None
     if response.status_code == 416 and partial.expected_bytes == partial.num_bytes:
         return True
-    if response.status_code == 416 or not place.startswith(f"bytes {partial.num_bytes}-"):
+    fits = place.startswith(f"bytes {partial.num_bytes}-") and "content-encoding" not in response.headers
+    if response.status_code == 416 or not fits:
         partial.validator = ""
         raise Failure(f"the server would not go on from byte {partial.num_bytes:,}", again=True)
     return False
