@@ -21,7 +21,7 @@ import cv2
 from phi3v_dist.data.batch import Batch, Example, Filling, Row, collate
 from phi3v_dist.data.crops import CropMode
 from phi3v_dist.data.fetch import Fetcher
-from phi3v_dist.data.plan import Lengths, PlannedRow, PlannedStep, assign, num_vision_chunks
+from phi3v_dist.data.plan import Lengths, PlannedRow, PlannedStep, RowCost, assign, by_tokens, num_vision_chunks
 from phi3v_dist.data.processor import Phi3VProcessor
 from phi3v_dist.data.samples import BadSample, Sample, decode_sample
 from phi3v_dist.data.shards import ShardTable
@@ -76,6 +76,7 @@ class Loader:
     steps: the plan, from where the run goes on.
     consumer, num_consumers: which of the equal takers of rows this rank is.
     vision_chunk_crops: most crops the vision tower takes in one call when it checkpoints; None: no limit.
+    cost: what a row costs, by which ranks are balanced; the same on all of them.
     """
 
     steps: Iterable[PlannedStep]
@@ -87,6 +88,7 @@ class Loader:
     num_workers: int
     prefetch_rows: int
     vision_chunk_crops: int | None = None
+    cost: RowCost = by_tokens
 
     def __iter__(self) -> Iterator[list[Batch]]:
         steps_ahead = max(1, self.prefetch_rows // self.micro_steps)
@@ -95,7 +97,7 @@ class Loader:
         pool = ThreadPoolExecutor(self.num_workers, "decode", initializer=cv2.setNumThreads, initargs=(1,))
         try:
             for step in self.steps:
-                table = assign(step, self.num_consumers, self.micro_steps)
+                table = assign(step, self.num_consumers, self.micro_steps, self.cost)
                 pending.append([pool.submit(self._batch, micro_step, step) for micro_step in table])
                 if len(pending) > steps_ahead:
                     yield [future.result() for future in pending.popleft()]
