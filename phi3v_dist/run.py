@@ -34,6 +34,7 @@ from phi3v_dist.data.shards import ShardTable
 from phi3v_dist.errors import DataError
 from phi3v_dist.evaluate.evaluator import Evaluator
 from phi3v_dist.model import build as model_build
+from phi3v_dist.model.flops import flops
 from phi3v_dist.model.official_config import read_config
 from phi3v_dist.observe.console import ConsoleTracker
 from phi3v_dist.observe.tracker import AllOf, JsonlTracker, NoTracker, Tracker
@@ -112,14 +113,15 @@ class Run:
 
     def loader(self, state: dict[str, Any] | None) -> Loader:
         """Batches from where `state` says the run goes on; None: from the beginning."""
-        data, topology = self.settings.data, self.topology
+        data, topology, model = self.settings.data, self.topology, self.settings.model
+        work = flops(read_config(model.path), self.settings.train.parts, recompute=model.gradient_checkpointing)
         planner = self.planner.resume(state) if state else self.planner
         return Loader(
             steps=overfit(planner) if self.settings.train.overfit_one_batch else planner,
             decoder=self.train.decoder, lengths=self.train.lengths, consumer=topology.rank,
             num_consumers=topology.world_size, num_workers=data.num_workers, prefetch_rows=data.prefetch_rows,
             micro_steps=accumulation(self.settings.train.rows_per_step, topology.world_size),
-            vision_chunk_crops=self.settings.model.vision_chunk_crops,
+            vision_chunk_crops=model.vision_chunk_crops, cost=work.of_row,
         )  # fmt: skip
 
 
@@ -208,7 +210,7 @@ def plan(settings: Settings, train: Data) -> tuple[Planner, int]:
         order.sample_ids, train.lengths, rows_per_step=settings.train.rows_per_step,
         row_length_tokens=settings.data.row_length_tokens, packing=settings.data.packing, seed=settings.run.seed,
         window_samples=min(settings.data.window_samples, order.num_samples),
-        end=round(epochs * order.num_samples) if epochs else None,
+        end=round(epochs * order.num_samples) if epochs else None, order_digest=order.digest,
     )  # fmt: skip
     num_steps = settings.train.steps or sum(1 for _ in planner)
     if not settings.train.steps and settings.train.warmup_steps >= num_steps:

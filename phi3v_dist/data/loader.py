@@ -23,7 +23,7 @@ import torch
 from phi3v_dist.data.batch import Batch, Crops, Example, Filling, Row, collate
 from phi3v_dist.data.crops import CropMode
 from phi3v_dist.data.fetch import Fetcher
-from phi3v_dist.data.plan import Lengths, PlannedRow, PlannedStep, assign, num_vision_chunks
+from phi3v_dist.data.plan import Lengths, PlannedRow, PlannedStep, RowCost, assign, by_tokens, num_vision_chunks
 from phi3v_dist.data.pool import DecodePool
 from phi3v_dist.data.processor import Phi3VProcessor
 from phi3v_dist.data.samples import BadSample, Sample, decode_sample
@@ -88,6 +88,7 @@ class Loader:
     micro_steps: Batches in a step.
     prefetch_rows: decoded ahead of the one in use, in this step and the next ones; memory is bounded by them.
     vision_chunk_crops: most crops the vision tower takes in one call when it checkpoints; None: no limit.
+    cost: what a row costs, by which ranks are balanced; the same on all of them.
     """
 
     steps: Iterable[PlannedStep]
@@ -99,6 +100,7 @@ class Loader:
     num_workers: int
     prefetch_rows: int
     vision_chunk_crops: int | None = None
+    cost: RowCost = by_tokens
 
     def __iter__(self) -> Iterator[tuple[PlannedStep, Iterator[Batch]]]:
         steps, steps_ahead = itertools.tee(self.steps)
@@ -115,7 +117,7 @@ class Loader:
         rows = (
             self._start(step, micro_step, pool, slots)
             for step in steps
-            for micro_step in assign(step, self.num_consumers, self.micro_steps)
+            for micro_step in assign(step, self.num_consumers, self.micro_steps, self.cost)
         )
         ahead = deque(itertools.islice(rows, self.prefetch_rows))
         while ahead:

@@ -81,7 +81,7 @@ class Order:
     def digest(self) -> str:
         """Of all that decides the stream: seed, shares, the shards' sizes, and the rules here."""
         rules = [ORDER_FORMAT, SHARDS_PER_WINDOW, ROUNDS, self.seed, self.shares]
-        digest = xxhash.xxh3_64(repr(rules))
+        digest = xxhash.xxh3_64(repr(rules).encode())
         for source in self.sources:
             digest.update(np.ascontiguousarray(np.stack([source.first_id, source.sizes]), "<i8"))
         return digest.hexdigest()

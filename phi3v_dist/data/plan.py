@@ -124,7 +124,8 @@ class Planner:
         """Of all that decides the rows. `rows_per_step` is not in it: it cuts the same rows into other steps."""
         rules = [PLAN_FORMAT, FULL_FRAC, MAX_CARRIES, CARRY_FRAC, packing.SIZE_CLASSES, packing.CHOICE]
         chosen = [self.row_length_tokens, self.window_samples, self.packing, self.seed, self.end]
-        return xxhash.xxh3_64_hexdigest(json.dumps([rules, chosen, self.order_digest, self.lengths.digest]))
+        parts = [rules, chosen, self.order_digest, self.lengths.digest]
+        return xxhash.xxh3_64_hexdigest(json.dumps(parts).encode())
 
     def resume(self, state: dict[str, Any]) -> "Planner":
         """The same plan from the step after the one that left this state."""
