@@ -122,22 +122,29 @@ class Loader:
         ahead = deque(itertools.islice(rows, self.prefetch_rows))
         while ahead:
             ahead.extend(itertools.islice(rows, 1))
-            row = ahead.popleft()
-            yield self._finish(row, pool)
-            slots.give_back(row.slot)
+            slot, row = ahead.popleft()
+            yield pool.result(row)
+            slots.give_back(slot)
 
     def _start(
         self, step: PlannedStep, micro_step: list[PlannedRow | None], pool: DecodePool, slots: Slots
-    ) -> "_RowAhead":
-        planned = micro_step[self.consumer]
-        slot = slots.take(planned.crops if planned else 0)
-        sample_ids = planned.sample_ids if planned else ()
-        borders = [0, *itertools.accumulate(int(self.lengths.crops[sample_id]) for sample_id in sample_ids)]
-        parts = [
-            pool.submit(sample_id, partial(self._part, sample_id, slot, begin, end))
-            for sample_id, (begin, end) in zip(sample_ids, itertools.pairwise(borders), strict=True)
+    ) -> tuple[Slot, Future[Batch]]:
+        """Have this rank's row of a micro-step decoded."""
+        row = micro_step[self.consumer] or PlannedRow((), EMPTY_ROW_TOKENS, 0, 0)
+        slot = slots.take(row.crops)
+        borders = itertools.accumulate((int(self.lengths.crops[i]) for i in row.sample_ids), initial=0)
+        works = [
+            (sample_id, partial(self._part, sample_id, slot, begin, end))
+            for sample_id, (begin, end) in zip(row.sample_ids, itertools.pairwise(borders), strict=True)
         ]
-        return _RowAhead(step, num_vision_chunks(micro_step, self.vision_chunk_crops), slot, parts)
+        num_chunks = num_vision_chunks(micro_step, self.vision_chunk_crops)
+        pad_id, normalization = self.decoder.processor.tokenizer.pad_token_id, self.decoder.normalization
+
+        def join(parts: tuple[Example | Filling, ...]) -> Batch:
+            filled = Row(parts or (Filling(EMPTY_ROW_TOKENS),))
+            return collate(filled, pad_id, step, normalization, num_chunks, slot.crops)
+
+        return slot, pool.submit(works, join)
 
     def _part(self, sample_id: int, slot: Slot, begin: int, end: int) -> Example | Filling:
         planned_tokens = int(self.lengths.tokens[sample_id])
@@ -147,18 +154,3 @@ class Loader:
         except BadSample as error:
             log.warning("quarantined: %s", error)
             return Filling(planned_tokens, sample_id, f"{error.shard}:{error.key}", error.reason)
-
-    def _finish(self, row: "_RowAhead", pool: DecodePool) -> Batch:
-        parts = tuple(pool.result(part) for part in row.parts) or (Filling(EMPTY_ROW_TOKENS),)
-        pad_id = self.decoder.processor.tokenizer.pad_token_id
-        return collate(Row(parts), pad_id, row.step, self.decoder.normalization, row.num_chunks, row.slot.crops)
-
-
-@dataclass(frozen=True)
-class _RowAhead:
-    """A row whose samples are being decoded into its slot."""
-
-    step: PlannedStep
-    num_chunks: int
-    slot: Slot
-    parts: list["Future[Example | Filling]"]
