@@ -1,4 +1,4 @@
-"""Pictures that are damaged, enormous or odd: refused with a reason, or repaired by rule; never trained on as filler."""
+"""Pictures that are damaged, enormous or odd: refused with a reason, or repaired by rule, never filled up."""
 
 import io
 import struct
@@ -40,8 +40,8 @@ JPEGS = {
 }
 OTHERS = {
     "PNG": encode(PHOTO, "PNG"), "WEBP": encode(PHOTO, "WEBP"), "GIF": encode(PHOTO, "GIF"),
-    "BMP": encode(PHOTO, "BMP"), "TIFF": encode(PHOTO, "TIFF"), "TIFF/LZW": encode(PHOTO, "TIFF", compression="tiff_lzw"),
-    "PPM": encode(PHOTO, "PPM"),
+    "BMP": encode(PHOTO, "BMP"), "TIFF": encode(PHOTO, "TIFF"),
+    "TIFF/LZW": encode(PHOTO, "TIFF", compression="tiff_lzw"), "PPM": encode(PHOTO, "PPM"),
 }  # fmt: skip
 
 

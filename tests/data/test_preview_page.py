@@ -152,7 +152,7 @@ def test_the_command_shows_a_runs_order_a_step_or_the_validation_side(
     out = tmp_path / "p.html"
     common = ("--config", str(config_file), "--out", str(out))
     prepare_preview(monkeypatch, *common, "--num", "3")
-    assert names(out) == [train.table.sample_name(i).split("/")[-1] for i in planner.sample_ids(0, 3)]
+    assert names(out) == [train.table.sample_name(i).split("/")[-1] for i in planner.sample_ids(0, 3).tolist()]
     prepare_preview(monkeypatch, *common, "--step", "2")
     second = [step for _, step in zip(range(2), planner, strict=False)][1]
     assert names(out) == [train.table.sample_name(i).split("/")[-1] for i in second.sample_ids]
