@@ -73,10 +73,10 @@ def write_tiny_model(arguments: argparse.Namespace) -> None:
 
 def index_shards(arguments: argparse.Namespace) -> None:
     table = ShardTable.open([SourceSettings(shards=arguments.shards)], lambda shard: logging.info("indexing %s", shard))
-    bad = [(shard, number, why) for shard in range(len(table.shards)) for number, why in table.index(shard).bad.items()]
-    for shard, number, why in bad:
-        logging.warning("%s: sample %r: %s", table.shards[shard], table.index(shard).key(number), why)
-    logging.info("%d samples in %d shards, %d of them unusable", len(table), len(table.shards), len(bad))
+    for shard, key, why in table.faults():
+        logging.warning("%s: %s%s", shard, f"sample {key!r}: " if key else "", why)
+    num_bad = table.bad_counts.bad
+    logging.info("%d samples in %d shards, %d of them unusable", len(table), len(table.shards), num_bad)
 
 
 def fetch_weights(arguments: argparse.Namespace) -> None:
