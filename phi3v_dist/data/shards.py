@@ -237,7 +237,8 @@ def _look(shards: list[str]) -> tuple[np.ndarray, np.ndarray]:
         else:
             about[number, 0] = size
     if missing:
-        problems.append(patterns.missing_message(missing[0] if len(missing) == 1 else "shards", missing, len(remote)))
+        of = missing[0] if len(missing) == 1 else "remote shards"
+        problems.append(patterns.missing_message(of, missing, len(missing) if len(missing) == 1 else len(remote)))
     if problems:
         raise DataError(problems)
     return about[:, 0], about[:, 1]

@@ -1,4 +1,4 @@
-"""Remote shards, real clients and a server that misbehaves → the same bytes as from the disk, or an error with a name."""
+"""Remote shards, real clients and a server that misbehaves → the bytes that a disk would give, or a named error."""
 
 import logging
 import os
@@ -8,7 +8,7 @@ import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from urllib.parse import parse_qs, unquote, urlsplit
+from urllib.parse import parse_qs, urlsplit
 
 import loopback
 import pytest
@@ -319,7 +319,7 @@ def test_s3_shards_are_found_listed_and_read_over_faults(s3: _S3, tmp_path: Path
     assert Fetcher(table).fetch(8 + 3)["txt"] == WHOLE["003"]["txt"]
     s3.script("/bucket/shards/001.tar", drop_after(100_000), status(500))
     assert Fetcher(table, ShardCache(tmp_path / "node", 1 << 30)).fetch(8 + 3)["txt"] == WHOLE["003"]["txt"]
-    with pytest.raises(DataError, match="1 of 5 shards missing .*004"):
+    with pytest.raises(DataError, match=r"004\.tar: no such shard"):
         open_table("s3://bucket/shards/{000..004}.tar")
 
 
@@ -341,4 +341,3 @@ def test_nothing_is_left_running_after_a_failed_read(server: LoopbackServer) -> 
     with pytest.raises(StoreError):
         fetcher.fetch(0)
     assert threading.active_count() <= before + 1
-    assert unquote(server.log[0].path) == "/a.tar"
