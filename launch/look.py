@@ -24,9 +24,8 @@ from phi3v_dist import config
 from phi3v_dist.config import Settings, SourceSettings
 from phi3v_dist.data.fetch import Fetcher
 from phi3v_dist.data.samples import BadSample, default_source
-from phi3v_dist.data.shards import ShardTable, expand
+from phi3v_dist.data.shards import ShardTable
 from phi3v_dist.errors import ConfigError, DataError
-from phi3v_dist.printable import printable
 
 PROBED_SAMPLES = 64  # looked at for one that says what the others look like
 LONGEST_ROW = 131072
@@ -63,21 +62,30 @@ def add_commands(commands: Any) -> None:
 
 
 def index_shards(arguments: argparse.Namespace) -> None:
-    sources = _sources(arguments)
-    shards, _ = expand(sources[0].shards)
     begin = time.monotonic()
-    with _bar("indexing", len(shards)) as advance:
-        table = ShardTable.open(sources, lambda _: advance(1))
+    with _bar("indexing") as show:
+        made = 0
+
+        def on_progress(done: int, total: int) -> None:
+            nonlocal made
+            made = total
+            show(done, total)
+
+        table = ShardTable.open(_sources(arguments), on_progress=on_progress)
     seconds = time.monotonic() - begin
-    indexes = [table.index(shard) for shard in range(len(table.shards))]
-    for shard, index in enumerate(indexes):
-        for number, why in index.bad.items():
-            logging.warning("%s: sample '%s': %s", table.shards[shard], index.key(number), why)
-    size_mb = sum(index.tar_size_bytes for index in indexes) / 1e6
+    for shard, key, why in table.faults():
+        if key or not made:  # of shards indexed just now, damage has been logged
+            logging.warning("%s: %s%s", shard, f"sample '{key}': " if key else "", why)
+    counts, size_mb = table.bad_counts, float(table.rows.tar_size_bytes.sum()) / 1e6
     logging.info(
-        "%s samples in %s shards, %s of them unusable; %s MB in %.1f s", f"{len(table):,}", f"{len(table.shards):,}",
-        f"{sum(len(index.bad) for index in indexes):,}", f"{size_mb:,.0f}", seconds,
-    )  # fmt: skip
+        "%s samples in %s shards of %s MB: %s unusable, %s odd but used, %s damaged places",
+        *(f"{count:,}" for count in (counts.samples, len(table.shards), round(size_mb))),
+        *(f"{count:,}" for count in (counts.bad, counts.notes, counts.damaged_places)),
+    )
+    if made:
+        logging.info("%d indexes made in %.1f s (%.0f MB/s)", made, seconds, size_mb / max(seconds, 1e-3))
+    else:
+        logging.info("every shard had its index")
 
 
 def lint_shards(arguments: argparse.Namespace) -> None:
@@ -90,8 +98,8 @@ def lint_shards(arguments: argparse.Namespace) -> None:
         for problem in error.problems:
             report.add(Finding("shard", problem.partition(": ")[0], "", problem.partition(": ")[2]))
     else:
-        with _bar("looking", len(table)) as advance:
-            report = lint(table, LintOptions(arguments.deep, arguments.decode, arguments.threads), advance)
+        with _bar("looking") as show:
+            report = lint(table, LintOptions(arguments.deep, arguments.decode, arguments.threads), show)
     console = Console(highlight=False, soft_wrap=True)
     for colour, kinds in (("red", PROBLEMS), ("yellow", NOTICES)):
         for title, fix, findings in report.of(kinds):
@@ -105,11 +113,9 @@ def lint_shards(arguments: argparse.Namespace) -> None:
         f"\n{report.num_samples:,} samples in {report.num_shards:,} shards: {report.num_problems:,} problems, "
         f"{notices:,} notices"
     )
-    if not (arguments.deep and arguments.decode):
-        console.print("not looked at: " + " and ".join(
-            what for what, done in (("bytes of pictures (--deep)", arguments.deep or arguments.decode),
-                                    ("whether pictures decode (--decode)", arguments.decode)) if not done
-        ))  # fmt: skip
+    if not arguments.decode:
+        read = "" if arguments.deep else "the bytes of pictures (--deep), "
+        console.print(f"not looked at: {read}whether pictures decode (--decode, which also reads all bytes)")
     if report.num_problems:
         raise DataError([f"{len(findings):,} x {title}" for title, _, findings in report.of(PROBLEMS)])
 
@@ -211,11 +217,11 @@ def _sources(arguments: argparse.Namespace, guess: bool = False) -> list[SourceS
 
 
 @contextmanager
-def _bar(what: str, total: int) -> Iterator[Callable[[int], None]]:
-    """A progress bar on a terminal, nothing elsewhere."""
+def _bar(what: str) -> Iterator[Callable[[int, int], None]]:
+    """A progress bar on a terminal, nothing elsewhere; it is told (done, total)."""
     columns = (
         TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn()
     )  # fmt: skip
     with Progress(*columns, disable=not sys.stdout.isatty(), transient=True) as bar:
-        task = bar.add_task(printable(what), total=total)
-        yield lambda done: bar.advance(task, done)
+        task = bar.add_task(what, total=None)
+        yield lambda done, total: bar.update(task, completed=done, total=total)

@@ -10,6 +10,7 @@ Problems cost samples or hide damage. Notices are worth a look and may be meant.
 import re
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -17,10 +18,12 @@ import cv2
 import numpy as np
 import xxhash
 
+from phi3v_dist.data import store
 from phi3v_dist.data.fetch import Fetcher
+from phi3v_dist.data.index import Member
 from phi3v_dist.data.pictures import IMAGE_SUFFIXES, PICTURE_ERRORS, decode_image
 from phi3v_dist.data.samples import TEXT_MEMBERS, BadSample, Message, read_messages
-from phi3v_dist.data.shards import Member, ShardTable
+from phi3v_dist.data.shards import ShardTable
 from phi3v_dist.printable import printable
 
 CHUNK_SAMPLES = 256  # looked at by one thread at a time
@@ -33,6 +36,7 @@ _LOOK_ALIKE = re.compile(r"<\|\w{1,40}\|>|</?s>|<unk>|<image>")
 
 PROBLEMS = {
     "shard": ("shard cannot be read", "copy or write it again, or take it out of the pattern"),
+    "damage": ("damaged place in a tar", "copy or write the shard again; what it hit is left out, all else is used"),
     "unusable": ("unusable by its index", "mend the sample where shards are made; training leaves it out"),
     "bytes": ("bytes are not those indexed", "copy the shard again; if it was written anew, delete its index"),
     "text": ("text cannot be used", "correct the JSON, or the source's `prompt` and `answer`"),
@@ -43,6 +47,7 @@ PROBLEMS = {
 NOTICES = {
     "contents": ("same contents as another sample", "leave one of them out, unless it should count twice"),
     "key": ("same key in another shard", "nothing breaks; names in logs need the shard to be unique"),
+    "note": ("odd, but used", "write the shard anew if it was not meant"),
     "odd key": ("key with characters that do not show", "logs spell them out; rename if the key is used elsewhere"),
     "dot": ("picture of one pixel", "it is enlarged to a whole picture of one colour; probably a tracking pixel"),
     "thin": ("very long and thin picture", "little of it is seen after scaling; cut it into several"),
@@ -94,34 +99,32 @@ class Report:
         return sum(len(self.findings.get(kind, ())) for kind in PROBLEMS)
 
 
-def lint(table: ShardTable, options: LintOptions, on_progress: Callable[[int], None] | None = None) -> Report:
-    """Look at every sample. on_progress: told how many more samples were looked at."""
+def lint(table: ShardTable, options: LintOptions, on_progress: Callable[[int, int], None] | None = None) -> Report:
+    """Look at every sample. on_progress: told (samples looked at, samples)."""
     report = Report(len(table), len(table.shards))
     fetcher = Fetcher(table)
-    begins = [
-        (begin, min(begin + CHUNK_SAMPLES, int(end)))
-        for start, end in zip(table.start[:-1], table.start[1:], strict=True)
-        for begin in range(int(start), int(end), CHUNK_SAMPLES)
-    ]
+    spans = list(_spans(table))
     keys, contents = np.zeros(len(table), np.uint64), np.zeros(len(table), np.uint64)
 
     def look(span: tuple[int, int]) -> list[Finding]:
-        found: list[Finding] = []
-        for sample_id in range(*span):
-            found += _look_at(sample_id, table, fetcher, options)
-            shard, number = table.locate(sample_id)
-            index = table.index(shard)
-            members = [(member.name, member.size_bytes, member.checksum) for member in index.members(number)]
-            keys[sample_id] = xxhash.xxh3_64_intdigest(index.key(number).encode())
-            contents[sample_id] = xxhash.xxh3_64_intdigest(repr(members).encode())
-        return found
+        shard, _ = table.locate(span[0])
+        with fetcher.whole(shard) if options.deep or options.decode else nullcontext():
+            return [finding for sample_id in range(*span) for finding in look_at(sample_id)]
+
+    def look_at(sample_id: int) -> Iterator[Finding]:
+        yield from _look_at(sample_id, table, fetcher, options)
+        shard, number = table.locate(sample_id)
+        index = table.index(shard)
+        members = [(member.name, member.size_bytes, member.checksum) for member in index.members(number)]
+        keys[sample_id] = xxhash.xxh3_64_intdigest(index.key(number).encode())
+        contents[sample_id] = xxhash.xxh3_64_intdigest(repr(members).encode())
 
     with ThreadPoolExecutor(options.num_threads, "lint", initializer=cv2.setNumThreads, initargs=(1,)) as pool:
-        for span, found in zip(begins, pool.map(look, begins), strict=True):
+        for span, found in zip(spans, pool.map(look, spans), strict=True):
             for finding in found:
                 report.add(finding)
             if on_progress:
-                on_progress(span[1] - span[0])
+                on_progress(span[1], len(table))
     for shard in range(len(table.shards)):
         for finding in _of_shard(shard, table):
             report.add(finding)
@@ -130,19 +133,28 @@ def lint(table: ShardTable, options: LintOptions, on_progress: Callable[[int], N
     return report
 
 
+def _spans(table: ShardTable) -> Iterator[tuple[int, int]]:
+    """Ranges of sample ids, none beyond a shard; a remote shard is one, so that one thread has its copy."""
+    for shard, (start, end) in enumerate(zip(table.start[:-1].tolist(), table.start[1:].tolist(), strict=True)):
+        step = max(1, end - start) if store.is_remote(table.shards[shard]) else CHUNK_SAMPLES
+        yield from ((begin, min(begin + step, end)) for begin in range(start, end, step))
+
+
 def _look_at(sample_id: int, table: ShardTable, fetcher: Fetcher, options: LintOptions) -> Iterator[Finding]:
     shard, number = table.locate(sample_id)
-    index, name = table.index(shard), str(table.shards[shard])
+    index, name = table.index(shard), table.shard_name(shard)
     key, members = index.key(number), index.members(number)
 
     def found(kind: str, what: str) -> Finding:
-        return Finding(kind, printable(name), key, printable(what))
+        return Finding(kind, name, key, printable(what))
 
     for kind, what in _of_members(members):
         yield found(kind, what)
     begin, end = index.columns["key_start"][number : number + 2]
     if not index.columns["key_bytes"][begin:end].tobytes().decode(errors="surrogateescape").isprintable():
         yield found("odd key", "it has control characters or bytes that are no UTF-8")
+    if number in index.notes:
+        yield found("note", index.notes[number])
     if number in index.bad:
         yield found("unusable", index.bad[number])
         return
@@ -207,12 +219,14 @@ def _repeated(kind: str, digests: np.ndarray, table: ShardTable) -> Iterator[Fin
         earlier = first.setdefault(int(digests[sample_id]), sample_id)
         if earlier != sample_id:
             shard, number = table.locate(sample_id)
-            what = f"as {printable(table.sample_name(earlier))}"
-            yield Finding(kind, printable(str(table.shards[shard])), table.index(shard).key(number), what)
+            what = f"as {table.sample_name(earlier)}"
+            yield Finding(kind, table.shard_name(shard), table.index(shard).key(number), what)
 
 
 def _of_shard(shard: int, table: ShardTable) -> Iterator[Finding]:
-    index, name = table.index(shard), printable(str(table.shards[shard]))
+    index, name = table.index(shard), table.shard_name(shard)
+    for damage in index.damage:
+        yield Finding("damage", name, "", f"bytes {damage.begin:,} to {damage.end:,}: {printable(damage.reason)}")
     counts = np.bincount(index.columns["member_name"], minlength=len(index.names))
     for member, count in zip(index.names, counts.tolist(), strict=True):
         if member not in TEXT_MEMBERS and member.rsplit(".", 1)[-1] not in IMAGE_SUFFIXES:
@@ -220,8 +234,8 @@ def _of_shard(shard: int, table: ShardTable) -> Iterator[Finding]:
 
 
 def _uneven(table: ShardTable) -> Iterator[Finding]:
-    sizes = np.array([table.index(shard).tar_size_bytes for shard in range(len(table.shards))])
+    sizes = table.rows.tar_size_bytes
     median, largest = float(np.median(sizes)), int(sizes.argmax())
     if sizes[largest] > UNEVEN_RATIO * median:
         what = f"{sizes[largest] / 1e6:,.1f} MB, the median shard has {median / 1e6:,.1f} MB"
-        yield Finding("uneven", printable(str(table.shards[largest])), "", what)
+        yield Finding("uneven", table.shard_name(largest), "", what)

@@ -96,8 +96,8 @@ def find_samples(table: ShardTable, key: str) -> list[int]:
         ConfigError: there is none.
     """
     found = []
-    for shard, path in enumerate(table.shards):
-        name = key.removeprefix(f"{path}:")
+    for shard in range(len(table.shards)):
+        name = key.removeprefix(f"{table.shard_name(shard)}:")
         index = table.index(shard)
         starts = index.columns["key_start"]
         joined, wanted = index.columns["key_bytes"].tobytes(), name.encode(errors="surrogateescape")
@@ -129,7 +129,7 @@ def _card(sample_id: int, data: "phi3v_dist.run.Data") -> Card:
         prompt, left_out_chars = _shortened(stretches(example, decoder.processor.tokenizer))
     shard, _ = decoder.table.locate(sample_id)
     return Card(
-        sample_id, printable(decoder.table.sample_name(sample_id)), printable(decoder.table.source_name(shard)),
+        sample_id, decoder.table.sample_name(sample_id), printable(decoder.table.source_name(shard)),
         printable(reason, keep="\n"), facts, pictures, prompt, left_out_chars, _stored(sample_id, data),
     )  # fmt: skip
 

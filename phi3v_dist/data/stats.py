@@ -103,8 +103,8 @@ class Stats:
     def _sample_table(self) -> Table:
         kind = "tokens" if self.with_text else "image tokens"
         columns = [f"{num_crops} crops" for num_crops in NUM_CROPS]
-        names = ("source", "samples", "unusable", "pictures", "no picture", "2 or more", *columns)
-        table = _table(f"samples, and their {kind} by the crops that a picture may have", names)
+        names = ("source", "samples", "unusable", "pictures", "without", "several", *columns)
+        table = _table(f"samples (unusable, without and with several pictures), and {kind} by crops allowed", names)
         for source in self.sources:
             counts = (source.samples, source.unusable, source.pictures, source.text_only, source.multi_image)
             table.add_row(Text(source.name), *(f"{count:,}" for count in (*counts, *source.tokens.values())))
@@ -132,7 +132,7 @@ class Stats:
 
 def collect(
     table: ShardTable, processor: Phi3VProcessor | None, num_threads: int = 2,
-    on_shard: Callable[[Any], None] | None = None, num_named: int = 5,
+    on_shard: Callable[[str], None] | None = None, num_named: int = 5,
 ) -> Stats:  # fmt: skip
     """Count everything.
 
@@ -170,7 +170,7 @@ def collect(
         with_text=processor is not None,
         usable=int(usable.sum()),
         tokens=[_tokens(num_crops, totals, text, usable, table, num_named) for num_crops, totals in images.items()],
-        bad=[(printable(table.sample_name(i)), printable(bad[i])) for i in sorted(bad)[:num_named]],
+        bad=[(table.sample_name(i), printable(bad[i])) for i in sorted(bad)[:num_named]],
     )
 
 
@@ -192,7 +192,7 @@ def _tokens(
     return TokenStats(
         num_crops=num_crops, total=int(tokens.sum()), image_total=int(images[usable].sum()),
         mean=float(some.mean()), median=float(np.median(some)), p99=float(np.percentile(some, 99)),
-        longest=[(printable(table.sample_name(i)), int(images[i] + text[i])) for i in longest],
+        longest=[(table.sample_name(i), int(images[i] + text[i])) for i in longest],
         fits={row: int((tokens <= row).sum()) for row in ROW_LENGTHS},
     )  # fmt: skip
 
@@ -202,7 +202,7 @@ def _source(
     text: np.ndarray,
 ) -> SourceStats:  # fmt: skip
     shards = np.flatnonzero(table.source_of_shard == number).tolist()
-    sizes = np.array([table.index(shard).tar_size_bytes for shard in shards])
+    sizes = table.rows.tar_size_bytes[shards]
     mine = np.concatenate([np.arange(table.start[shard], table.start[shard + 1]) for shard in shards])
     pictures, used = num_pictures[mine], mine[usable[mine]]
     tokens = {num_crops: int((totals + text)[used].sum()) for num_crops, totals in images.items()}
@@ -223,5 +223,6 @@ def _class_names() -> list[str]:
 def _table(title: str, columns: tuple[str, ...]) -> Table:
     table = Table(title=title, title_justify="left", box=box.SIMPLE)
     for number, column in enumerate(columns):
-        table.add_column(column, justify="right" if number else "left", no_wrap=bool(number), overflow="fold")
+        kind: dict[str, Any] = {"justify": "right", "no_wrap": True} if number else {"min_width": 10}
+        table.add_column(column, overflow="fold", **kind)
     return table
