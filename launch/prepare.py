@@ -3,6 +3,11 @@
 python launch/prepare.py sample --out data/catalogue            draw a product catalogue and index it
 python launch/prepare.py tiny --out data/tiny-phi3v             a small Phi-3-V in the official layout
 python launch/prepare.py index 'shards/train-*.tar'             index tars written elsewhere
+python launch/prepare.py lint 'shards/train-*.tar' --decode     every problem, with shard, key and what to do
+python launch/prepare.py stats 'shards/train-*.tar' --model models/phi-3.5-vision
+                                                                sizes, tokens at 4 and 16 crops, what fits which rows
+python launch/prepare.py preview --config launch/configs/quickstart.yaml --out preview.html
+                                                                samples as the model gets them, trained tokens coloured
 python launch/prepare.py weights microsoft/Phi-3.5-vision-instruct --out models/phi-3.5-vision
                                                                 fetch a model where there is a network, with digests
 python launch/prepare.py audit runs/quickstart                  was each sample trained exactly once per epoch?
@@ -19,6 +24,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.progress import Progress
 
+from launch import look
 from phi3v_dist import config
 from phi3v_dist.cli import run_script
 from phi3v_dist.config import SourceSettings
@@ -37,9 +43,7 @@ def main() -> None:
     tiny.add_argument("--out", type=Path, required=True)
     tiny.add_argument("--seed", type=int, default=0)
     tiny.set_defaults(run=write_tiny_model)
-    index = commands.add_parser("index", help="index tar shards and name what is wrong with them")
-    index.add_argument("shards", nargs="+")
-    index.set_defaults(run=index_shards)
+    look.add_commands(commands)
     weights = commands.add_parser(
         "weights", help="fetch a Phi-3-V of the Hugging Face hub into a folder, or verify one"
     )
@@ -81,14 +85,6 @@ def write_tiny_model(arguments: argparse.Namespace) -> None:
         return
     num_parameters = write_tiny(arguments.out, vocabulary_text(), arguments.seed)
     logging.info("%s: a Phi-3-V of %s parameters, randomly initialised", arguments.out, f"{num_parameters:,}")
-
-
-def index_shards(arguments: argparse.Namespace) -> None:
-    table = ShardTable.open([SourceSettings(shards=arguments.shards)], lambda shard: logging.info("indexing %s", shard))
-    bad = [(shard, number, why) for shard in range(len(table.shards)) for number, why in table.index(shard).bad.items()]
-    for shard, number, why in bad:
-        logging.warning("%s: sample %r: %s", table.shards[shard], table.index(shard).key(number), why)
-    logging.info("%d samples in %d shards, %d of them unusable", len(table), len(table.shards), len(bad))
 
 
 def fetch_weights(arguments: argparse.Namespace) -> None:

@@ -23,6 +23,7 @@ import yaml
 from phi3v_dist import config
 from phi3v_dist.config import Settings, SourceSettings
 from phi3v_dist.data import outcomes, quarantine
+from phi3v_dist.data.cache import ShardCache
 from phi3v_dist.data.fetch import Fetcher
 from phi3v_dist.data.fit import FitPolicy
 from phi3v_dist.data.lengths import measure
@@ -60,13 +61,28 @@ class Data:
     decoder: Decoder
 
     @classmethod
-    def open(cls, sources: list[SourceSettings], settings: Settings) -> "Data":
-        """Find, index and measure the shards of some sources. Raises DataError naming every shard that is wrong."""
-        table = ShardTable.open(sources, lambda shard: log.info("indexing %s", shard))
+    def open(cls, sources: list[SourceSettings], settings: Settings, known_digest: str | None = None) -> "Data":
+        """Find, index and measure the shards of some sources. Raises DataError naming every shard that is wrong.
+
+        known_digest: of the table as another rank has just opened it, so that no shard need be looked at again.
+        """
+        table = ShardTable.open(sources, lambda shard: log.info("indexing %s", shard), known_digest)
+        cache = ShardCache.of(settings.data.cache)
         policy = FitPolicy(settings.data.fit, settings.data.row_length_tokens)
         processor = Phi3VProcessor.from_pretrained(settings.model.path, settings.data.num_crops, policy)
-        lengths = measure(table, processor, settings.data.num_workers, lambda shard: log.info("measuring %s", shard))
-        return cls(table, lengths, Decoder(table, Fetcher(table), processor, settings.data.crops))
+        num_threads = settings.data.num_workers
+        lengths = measure(table, processor, num_threads, lambda shard: log.info("measuring %s", shard), cache)
+        return cls(table, lengths, Decoder(table, Fetcher(table, cache), processor, settings.data.crops))
+
+    @classmethod
+    def open_together(cls, sources: list[SourceSettings], settings: Settings, topology: Topology) -> "Data":
+        """As `open`, on all ranks: rank 0 looks at every shard, and the others take its word."""
+        ours = cls.open(sources, settings) if topology.is_main else None
+        digest = topology.broadcast(ours.table.digest if ours else None)
+        ours = ours or cls.open(sources, settings, digest)
+        if ours.table.digest != digest:
+            raise DataError(f"the shards on {topology.host} are not those of rank 0; all nodes must see the same files")
+        return ours
 
     def usable(self, limit_tokens: int) -> int:
         """Number of samples that fit into a row."""
@@ -166,13 +182,13 @@ def build(settings: Settings, topology: Topology) -> Run:
     topology.barrier()  # rank 0 may still be writing indexes
     start = topology.broadcast(model_build.pinned_start(settings) if topology.is_main else None)
     settings = settings.model_copy(update={"model": settings.model.model_copy(update={"init_from": start})})
-    train = Data.open(settings.data.train, settings)
+    train = Data.open_together(settings.data.train, settings, topology)
     planner, num_steps = plan(settings, train)
     device = topology.device
     engine = _engine(settings, topology)
     evaluator = None
     if settings.data.validation:
-        validation = Data.open(settings.data.validation, settings)
+        validation = Data.open_together(settings.data.validation, settings, topology)
         sample_ids = fixed_order(validation.lengths, settings.data.row_length_tokens)
         evaluator = Evaluator(validation.decoder, sample_ids, settings.eval, topology)
     resolved = config.dump(settings)
@@ -289,6 +305,12 @@ def describe(settings: Settings, train: Data, num_steps: int, world_size: int) -
         f"batch    {rows} rows of up to {data.row_length_tokens:,} tokens = {world_size} ranks x {micro_steps} "
         f"micro-steps{f' - {empty} empty' if empty else ''}",
     ]
+    bad = train.table.bad_counts
+    if bad.damaged_places:
+        lines.append(
+            f"damage   {bad.damaged_places:,} places of the shards cannot be read ({bad.empty_shards} shards at "
+            "all); phi3v-prepare lint names them"
+        )
     cut = outcomes.cut(train.lengths, train.decoder.processor.fit_policy)
     if data.fit != "drop":
         lines.append(f"fit      {cut[0] if cut else f'`data.fit: {data.fit}` had nothing to cut'}")

@@ -60,7 +60,7 @@ class Decoder:
         index = self.table.index(shard)
         source = self.table.sources[int(self.table.source_of_shard[shard])]
         names = list(index.image_sizes(number))
-        path, source_name = str(self.table.shards[shard]), self.table.source_name(shard)
+        path, source_name = self.table.shard_name(shard), self.table.source_name(shard)
         return decode_sample(sample_id, path, index.key(number), source_name, source, parts, names)
 
     def example(self, sample_id: int, planned_tokens: int, out: Crops | None = None) -> Example:

@@ -69,12 +69,12 @@ def test_lengths_are_measured_once_and_again_for_other_crops_or_templates(
 
 
 def test_measuring_reads_no_picture(shard: Path, processor: Phi3VProcessor, monkeypatch: pytest.MonkeyPatch) -> None:
+    table = open_table(shard)
     sizes_bytes: list[int] = []
     pread = fetch.os.pread
     monkeypatch.setattr(
         fetch.os, "pread", lambda file, size, offset: sizes_bytes.append(size) or pread(file, size, offset)
     )
-    table = open_table(shard)
     measure(table, processor)
     texts = [member.size_bytes for i in range(17) for member in table.index(0).members(i) if member.name == "json"]
     assert sorted(sizes_bytes) == sorted(texts)

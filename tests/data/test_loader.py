@@ -123,7 +123,7 @@ def test_a_bad_sample_becomes_filling_and_moves_nothing(shards: Path, tiny_model
     victim = next(i for i in clean[0][0].plan.sample_ids if damaged.planner.lengths.crops[i])
     shard, number = table.locate(victim)
     (photo,) = [member for member in table.index(shard).members(number) if member.name == "0.jpg"]
-    with table.shards[shard].open("r+b") as file:
+    with open(table.shards[shard], "r+b") as file:
         file.seek(photo.offset + photo.size_bytes // 2)
         file.write(b"damage")
     with caplog.at_level(logging.WARNING):
