@@ -15,9 +15,11 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 
 from phi3v_dist.data import store
+from phi3v_dist.data.index import INDEX_SUFFIX
 from phi3v_dist.data.sidecar import ENDINGS, folders
 from phi3v_dist.errors import DataError
 
+INDEX_ENDING = f".{INDEX_SUFFIX}"
 MAX_NAMED = 50  # missing shards that one message lists
 
 
@@ -25,31 +27,35 @@ class Listings:
     """Names in local folders, each folder read once."""
 
     def __init__(self) -> None:
-        self._files: dict[str, list[str]] = {}
+        self._read: dict[str, tuple[list[str], set[str]]] = {}
         self._known: dict[str, set[str]] = {}
 
     def files(self, folder: str) -> list[str]:
         """Files that may be shards, sorted; empty when the folder cannot be listed."""
-        if folder not in self._files:
-            with _scan(folder) as entries:
-                names = (entry.name for entry in entries if not entry.name.endswith(ENDINGS) and not entry.is_dir())
-                self._files[folder] = sorted(names)
-        return self._files[folder]
+        return self._list(folder)[0]
 
     def has(self, folder: str, name: str) -> bool:
         if folder not in self._known:
             self._known[folder] = set(self.files(folder))
         return name in self._known[folder]
 
-    @staticmethod
-    def with_sidecar(folder: str, suffix: str) -> set[str]:
-        """Names of the tars that have this sidecar, beside them or in the user's cache."""
-        ending = f".{suffix}"
-        found: set[str] = set()
-        for place in folders(folder):
-            with _scan(place) as entries:
-                found.update(entry.name[: -len(ending)] for entry in entries if entry.name.endswith(ending))
-        return found
+    def indexed(self, folder: str) -> set[str]:
+        """Names of the tars that have an index, beside them or in the user's cache."""
+        return set().union(*(self._list(place)[1] for place in folders(folder)))
+
+    def _list(self, folder: str) -> tuple[list[str], set[str]]:
+        if folder not in self._read:
+            files: list[str] = []
+            indexed: set[str] = set()
+            with _scan(folder) as entries:
+                for entry in entries:
+                    name = entry.name
+                    if name.endswith(INDEX_ENDING):
+                        indexed.add(name[: -len(INDEX_ENDING)])
+                    elif not name.endswith(ENDINGS) and not entry.is_dir():
+                        files.append(name)
+            self._read[folder] = sorted(files), indexed
+        return self._read[folder]
 
 
 def expand(patterns: Sequence[str], listings: Listings | None = None) -> tuple[list[str], list[str]]:
@@ -99,8 +105,9 @@ def _local(name: str, listings: Listings) -> list[str]:
     hidden = base.startswith(".")
     found: list[str] = []
     for place in sorted(glob.glob(folder)) if glob.has_magic(folder) else [folder]:
-        names = (file for file in listings.files(place) if matches(file) and (hidden or not file.startswith(".")))
-        found += (os.path.join(place, file) for file in names)
+        begin = os.path.join(place, "")
+        names = (file for file in listings.files(place) if matches(file))
+        found += [begin + file for file in names if hidden or not file.startswith(".")]
     return found
 
 

@@ -10,22 +10,23 @@ import logging
 import os
 import re
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import BrokenExecutor, Executor, ProcessPoolExecutor, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import cached_property, lru_cache
-from itertools import groupby
+from multiprocessing import get_context
 
 import numpy as np
 import xxhash
 
 from phi3v_dist.config import SourceSettings
 from phi3v_dist.data import manifest, patterns, store
-from phi3v_dist.data.index import INDEX_SUFFIX, ShardIndex, build_index, load_index
+from phi3v_dist.data.index import ShardIndex, build_index, load_index
 from phi3v_dist.data.manifest import Rows
 from phi3v_dist.errors import DataError
 from phi3v_dist.printable import printable
 
 INDEXES_IN_MEMORY = 256
+PROCESSES_FROM_BYTES = 16 << 30
 
 log = logging.getLogger(__name__)
 
@@ -81,8 +82,9 @@ class ShardTable:
         known = manifest.load_rows(sources, known_digest) if known_digest else None
         if known is not None:
             return cls._of(sources, *known)
-        shards, source_of_shard = _find(sources)
-        rows, changed = _rows(sources, shards)
+        listings = patterns.Listings()
+        shards, source_of_shard = _find(sources, listings)
+        rows, changed = _rows(sources, shards, listings)
         _index(shards, rows, changed, on_index, on_progress)
         table = cls._of(sources, shards, source_of_shard, rows)
         empty = [number for number, _ in enumerate(sources) if not table._num_samples(number)]
@@ -186,9 +188,8 @@ class ShardTable:
         return f"data: {', '.join(map(store.shown, self.sources[source].shards))}: no shard holds a sample ({first})"
 
 
-def _find(sources: Sequence[SourceSettings]) -> tuple[list[str], np.ndarray]:
+def _find(sources: Sequence[SourceSettings], listings: patterns.Listings) -> tuple[list[str], np.ndarray]:
     """All shards in order, and the source of each. Raises DataError."""
-    listings = patterns.Listings()
     found = [patterns.expand(source.shards, listings) for source in sources]
     if problems := [problem for _, problems in found for problem in problems]:
         raise DataError(problems)
@@ -196,7 +197,7 @@ def _find(sources: Sequence[SourceSettings]) -> tuple[list[str], np.ndarray]:
     return [shard for shards, _ in found for shard in shards], np.repeat(np.arange(len(sources)), counts)
 
 
-def _rows(sources: Sequence[SourceSettings], shards: list[str]) -> tuple[Rows, list[int]]:
+def _rows(sources: Sequence[SourceSettings], shards: list[str], listings: patterns.Listings) -> tuple[Rows, list[int]]:
     """What the manifest knows of these shards, and the numbers of those whose indexes must be looked at."""
     rows = Rows.empty(len(shards))
     known = manifest.load_rows(sources)
@@ -213,44 +214,51 @@ def _rows(sources: Sequence[SourceSettings], shards: list[str]) -> tuple[Rows, l
     changed = (rows.tar_size_bytes != sizes) | (rows.modified_ns != modified_ns) | (rows.digest == 0)
     rows.tar_size_bytes[:], rows.modified_ns[:] = sizes, modified_ns
     if known is not None:
-        changed |= ~_indexed(shards)
+        changed |= ~_indexed(shards, listings)
     return rows, np.flatnonzero(changed).tolist()
 
 
 def _look(shards: list[str]) -> tuple[np.ndarray, np.ndarray]:
     """Size and time of every shard. Raises DataError naming all that are not there."""
-    about = np.zeros((len(shards), 2), np.int64)
+    sizes: list[int] = []
+    modified_ns: list[int] = []
     remote: list[int] = []
     problems: list[str] = []
     missing: list[str] = []
     for number, shard in enumerate(shards):
+        size_bytes = time_ns = 0
         if store.is_remote(shard):
             remote.append(number)
-            continue
-        try:
-            status = os.stat(shard)
-            about[number] = status.st_size, status.st_mtime_ns
-        except OSError as error:
-            problems.append(f"{shard}: cannot be read: {error}")
+        else:
+            try:
+                status = os.stat(shard)
+                size_bytes, time_ns = status.st_size, status.st_mtime_ns
+            except OSError as error:
+                problems.append(f"{shard}: cannot be read: {error}")
+        sizes.append(size_bytes)
+        modified_ns.append(time_ns)
     for number, size in zip(remote, store.sizes([shards[number] for number in remote]), strict=True):
         if size is None:
             missing.append(shards[number])
         else:
-            about[number, 0] = size
+            sizes[number] = size
     if missing:
         of = missing[0] if len(missing) == 1 else "remote shards"
         problems.append(patterns.missing_message(of, missing, len(missing) if len(missing) == 1 else len(remote)))
     if problems:
         raise DataError(problems)
-    return about[:, 0], about[:, 1]
+    return np.array(sizes, np.int64), np.array(modified_ns, np.int64)
 
 
-def _indexed(shards: list[str]) -> np.ndarray:
+def _indexed(shards: list[str], listings: patterns.Listings) -> np.ndarray:
     """Whether each shard has an index file."""
+    indexed: dict[str, set[str]] = {}
     found: list[bool] = []
-    for folder, here in groupby(shards, os.path.dirname):
-        names = patterns.Listings.with_sidecar(folder, INDEX_SUFFIX)
-        found += [store.name_of(shard) in names for shard in here]
+    for shard in shards:
+        folder, _, name = shard.partition("?")[0].rpartition("/") if store.is_remote(shard) else shard.rpartition("/")
+        if folder not in indexed:
+            indexed[folder] = listings.indexed(folder)
+        found.append(name in indexed[folder])
     return np.array(found, bool)
 
 
@@ -267,30 +275,33 @@ def _index(
         else:
             rows.fill(shard, index)
     problems: list[str] = []
-
-    def make(shard: int) -> ShardIndex | None:
-        try:
-            return build_index(shards[shard], int(rows.tar_size_bytes[shard]))
-        except DataError as error:
-            problems.extend(error.problems)
-        except OSError as error:
-            problems.append(f"{store.shown(shards[shard])}: cannot be read: {error}")
-        return None
-
-    with ThreadPoolExecutor(len(os.sched_getaffinity(0)), "index") as pool:
-        futures = [(shard, pool.submit(make, shard)) for shard in to_make]
-        for done, (shard, future) in enumerate(futures, 1):
+    with _pool(sum(int(rows.tar_size_bytes[shard]) for shard in to_make)) as pool:
+        futures = [pool.submit(build_index, shards[shard], int(rows.tar_size_bytes[shard])) for shard in to_make]
+        for done, (shard, future) in enumerate(zip(to_make, futures, strict=True), 1):
+            name = store.shown(shards[shard])
             if on_index:
-                on_index(store.shown(shards[shard]))
-            index = future.result()
-            if index is not None:
+                on_index(name)
+            try:
+                index = future.result()
                 rows.fill(shard, index)
                 if index.damage:
-                    log.warning("%s: %s", store.shown(shards[shard]), _summary(index))
+                    log.warning("%s: %s", name, _summary(index))
+            except DataError as error:
+                problems += error.problems
+            except (OSError, BrokenExecutor) as error:
+                problems.append(f"{name}: cannot be read: {error}")
             if on_progress:
                 on_progress(done, len(to_make))
     if problems:
         raise DataError(problems)
+
+
+def _pool(size_bytes: int) -> Executor:
+    """Threads wait well but parse headers one at a time, at about a gigabyte a second; processes take time to start."""
+    num_cores = len(os.sched_getaffinity(0))
+    if size_bytes < PROCESSES_FROM_BYTES or num_cores == 1:
+        return ThreadPoolExecutor(num_cores, "index")
+    return ProcessPoolExecutor(num_cores, get_context("spawn"))
 
 
 def _summary(index: ShardIndex) -> str:

@@ -26,6 +26,7 @@ from fsspec.asyn import sync
 from phi3v_dist.errors import DataError
 
 SCHEMES = ("http", "https", "s3", "gs")
+_BEGINNINGS = tuple(f"{scheme}://" for scheme in SCHEMES)
 PIECE_BYTES = 8 << 20  # of an object store: what one request asks for at most
 SMALLEST_PIECE_BYTES = 256 << 10
 REQUESTS_AT_ONCE = 16
@@ -77,13 +78,13 @@ class _Refused(Exception):
 
 
 def scheme_of(address: str) -> str | None:
-    """The address's scheme in lower case; None for a local path."""
-    match = re.match(r"([a-z][a-z0-9+.-]*)://|(pipe|file):", address, re.IGNORECASE)
-    return (match[1] or match[2]).lower() if match else None
+    """The address's scheme; None for a local path."""
+    match = re.match(r"([A-Za-z][A-Za-z0-9+.-]*)://|(?i:(pipe|file)):", address)
+    return match[1] or match[2].lower() if match else None
 
 
 def is_remote(address: str) -> bool:
-    return scheme_of(address) in SCHEMES
+    return address.startswith(_BEGINNINGS)
 
 
 def problem(address: str) -> str | None:
