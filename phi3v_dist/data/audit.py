@@ -161,7 +161,7 @@ class _Rows:
         for step in self._steps:
             if step.state["window"] != window:  # its first row: the state tells what it was carried
                 position = step.state["window"] * self._planner.window_samples
-                np.add.at(in_flight, _carried(self._planner, step), 1)
+                np.add.at(in_flight, self._planner.carried_ids(step.state), 1)
                 break
             np.add.at(in_flight, np.array(step.sample_ids, np.int64), 1)
         assert position is not None  # a plan without an end always has another row
@@ -169,11 +169,6 @@ class _Rows:
             ids = self._planner.sample_ids(begin, min(begin + POSITIONS_AT_A_TIME, position))
             drawn += np.bincount(ids, minlength=num_samples)
         return drawn, in_flight
-
-
-def _carried(planner: Planner, step: PlannedStep) -> np.ndarray:
-    """Ids of the samples that were carried into the window of a step of one row."""
-    return np.array([sample_id for ids in step.state["carry"] for sample_id in ids], np.int64)
 
 
 def _count_attempt(attempts: list[Attempt], record: Record) -> None:

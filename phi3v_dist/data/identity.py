@@ -33,8 +33,9 @@ CAUSES = {
 
 
 def facts_of(table: ShardTable, lengths: Lengths, planner: Planner) -> dict[str, Any]:
-    """Everything that decides rows, under the names of `CAUSES`, and `plan`, the digest of it all."""
-    facts: dict[str, Any] = {
+    """Everything that decides rows, under the names of `CAUSES`, and `plan`, the digest of it all and of the rules."""
+    return {
+        "plan": planner.digest,
         "shards": table.digest,
         "lengths": lengths.digest,
         "weights": _digest(Order(table, planner.seed).shares),
@@ -44,7 +45,6 @@ def facts_of(table: ShardTable, lengths: Lengths, planner: Planner) -> dict[str,
         "packing": planner.packing,
         "end": planner.end,
     }
-    return {"plan": _digest(facts)} | facts
 
 
 def differences(before: Facts, now: Facts) -> list[str]:

@@ -133,6 +133,10 @@ class Planner:
         other.state = state
         return other
 
+    def carried_ids(self, state: dict[str, Any]) -> np.ndarray:
+        """Ids of the samples that were carried into the window in which a state stands."""
+        return self._read_carry(state["carry"], state["window"])[:, 1]
+
     def __iter__(self) -> Iterator[PlannedStep]:
         number, window, rows_used = (self.state[key] for key in ("step", "window", "rows_used"))
         if not self.lengths.any_usable(self.row_length_tokens):
@@ -191,7 +195,8 @@ class Planner:
         borders = np.cumsum([0, *map(len, together)])
         ids = sample_ids[np.concatenate(together)]
         tokens, labels, crops = (
-            column[ids].astype(np.int64) for column in (self.lengths.tokens, self.lengths.label_tokens, self.lengths.crops)
+            column[ids].astype(np.int64)
+            for column in (self.lengths.tokens, self.lengths.label_tokens, self.lengths.crops)
         )
         sums = [np.add.reduceat(column, borders[:-1]).tolist() for column in (tokens, tokens**2, labels, crops)]
         listed, places = ids.tolist(), borders.tolist()

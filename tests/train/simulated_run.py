@@ -50,7 +50,7 @@ def planner_of(table: ShardTable, lengths: Lengths, rows_per_step: int, epochs: 
     order = Order(table, seed=5)
     return Planner(
         order.sample_ids, lengths, rows_per_step=rows_per_step, row_length_tokens=2048, window_samples=256,
-        packing=True, seed=5, end=epochs * order.num_samples,
+        packing=True, seed=5, end=epochs * order.num_samples, order_digest=order.digest,
     )  # fmt: skip
 
 

@@ -1,8 +1,8 @@
 """Kills and other world sizes, with ranks that are simulated and with real ones: nothing lost, nothing twice."""
 
+import contextlib
 import json
 import random
-import shutil
 import subprocess
 import sys
 import time
@@ -16,12 +16,14 @@ import webdataset
 import yaml
 from conftest import REPOSITORY, environment
 from simulated_run import open_data, planner_of
-from test_launch import TIMEOUT_S, command
+from test_launch import TIMEOUT_S, free_port
 
-from phi3v_dist.data import identity
+from phi3v_dist.data import audit_report, identity
 from phi3v_dist.data.audit import audit
-from phi3v_dist.data.ledger import Head, LedgerReader, Status
-from phi3v_dist.observe.tracker import read_metrics
+from phi3v_dist.data.ledger import Head, LedgerReader
+from phi3v_dist.errors import DataError
+from phi3v_dist.run import Data, plan
+from phi3v_dist.survive.manifest import read_manifest
 
 WEIGHTS = (3.0, 1.0, 2.0)  # three sources, none of whose epochs are the run's
 WORLD_SIZES = (8, 6, 16, 1)
@@ -103,3 +105,91 @@ def test_kills_and_other_world_sizes_lose_and_repeat_nothing(tmp_path: Path) -> 
 @pytest.mark.fault(63)
 def test_twenty_kills_on_8_6_16_and_1_ranks_lose_and_repeat_nothing(tmp_path: Path) -> None:
     simulate(tmp_path, num_samples=10_000, rows_per_step=24, num_kills=20)
+
+
+def kill(process: subprocess.Popen) -> None:
+    """The launcher and all ranks, which have sessions of their own, at one moment."""
+    for each in [process, *psutil.Process(process.pid).children(recursive=True)]:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            each.kill()
+    process.wait()
+
+
+def last_step(run: Path) -> int:
+    """Steps in the ledger, as far as a look from outside tells."""
+    try:
+        return sum(1 for _ in LedgerReader(run / "ledger.bin"))
+    except DataError:
+        return 0  # not begun
+
+
+def ranks(num_ranks: int, config: Path) -> list[str]:
+    if num_ranks == 1:
+        return [sys.executable, "launch/train.py", "--config", str(config)]
+    port = str(free_port())
+    launcher = ["torchrun", "--nproc_per_node", str(num_ranks), "--master_port", port]
+    return [*launcher, "launch/train.py", "--config", str(config)]
+
+
+def train(settings_tree: dict, folder: Path, num_samples: int, row_length_tokens: int, num_kills: int) -> Path:
+    """Real processes on 2, 3, then 1 ranks, killed at random times, and then to the end; returns the run folder."""
+    rng = random.Random(7)
+    tree = settings_tree
+    tree["data"] |= {"train": write_texts(folder, num_samples), "validation": []}
+    tree["data"] |= {"row_length_tokens": row_length_tokens, "window_samples": 256}
+    tree["train"] |= {"steps": None, "epochs": 3, "rows_per_step": 6}
+    tree["checkpoint"] = {"every_steps": 2, "keep": 2}
+    config = folder / "config.yaml"
+    config.write_text(yaml.safe_dump(tree))
+    run = Path(tree["run"]["root"]) / tree["run"]["name"]
+    for number in range(num_kills + 1):
+        num_ranks = (2, 3, 1)[number * 3 // (num_kills + 1)]
+        log = (folder / f"attempt-{number}.log").open("w")
+        process = subprocess.Popen(
+            ranks(num_ranks, config), cwd=REPOSITORY, env=environment(), stdout=log, stderr=subprocess.STDOUT
+        )  # fmt: skip
+        if number == num_kills:
+            assert process.wait(3000) == 0, Path(log.name).read_text()[-3000:]
+            break
+        stop_at = last_step(run) + rng.randint(3, 6)
+        while process.poll() is None and last_step(run) < stop_at:
+            time.sleep(0.1)
+        time.sleep(rng.random() * 0.5)
+        assert process.poll() is None, Path(log.name).read_text()[-3000:]
+        kill(process)
+    return run
+
+
+def prove(run: Path, num_ranks: set[int]) -> None:
+    """What `audit` says, and that the rows are those of a run that nobody killed."""
+    done = subprocess.run(
+        [sys.executable, "launch/prepare.py", "audit", str(run)], cwd=REPOSITORY, env=environment(COLUMNS="160"),
+        capture_output=True, text=True, timeout=TIMEOUT_S,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout + done.stderr
+    print(done.stdout)
+    assert "0 lost, 0 repeated" in done.stdout and "in flight:" not in done.stdout
+    settings = audit_report.settings_of(run, [])
+    data = Data.open(settings.data.train, settings)
+    planner, num_steps = plan(settings, data)
+    records = [record for record, _ in LedgerReader(run / "ledger.bin")]
+    assert [record.rows for record in records] == [tuple(row.sample_ids for row in step.rows) for step in planner]
+    assert len(records) == num_steps and {record.world_size for record in records} == num_ranks
+    assert not any(record.not_trained for record in records)
+    for folder in (run / "checkpoints").iterdir():
+        state = read_manifest(folder)["position"]["loader"]
+        assert len(json.dumps(state)) <= 64 * 1024
+
+
+@pytest.mark.fault(63)
+def test_real_ranks_that_are_killed_lose_and_repeat_nothing(settings_tree: dict, tmp_path: Path) -> None:
+    run = train(settings_tree, tmp_path, num_samples=300, row_length_tokens=160, num_kills=2)
+    prove(run, {2, 3, 1})
+
+
+@pytest.mark.slow
+@pytest.mark.fault(63)
+@pytest.mark.timeout(3600)
+def test_ten_thousand_samples_and_twenty_kills_of_2_3_and_1_real_ranks(settings_tree: dict, tmp_path: Path) -> None:
+    run = train(settings_tree, tmp_path, num_samples=10_000, row_length_tokens=1024, num_kills=20)
+    prove(run, {2, 3, 1})
