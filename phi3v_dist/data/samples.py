@@ -21,7 +21,7 @@ from typing import Any
 
 import numpy as np
 from jaxtyping import UInt8
-from jinja2 import StrictUndefined, Template
+from jinja2 import StrictUndefined, Template, TemplateSyntaxError, meta
 from jinja2.sandbox import SandboxedEnvironment
 
 from phi3v_dist.config import SourceSettings
@@ -146,10 +146,7 @@ def _from_templates(record: Mapping[str, Any], source: SourceSettings) -> list[M
     messages = []
     for role, template in turns:
         if template is not None:
-            try:
-                text = _template(template).render(record)
-            except Exception as error:  # a template is a small program of the user's, and can raise what it likes
-                raise ValueError(f"template {template!r}: {error} (fields: {', '.join(sorted(record))})") from error
+            text = render(template, record)
             messages.append(Message(role, (text,) if text else ()))
     return messages
 
@@ -186,6 +183,22 @@ def _from_messages(turns: Any, image_names: list[str]) -> list[Message]:
                 raise ValueError(f"a part of a turn is neither text nor image: {str(part)[:80]}")
         messages.append(Message(turn["role"], tuple(parts)))
     return messages
+
+
+def render(template: str, record: Mapping[str, Any]) -> str:
+    """A Jinja template over a record's fields, in a sandbox. Raises ValueError: a field is missing or null, …"""
+    try:
+        return _template(template).render(record)
+    except Exception as error:  # a template is a small program of the user's, and can raise what it likes
+        raise ValueError(f"template {template!r}: {error} (fields: {', '.join(sorted(record))})") from error
+
+
+def template_fields(template: str) -> set[str]:
+    """Names of the fields that a template reads. Raises ValueError: it is no Jinja template."""
+    try:
+        return meta.find_undeclared_variables(SandboxedEnvironment().parse(template))
+    except TemplateSyntaxError as error:
+        raise ValueError(f"template {template!r}: {error}") from error
 
 
 @lru_cache(maxsize=64)
