@@ -47,13 +47,14 @@ def read_json_list(path: Path) -> Iterator[Row]:
                 raise DataError(f"{path}: {_not_a_list(text)}")
             position, number = 1, 0
             while not text.startswith("]", position := _BETWEEN.match(text, position).end()):  # type: ignore[union-attr]
-                problem, end = "it ends before its list is closed by `]`, so it may be cut off", len(text)
+                is_whole, problem = False, "it ends before its list is closed by `]`, so it may be cut off"
                 if position < len(text):
                     try:
                         value, end = decoder.raw_decode(text, position)
+                        is_whole = end < len(text) or not isinstance(value, int | float)  # else digits may follow
                     except (json.JSONDecodeError, RecursionError) as error:
                         problem = getattr(error, "msg", str(error))
-                if end == len(text):  # the window ends inside a record, or where one could go on
+                if not is_whole:
                     rest = text[position:]
                     more = file.read(max(WINDOW_CHARACTERS, len(rest))) if len(rest) < MAX_RECORD_CHARACTERS else ""
                     if not more:

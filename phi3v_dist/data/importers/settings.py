@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
-from pydantic import BeforeValidator, Field, field_validator, model_validator
+from pydantic import BeforeValidator, Field, field_validator
 from pydantic_core import PydanticCustomError
 
 from phi3v_dist.config import Section
@@ -89,22 +89,20 @@ class ImportSettings(Section):
                 raise PydanticCustomError("template", "no Jinja template: {reason}", {"reason": str(error)}) from error
         return value
 
-    @model_validator(mode="after")
-    def _one_way_to_a_conversation(self) -> "ImportSettings":
+    def contradictions(self) -> list[str]:
+        """Settings that are fine alone and not together."""
+        problems = []
         given = [name for name in ("prompt", "answer", "system") if getattr(self, name) is not None]
         if self.messages is not None and given:
-            raise PydanticCustomError(
-                "both", "`messages` and `{names}` are both given: name the column of whole conversations, or templates",
-                {"names": "`, `".join(given)},
-            )  # fmt: skip
-        if given and (self.prompt is None or self.answer is None):
-            missing = "prompt" if self.prompt is None else "answer"
-            raise PydanticCustomError(
-                "pair", "`{name}` is missing; `prompt` and `answer` go together", {"name": missing}
+            problems.append(
+                f"`messages` is given beside `{'`, `'.join(given)}`: name a column of conversations, or templates"
             )
+        elif given and (self.prompt is None or self.answer is None):
+            missing = "prompt" if self.prompt is None else "answer"
+            problems.append(f"`{missing}` is missing; `prompt` and `answer` go together")
         if self.validation_frac + self.test_frac >= 1:
-            raise PydanticCustomError("shares", "`validation_frac` and `test_frac` leave nothing to train on", {})
-        return self
+            problems.append("`validation_frac` and `test_frac` leave nothing to train on")
+        return problems
 
     def decides(self) -> dict[str, Any]:
         """What the shards' bytes depend on, as plain data."""
@@ -117,7 +115,7 @@ class ImportSettings(Section):
 
     def columns(self) -> list[str]:
         """Columns named as such, outside templates."""
-        named = [self.messages, self.split_key, *self.images]
+        named = [*self.images, self.messages, self.split_key]
         return [name for name in named if name is not None and not is_template(name)]
 
 
@@ -125,8 +123,9 @@ def load(mapping: Path | None, words: Sequence[str]) -> ImportSettings:
     """The mapping with the words over it. Raises ConfigError: one message per mistake."""
     tree, problems = merge(mapping, [_quoted(word) for word in key_values(words)], option="--mapping")
     settings, mistakes = validate(ImportSettings, tree)
-    if problems or mistakes or settings is None:
-        raise ConfigError([problem.replace("`` is", "the mapping:", 1) for problem in problems + mistakes])
+    problems += mistakes or (settings.contradictions() if settings else [])
+    if problems or settings is None:
+        raise ConfigError(problems)
     return settings
 
 

@@ -45,7 +45,7 @@ def tables(out: Path, manifest: dict[str, Any]) -> RenderableType:
     """Samples by split, what was left out, and what to type next."""
     splits = manifest["splits"]
     words = "tokens" if manifest["tokenizer_digest"] else "image tokens"
-    table = Table("", *splits, title=f"{manifest['source']} → {out}", title_justify="left")
+    table = Table("", *splits, title=Text(f"{manifest['source']} → {out}"), title_justify="left")
     for column in table.columns[1:]:
         column.justify = "right"
     for name in ("shards", "samples", "text_only", "pictures", "size_bytes"):
