@@ -5,7 +5,6 @@ import shutil
 import signal
 import subprocess
 import sys
-import tracemalloc
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -16,6 +15,7 @@ import pyarrow.parquet
 import pytest
 from conftest import REPOSITORY, environment
 from loopback import HTML_AS_JPEG, LoopbackServer, status
+from PIL import Image
 from test_import import QUESTION, failures, picture, record, run, samples, write_json_lines
 
 from launch import prepare
@@ -186,7 +186,8 @@ def test_an_interrupted_import_is_finished_by_the_same_command(
     before = len(packed)
     run(forty, tmp_path / "cut", **options)
     assert tars(tmp_path / "cut") == tars(tmp_path / "whole")
-    assert len(packed) - before < 80, "what was done is not done again"
+    done = 8 * ((broken_at - 3) // 8) if broken_at < 40 else 40
+    assert len(packed) - before <= 80 - done, "what was done is not done again"
     for name in ("import.json", "failures.jsonl", "duplicates.jsonl"):
         assert (tmp_path / "cut" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
     assert not list((tmp_path / "cut").glob("*.partial"))
@@ -255,26 +256,48 @@ def test_a_picture_that_changes_between_the_two_passes_stops_the_import(
         run(source, tmp_path / "out", **QUESTION)
 
 
+MEMORY_SCRIPT = """
+import sys, tracemalloc
+from pathlib import Path
+from phi3v_dist.data.importers.importer import Import
+from phi3v_dist.data.importers.settings import ImportSettings
+settings = ImportSettings(prompt="?", answer="{{ title }}", validation_frac=0, verify=False)
+for source in sys.argv[1:]:
+    tracemalloc.start()
+    Import(source, Path(f"{source}.out"), settings, None, lambda *_: None).run()
+    print(tracemalloc.get_traced_memory()[1])
+    tracemalloc.stop()
+"""
+
+
+def peaks_bytes(*sources: Path) -> list[int]:
+    """Most memory that Python held during the import of each source."""
+    command = [sys.executable, "-c", MEMORY_SCRIPT, *map(str, sources)]
+    done = subprocess.run(command, env=environment(), capture_output=True, text=True, check=True)
+    return [int(line) for line in done.stdout.split()]
+
+
 @pytest.mark.slow
 def test_memory_grows_by_a_few_bytes_a_record(tmp_path: Path) -> None:
-    """60,000 records more, of 500 bytes each and one picture among them, cost less than 100 bytes each."""
-    (tmp_path / "a.jpg").write_bytes(picture(1))
+    sizes = (200, 2000, 8000)  # the first for what is imported and compiled once
+    sources = [
+        write_json_lines(tmp_path / f"{size}.jsonl", [{"title": f"{number:0500d}"} for number in range(size)])
+        for size in sizes
+    ]
+    _, small, large = peaks_bytes(*sources)
+    print(f"{small:,} {large:,}: {(large - small) / 6000:.1f} bytes a record")
+    assert (large - small) / 6000 < 100
 
-    def peak_bytes(num_records: int) -> int:
-        source = tmp_path / f"{num_records}.jsonl"
-        with source.open("w") as file:
-            for number in range(num_records):
-                file.write(json.dumps({"image": "a.jpg", "title": f"{number:0500d}"}) + "\n")
-        tracemalloc.start()
-        run(source, tmp_path / f"out-{num_records}", shard_size_bytes=1 << 20, **QUESTION)
-        peak = tracemalloc.get_traced_memory()[1]
-        tracemalloc.stop()
-        return peak
 
-    peak_bytes(1000)  # what is imported and compiled once
-    small, large = peak_bytes(4000), peak_bytes(24_000)
-    print(f"{small:,} {large:,}: {(large - small) / 20_000:.1f} bytes a record")
-    assert (large - small) / 20_000 < 100
+def test_pictures_do_not_pile_up_in_memory(tmp_path: Path) -> None:
+    """900 of 90 kB, less than a survey file's worth; 13 of them may be on their way at a time."""
+    Image.fromarray(np.random.default_rng(0).integers(0, 255, (172, 172, 3), np.uint8)).save(tmp_path / "a.png")
+    rows = [{"image": "a.png", "title": str(number)} for number in range(900)]
+    _, peak = peaks_bytes(
+        write_json_lines(tmp_path / "one.jsonl", rows[:1]), write_json_lines(tmp_path / "r.jsonl", rows)
+    )
+    assert peak < 15e6
+    assert len(samples(tmp_path / "r.jsonl.out")) == 900
 
 
 @pytest.fixture
@@ -325,10 +348,10 @@ def test_urls_and_files_may_be_mixed_in_any_order(shop: LoopbackServer, tmp_path
         [shop.url("/8.jpg"), shop.url("/9.jpg")],
         ["0.jpg"],
     ]
-    rows = [{"images": names, "title": str(number)} for number, names in enumerate(images * 100)]
+    rows = [{"images": names, "title": str(number)} for number, names in enumerate(images * 50)]
     source = write_json_lines(tmp_path / "mixed.jsonl", rows)
     manifest = run(source, tmp_path / "out", allow_no_picture=True, **QUESTION)
-    assert manifest["samples"] == 600
+    assert manifest["samples"] == 300
     expected = [[picture(0)], [picture(7), picture(1)], [], [picture(2)], [picture(8), picture(9)], [picture(0)]]
     for number, sample in enumerate(samples(tmp_path / "out")):
         assert [sample[name] for name in ("0.jpg", "1.jpg") if name in sample] == expected[number % 6]

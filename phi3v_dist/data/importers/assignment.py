@@ -66,7 +66,7 @@ def leaks(survey: Survey, assignment: Assignment) -> int:
     pairs = np.unique(
         np.stack([survey.column("picture_hash"), of_picture.astype(np.uint64)])[:, of_picture >= 0], axis=1
     )
-    return int(len(pairs[0]) - len(np.unique(pairs[0])))
+    return int((np.unique(pairs[0], return_counts=True)[1] > 1).sum())
 
 
 def _duplicates(content_hash: np.ndarray, is_good: np.ndarray) -> np.ndarray:

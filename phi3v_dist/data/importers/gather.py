@@ -17,7 +17,7 @@ from phi3v_dist.data.importers.conversation import Draft, Reference
 from phi3v_dist.data.importers.download import Downloads, Fetched
 from phi3v_dist.data.importers.records import BadRecord
 
-WITHOUT_URLS_AT_ONCE = 256
+WITHOUT_URLS_AT_ONCE = 64
 MAX_PICTURE_BYTES = 1 << 28
 URL = re.compile(r"https?://", re.IGNORECASE)
 SCHEME = re.compile(r"[a-z][a-z0-9+.-]+://", re.IGNORECASE)

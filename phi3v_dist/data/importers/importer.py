@@ -185,7 +185,7 @@ class Import:
         for candidate, packed in self._packed(source, is_wanted, processor, self.settings.verify, pool):
             key = candidate.draft.split_key if isinstance(candidate.draft, Draft) else None
             split_hash = xxhash.xxh3_64_intdigest(key.encode(errors="surrogatepass")) if key is not None else 0
-            yield Verdict(candidate.number, candidate.file, split_hash, packed)
+            yield Verdict.of(candidate.number, candidate.file, split_hash, packed)
 
     def _samples(
         self, source: Source, survey: Survey, assignment: Assignment, pool: ThreadPoolExecutor

@@ -10,7 +10,7 @@ Survey format 1 (`survey-000000.safetensors`): one entry per record in `is_good`
 """
 
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -31,12 +31,26 @@ PICTURE_DTYPES = {"picture_hash": np.uint64, "width": np.int32, "height": np.int
 
 @dataclass(frozen=True)
 class Verdict:
-    """What was found about one record. file: number of the source's file it is in."""
+    """What was found about one record, without its pictures: a thousand of these wait to be written.
+
+    record, pictures: values of the columns, the latter one tuple a picture.
+    bad: why it is no sample.
+    """
 
     number: int
-    file: int
-    split_hash: int
-    packed: Packed | BadRecord
+    record: tuple[int, ...]
+    pictures: tuple[tuple[int, int, int], ...]
+    bad: BadRecord | None
+
+    @classmethod
+    def of(cls, number: int, file: int, split_hash: int, packed: Packed | BadRecord) -> "Verdict":
+        """file: number of the source's file that the record is in."""
+        if isinstance(packed, BadRecord):
+            return cls(number, (0, file, 0, split_hash, 0, 0, 0, 0), (), packed)
+        pictures = tuple((hash_, *size) for hash_, size in zip(packed.picture_hashes, packed.sizes_wh, strict=True))
+        size_bytes = sum(map(len, packed.members.values()))
+        record = (1, file, packed.content_hash, split_hash, size_bytes, len(pictures), *packed.tokens)
+        return cls(number, record, pictures, None)
 
 
 class Survey:
@@ -54,30 +68,9 @@ class Survey:
 
     def write(self, verdicts: list[Verdict]) -> None:
         """The next file, whole or not at all."""
-        rows: dict[str, list[int]] = {name: [] for name in (*RECORD_DTYPES, *PICTURE_DTYPES)}
-        bad = []
-        for verdict in verdicts:
-            packed = verdict.packed
-            is_good = isinstance(packed, Packed)
-            sizes = [len(data) for data in packed.members.values()] if isinstance(packed, Packed) else []
-            values = (
-                is_good,
-                verdict.file,
-                packed.content_hash if isinstance(packed, Packed) else 0,
-                verdict.split_hash,
-            )
-            if isinstance(packed, Packed):
-                numbers = (sum(sizes), len(packed.sizes_wh), *packed.tokens)
-                rows["picture_hash"] += packed.picture_hashes
-                rows["width"] += [width for width, _ in packed.sizes_wh]
-                rows["height"] += [height for _, height in packed.sizes_wh]
-            else:
-                numbers = (0, 0, 0, 0)
-                bad.append([verdict.number, packed.kind, packed.reason])
-            for name, value in zip(RECORD_DTYPES, (*values, *numbers), strict=True):
-                rows[name].append(value)
-        dtypes = RECORD_DTYPES | PICTURE_DTYPES
-        columns = {name: np.array(values, dtypes[name]) for name, values in rows.items()}
+        bad = [[verdict.number, verdict.bad.kind, verdict.bad.reason] for verdict in verdicts if verdict.bad]
+        columns = _columns(RECORD_DTYPES, [verdict.record for verdict in verdicts])
+        columns |= _columns(PICTURE_DTYPES, [picture for verdict in verdicts for picture in verdict.pictures])
         path = self._path(verdicts[0].number // RECORDS_PER_FILE)
         partial = path.with_name(f"{path.name}.partial")
         partial.write_bytes(save(columns, {"bad": json.dumps(bad)}))
@@ -107,6 +100,10 @@ class Survey:
 
     def _path(self, number: int) -> Path:
         return self.folder / f"survey-{number:06d}.safetensors"
+
+
+def _columns(dtypes: Mapping[str, type], rows: Sequence[tuple[int, ...]]) -> dict[str, np.ndarray]:
+    return {name: np.array([row[i] for row in rows], dtype) for i, (name, dtype) in enumerate(dtypes.items())}
 
 
 def store(verdicts: Iterator[Verdict], survey: Survey, progress: Callable[[int], None]) -> None:
