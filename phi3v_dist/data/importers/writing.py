@@ -39,7 +39,9 @@ def write_shards(out: Path, assignment: Assignment, samples: Iterable[tuple[int,
                     TarWriter(file, encoder=False, mtime=0)
                 )  # its clock would change every byte
                 open_shards[split] = (shard, files, writer)
-            open_shards[split][2].write({"__key__": key_of(record), **members})
+            writer = open_shards[split][2]
+            writer.write({"__key__": key_of(record), **members})
+            writer.tarstream.members.clear()  # tarfile would remember every member it wrote
         for finished in open_shards.values():
             _finish(out, assignment, finished)
 
