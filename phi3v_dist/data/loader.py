@@ -32,6 +32,7 @@ from phi3v_dist.data.slots import Slot, Slots
 from phi3v_dist.model.vision import Normalization
 
 EMPTY_ROW_TOKENS = 8  # as short as is comfortable; its only purpose is to take part in collectives
+NO_ROW = PlannedRow((), tokens=EMPTY_ROW_TOKENS, squared_tokens=EMPTY_ROW_TOKENS**2, label_tokens=0, crops=0)
 
 log = logging.getLogger(__name__)
 
@@ -130,7 +131,7 @@ class Loader:
         self, step: PlannedStep, micro_step: list[PlannedRow | None], pool: DecodePool, slots: Slots
     ) -> tuple[Slot, Future[Batch]]:
         """Have this rank's row of a micro-step decoded."""
-        row = micro_step[self.consumer] or PlannedRow((), EMPTY_ROW_TOKENS, 0, 0)
+        row = micro_step[self.consumer] or NO_ROW
         slot = slots.take(row.crops)
         borders = itertools.accumulate((int(self.lengths.crops[i]) for i in row.sample_ids), initial=0)
         works = [

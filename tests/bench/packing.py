@@ -39,7 +39,11 @@ class Figure(NamedTuple):
 
 
 def planner_of(
-    lengths: Lengths, row_length_tokens: int, end: int | None, rows_per_step: int = NUM_RANKS, order: Order | None = None
+    lengths: Lengths,
+    row_length_tokens: int,
+    end: int | None,
+    rows_per_step: int = NUM_RANKS,
+    order: Order | None = None,
 ) -> Planner:
     order = order or Order(table_of([200] * (len(lengths) // 200)), seed=0)
     return Planner(
