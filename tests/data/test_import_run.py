@@ -289,6 +289,7 @@ def test_memory_grows_by_a_few_bytes_a_record(tmp_path: Path) -> None:
     assert (large - small) / 4000 < 100
 
 
+@pytest.mark.slow
 def test_pictures_do_not_pile_up_in_memory(tmp_path: Path) -> None:
     """400 of 90 kB, less than a survey file's worth; 13 of them may be on their way at a time."""
     Image.fromarray(np.random.default_rng(0).integers(0, 255, (172, 172, 3), np.uint8)).save(tmp_path / "a.png")
