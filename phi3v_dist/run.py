@@ -144,9 +144,9 @@ class Run:
 def problems(settings: Settings, world_size: int) -> list[str]:
     """Everything wrong with the files and numbers that the settings name; one message each. Builds missing indexes."""
     found = zero.problems(settings, world_size)
-    for source in [*settings.data.train, *settings.data.validation]:
+    for sources in filter(None, (settings.data.train, settings.data.validation)):
         try:
-            ShardTable.open([source], lambda shard: log.info("indexing %s", shard))
+            ShardTable.open(sources, lambda shard: log.info("indexing %s", shard))
         except DataError as error:
             found += error.problems
     found += model_build.problems(settings, Topology.from_environment().device)

@@ -43,6 +43,10 @@ class Listings:
         """Names of the tars that have an index, beside them or in the user's cache."""
         return set().union(*(self._list(place)[1] for place in folders(folder)))
 
+    def all_indexed(self) -> bool:
+        """Whether every file listed so far that may be a shard has an index."""
+        return all(set(files) <= self.indexed(folder) for folder, (files, _) in list(self._read.items()))
+
     def _list(self, folder: str) -> tuple[list[str], set[str]]:
         if folder not in self._read:
             files: list[str] = []
@@ -50,8 +54,9 @@ class Listings:
             with _scan(folder) as entries:
                 for entry in entries:
                     name = entry.name
-                    if name.endswith(INDEX_ENDING):
-                        indexed.add(name[: -len(INDEX_ENDING)])
+                    if name.endswith(".safetensors"):
+                        if name.endswith(INDEX_ENDING):
+                            indexed.add(name[: -len(INDEX_ENDING)])
                     elif not name.endswith(ENDINGS) and not entry.is_dir():
                         files.append(name)
             self._read[folder] = sorted(files), indexed

@@ -252,6 +252,8 @@ def _look(shards: list[str]) -> tuple[np.ndarray, np.ndarray]:
 
 def _indexed(shards: list[str], listings: patterns.Listings) -> np.ndarray:
     """Whether each shard has an index file."""
+    if not any(map(store.is_remote, shards)) and listings.all_indexed():
+        return np.ones(len(shards), bool)
     indexed: dict[str, set[str]] = {}
     found: list[bool] = []
     for shard in shards:
