@@ -89,17 +89,11 @@ def index_shards(arguments: argparse.Namespace) -> None:
 
 
 def lint_shards(arguments: argparse.Namespace) -> None:
-    from phi3v_dist.data.lint import NOTICES, PROBLEMS, Finding, LintOptions, Report, lint
+    from phi3v_dist.data.lint import NOTICES, PROBLEMS, LintOptions, lint
 
-    report = Report()
-    try:
-        table = ShardTable.open(_sources(arguments, guess=True))
-    except DataError as error:  # nothing else can be said of shards that cannot be read
-        for problem in error.problems:
-            report.add(Finding("shard", problem.partition(": ")[0], "", problem.partition(": ")[2]))
-    else:
-        with _bar("looking") as show:
-            report = lint(table, LintOptions(arguments.deep, arguments.decode, arguments.threads), show)
+    table = ShardTable.open(_sources(arguments, guess=True))
+    with _bar("looking") as show:
+        report = lint(table, LintOptions(arguments.deep, arguments.decode, arguments.threads), show)
     console = Console(highlight=False, soft_wrap=True)
     for colour, kinds in (("red", PROBLEMS), ("yellow", NOTICES)):
         for title, fix, findings in report.of(kinds):

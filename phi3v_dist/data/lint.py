@@ -35,7 +35,6 @@ UNEVEN_RATIO = 4  # largest shard to the median one
 _LOOK_ALIKE = re.compile(r"<\|\w{1,40}\|>|</?s>|<unk>|<image>")
 
 PROBLEMS = {
-    "shard": ("shard cannot be read", "copy or write it again, or take it out of the pattern"),
     "damage": ("damaged place in a tar", "copy or write the shard again; what it hit is left out, all else is used"),
     "unusable": ("unusable by its index", "mend the sample where shards are made; training leaves it out"),
     "bytes": ("bytes are not those indexed", "copy the shard again; if it was written anew, delete its index"),

@@ -103,8 +103,8 @@ class Stats:
     def _sample_table(self) -> Table:
         kind = "tokens" if self.with_text else "image tokens"
         columns = [f"{num_crops} crops" for num_crops in NUM_CROPS]
-        names = ("source", "samples", "unusable", "pictures", "without", "several", *columns)
-        table = _table(f"samples (unusable, without and with several pictures), and {kind} by crops allowed", names)
+        names = ("source", "samples", "unusable", "pictures", "none", "multi", *columns)
+        table = _table(f"samples, those with no and with several pictures, {kind} by crops allowed", names)
         for source in self.sources:
             counts = (source.samples, source.unusable, source.pictures, source.text_only, source.multi_image)
             table.add_row(Text(source.name), *(f"{count:,}" for count in (*counts, *source.tokens.values())))

@@ -115,6 +115,7 @@ def test_a_plan_that_ends_gives_all_its_steps(shards: Path, tiny_model: Path) ->
     assert sorted(i for step in steps for i in step.sample_ids) == list(range(40))
 
 
+@pytest.mark.fault(65)
 def test_a_bad_sample_becomes_filling_and_moves_nothing(shards: Path, tiny_model: Path, tmp_path: Path, caplog) -> None:
     folder = Path(shutil.copytree(shards, tmp_path / "copy"))
     damaged = World.open(folder, tiny_model)
