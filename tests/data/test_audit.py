@@ -209,9 +209,7 @@ def test_the_command_names_the_samples_of_a_step_and_shows_them(world: World, mo
     assert step_of(LedgerReader(world.folder / "ledger.bin"), 3) == records[2]
 
 
-def test_shards_that_moved_are_named_and_found_again_by_an_override(
-    world: World, monkeypatch, tmp_path, capsys
-) -> None:
+def test_shards_that_moved_are_found_again_when_told(world: World, monkeypatch, tmp_path, capsys) -> None:
     world.write(world.records())
     here = world.data.table
     for number, shard in enumerate(here.shards):
@@ -221,10 +219,8 @@ def test_shards_that_moved_are_named_and_found_again_by_an_override(
     try:
         with pytest.raises(DataError, match="many-.*no such shard"):
             command(world.folder, monkeypatch=monkeypatch)
-        found = (
-            f"data.train=[{{shards: {tmp_path}/many-*.tar, weight: 2}}, {{shards: {tmp_path}/few-*.tar, weight: 1}}]"
-        )
-        command(world.folder, found, monkeypatch=monkeypatch)
+        found = [f"data.train.{i}.shards={tmp_path}/{name}-*.tar" for i, name in enumerate(("many", "few"))]
+        command(world.folder, *found, monkeypatch=monkeypatch)
         assert "0 lost, 0 repeated" in capsys.readouterr().out
         with pytest.raises(DataError, match="written with other data.*\n.*`data.train` names other shards"):
             command(world.folder, f"data.train=[{{shards: {tmp_path}/few-*.tar}}]", monkeypatch=monkeypatch)
