@@ -9,7 +9,7 @@ export TORCH_EXTENSIONS_DIR := $(abspath $(VENV))/torch_extensions
 export PYTHONWARNINGS := ignore
 
 .DEFAULT_GOAL := help
-.PHONY: help setup train test test-slow lint bench golden clean
+.PHONY: help setup train test test-slow lint bench golden faults clean
 
 help: ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -46,6 +46,9 @@ bench: setup ## side-by-side ratios, into bench.json
 
 golden: setup ## largest differences from the published code, beside what is tolerated
 	OMP_NUM_THREADS=1 python tests/golden_table.py
+
+faults: setup ## docs/faults.md: each fault, and the tests that show what happens then
+	OMP_NUM_THREADS=1 python tests/fault_table.py
 
 clean: ## what make train made; .venv stays
 	rm -rf data/catalogue data/tiny-phi3v runs/quickstart

@@ -2,7 +2,14 @@
 
 python launch/prepare.py sample --out data/catalogue            draw a product catalogue and index it
 python launch/prepare.py tiny --out data/tiny-phi3v             a small Phi-3-V in the official layout
+python launch/prepare.py import products.csv --out data/products --mapping launch/configs/imports/burberry.yaml
+                                                                your own records and pictures to shards
 python launch/prepare.py index 'shards/train-*.tar'             index tars written elsewhere
+python launch/prepare.py lint 'shards/train-*.tar' --decode     every problem, with shard, key and what to do
+python launch/prepare.py stats 'shards/train-*.tar' --model models/phi-3.5-vision
+                                                                sizes, tokens at 4 and 16 crops, what fits which rows
+python launch/prepare.py preview --config launch/configs/quickstart.yaml --out preview.html
+                                                                samples as the model gets them, trained tokens coloured
 python launch/prepare.py weights microsoft/Phi-3.5-vision-instruct --out models/phi-3.5-vision
                                                                 fetch a model where there is a network, with digests
 python launch/prepare.py audit runs/quickstart                  was each sample trained exactly once per epoch?
@@ -17,8 +24,9 @@ import sys
 from pathlib import Path
 
 from rich.console import Console
-from rich.progress import Progress
+from rich.progress import MofNCompleteColumn, Progress, TaskID
 
+from launch import look
 from phi3v_dist import config
 from phi3v_dist.cli import run_script
 from phi3v_dist.config import SourceSettings
@@ -37,9 +45,17 @@ def main() -> None:
     tiny.add_argument("--out", type=Path, required=True)
     tiny.add_argument("--seed", type=int, default=0)
     tiny.set_defaults(run=write_tiny_model)
-    index = commands.add_parser("index", help="index tar shards and name what is wrong with them")
-    index.add_argument("shards", nargs="+")
-    index.set_defaults(run=index_shards)
+    look.add_commands(commands)
+    imports = commands.add_parser(
+        "import",
+        help="write shards from CSV, JSON, Parquet, LLaVA, chat, Hugging Face data sets or folders of pictures",
+    )
+    imports.add_argument("source", help="file, 'pattern*', folder, or OWNER/NAME of the Hugging Face hub")
+    imports.add_argument("--out", type=Path, required=True)
+    imports.add_argument("--mapping", type=Path, help="YAML that says what columns become; key=value words override it")
+    imports.add_argument("--model", type=Path, help="model folder, whose tokenizer counts the text too")
+    imports.add_argument("--num-ranks", type=int, help="ranks that will read the shards")
+    imports.set_defaults(run=import_records)
     weights = commands.add_parser(
         "weights", help="fetch a Phi-3-V of the Hugging Face hub into a folder, or verify one"
     )
@@ -57,7 +73,10 @@ def main() -> None:
         help="with --step: also write a page that shows them; default: RUN/step-N.html",
     )  # fmt: skip
     audit.set_defaults(run=audit_run)
-    arguments = parser.parse_args()
+    arguments, words = parser.parse_known_args()  # argparse takes no `*` in two places
+    if words and arguments.run is not import_records:
+        parser.error(f"unrecognized arguments: {' '.join(words)}")
+    arguments.words = words
     arguments.run(arguments)
 
 
@@ -83,12 +102,23 @@ def write_tiny_model(arguments: argparse.Namespace) -> None:
     logging.info("%s: a Phi-3-V of %s parameters, randomly initialised", arguments.out, f"{num_parameters:,}")
 
 
-def index_shards(arguments: argparse.Namespace) -> None:
-    table = ShardTable.open([SourceSettings(shards=arguments.shards)], lambda shard: logging.info("indexing %s", shard))
-    bad = [(shard, number, why) for shard in range(len(table.shards)) for number, why in table.index(shard).bad.items()]
-    for shard, number, why in bad:
-        logging.warning("%s: sample %r: %s", table.shards[shard], table.index(shard).key(number), why)
-    logging.info("%d samples in %d shards, %d of them unusable", len(table), len(table.shards), len(bad))
+def import_records(arguments: argparse.Namespace) -> None:
+    from phi3v_dist.data.importers import settings, starter
+    from phi3v_dist.data.importers.importer import Import
+
+    ranks = [f"num_ranks={arguments.num_ranks}"] if arguments.num_ranks is not None else []
+    mapping = settings.load(arguments.mapping, [*arguments.words, *ranks])
+    columns = (*Progress.get_default_columns(), MofNCompleteColumn())
+    with Progress(*columns, disable=not sys.stdout.isatty()) as bar:
+        tasks: dict[str, TaskID] = {}
+
+        def show(stage: str, done: int, total: int | None) -> None:
+            if stage not in tasks:
+                tasks[stage] = bar.add_task(stage, total=total)
+            bar.update(tasks[stage], completed=done, total=total)
+
+        manifest = Import(arguments.source, arguments.out, mapping, arguments.model, show).run()
+    Console().print(starter.tables(arguments.out, manifest))
 
 
 def fetch_weights(arguments: argparse.Namespace) -> None:

@@ -81,7 +81,8 @@ class SourceSettings(Section):
     """Tar shards that share a format."""
 
     shards: Annotated[list[str], BeforeValidator(_as_list)] = Field(min_length=1)
-    """Paths; `*` and `{000..007}` are expanded. Every named file must exist."""
+    """Paths, or addresses with `https://`, `s3://`, `gs://`; `{000..007}` is expanded, and `*` where files can be
+    listed. Every named shard must exist."""
     name: str | None = None
     """Shown in metrics and predictions; default: taken from the first shard's name."""
     weight: float | None = Field(None, gt=0)
@@ -96,11 +97,21 @@ class SourceSettings(Section):
     """As `prompt`, for an optional system turn; put before `messages` too, unless they begin with one of their own."""
 
 
+class CacheSettings(Section):
+    """Whole copies of remote shards on each node, shared by its ranks."""
+
+    path: Path | None = None
+    """Folder on the node's own disk; none: samples are read from the store one by one."""
+    limit_gb: float = Field(100, gt=0)
+    """What the copies may take; those not used for longest go first."""
+
+
 class DataSettings(Section):
     train: list[SourceSettings] = Field(min_length=1)
     """What is learned from."""
     validation: list[SourceSettings] = []
     """What is evaluated on; never trained."""
+    cache: CacheSettings = CacheSettings()
     num_crops: int | None = Field(None, ge=1, le=64)
     """Most 336-pixel crops a picture is cut into; default: the model folder's own (16 or 4)."""
     crops: Literal["fast", "exact"] = "fast"

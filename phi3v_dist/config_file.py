@@ -21,19 +21,23 @@ SectionT = TypeVar("SectionT", bound=BaseModel)
 UNREADABLE = (OmegaConfBaseException, yaml.YAMLError, OSError, ValueError, TypeError)  # as a YAML file or value
 
 
-def merge(path: Path, overrides: Sequence[str]) -> tuple[dict[str, Any], list[str]]:
+def merge(path: Path | None, overrides: Sequence[str], option: str = "--config") -> tuple[dict[str, Any], list[str]]:
     """The file's tree with the overrides in it, and a message for each word that is no override.
+
+    Args:
+        path: None for a tree of the overrides alone.
+        option: of the command line, that named the file.
 
     Raises:
         ConfigError: the file is missing or is not YAML with sections.
     """
-    if not path.is_file():
+    if path and not path.is_file():
         near = difflib.get_close_matches(path.name, [p.name for p in path.parent.glob("*.yaml")], n=1)
         hint = f"; did you mean {path.parent / near[0]}?" if near else ""
-        raise ConfigError(f"--config {path}: no such file{hint}")
+        raise ConfigError(f"{option} {path}: no such file{hint}")
     problems: list[str] = []
     try:
-        merged = OmegaConf.load(path)
+        merged = OmegaConf.load(path) if path else OmegaConf.create()
         for word in overrides:
             try:
                 key, _, text = key_values([word])[0].partition("=")

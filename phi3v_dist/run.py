@@ -23,6 +23,7 @@ import yaml
 from phi3v_dist import config
 from phi3v_dist.config import Settings, SourceSettings
 from phi3v_dist.data import outcomes, quarantine
+from phi3v_dist.data.cache import ShardCache
 from phi3v_dist.data.fetch import Fetcher
 from phi3v_dist.data.fit import FitPolicy
 from phi3v_dist.data.lengths import measure
@@ -34,6 +35,7 @@ from phi3v_dist.data.shards import ShardTable
 from phi3v_dist.errors import DataError
 from phi3v_dist.evaluate.evaluator import Evaluator
 from phi3v_dist.model import build as model_build
+from phi3v_dist.model.flops import flops
 from phi3v_dist.model.official_config import read_config
 from phi3v_dist.observe.console import ConsoleTracker
 from phi3v_dist.observe.tracker import AllOf, JsonlTracker, NoTracker, Tracker
@@ -59,13 +61,28 @@ class Data:
     decoder: Decoder
 
     @classmethod
-    def open(cls, sources: list[SourceSettings], settings: Settings) -> "Data":
-        """Find, index and measure the shards of some sources. Raises DataError naming every shard that is wrong."""
-        table = ShardTable.open(sources, lambda shard: log.info("indexing %s", shard))
+    def open(cls, sources: list[SourceSettings], settings: Settings, known_digest: str | None = None) -> "Data":
+        """Find, index and measure the shards of some sources. Raises DataError naming every shard that is wrong.
+
+        known_digest: of the table as another rank has just opened it, so that no shard need be looked at again.
+        """
+        table = ShardTable.open(sources, lambda shard: log.info("indexing %s", shard), known_digest)
+        cache = ShardCache.of(settings.data.cache)
         policy = FitPolicy(settings.data.fit, settings.data.row_length_tokens)
         processor = Phi3VProcessor.from_pretrained(settings.model.path, settings.data.num_crops, policy)
-        lengths = measure(table, processor, settings.data.num_workers, lambda shard: log.info("measuring %s", shard))
-        return cls(table, lengths, Decoder(table, Fetcher(table), processor, settings.data.crops))
+        num_threads = settings.data.num_workers
+        lengths = measure(table, processor, num_threads, lambda shard: log.info("measuring %s", shard), cache)
+        return cls(table, lengths, Decoder(table, Fetcher(table, cache), processor, settings.data.crops))
+
+    @classmethod
+    def open_together(cls, sources: list[SourceSettings], settings: Settings, topology: Topology) -> "Data":
+        """As `open`, on all ranks: rank 0 looks at every shard, and the others take its word."""
+        ours = cls.open(sources, settings) if topology.is_main else None
+        digest = topology.broadcast(ours.table.digest if ours else None)
+        ours = ours or cls.open(sources, settings, digest)
+        if ours.table.digest != digest:
+            raise DataError(f"the shards on {topology.host} are not those of rank 0; all nodes must see the same files")
+        return ours
 
     def usable(self, limit_tokens: int) -> int:
         """Number of samples that fit into a row."""
@@ -112,23 +129,24 @@ class Run:
 
     def loader(self, state: dict[str, Any] | None) -> Loader:
         """Batches from where `state` says the run goes on; None: from the beginning."""
-        data, topology = self.settings.data, self.topology
+        data, topology, model = self.settings.data, self.topology, self.settings.model
+        work = flops(read_config(model.path), self.settings.train.parts, recompute=model.gradient_checkpointing)
         planner = self.planner.resume(state) if state else self.planner
         return Loader(
             steps=overfit(planner) if self.settings.train.overfit_one_batch else planner,
             decoder=self.train.decoder, lengths=self.train.lengths, consumer=topology.rank,
             num_consumers=topology.world_size, num_workers=data.num_workers, prefetch_rows=data.prefetch_rows,
             micro_steps=accumulation(self.settings.train.rows_per_step, topology.world_size),
-            vision_chunk_crops=self.settings.model.vision_chunk_crops,
+            vision_chunk_crops=model.vision_chunk_crops, cost=work.of_row,
         )  # fmt: skip
 
 
 def problems(settings: Settings, world_size: int) -> list[str]:
     """Everything wrong with the files and numbers that the settings name; one message each. Builds missing indexes."""
     found = zero.problems(settings, world_size)
-    for source in [*settings.data.train, *settings.data.validation]:
+    for sources in filter(None, (settings.data.train, settings.data.validation)):
         try:
-            ShardTable.open([source], lambda shard: log.info("indexing %s", shard))
+            ShardTable.open(sources, lambda shard: log.info("indexing %s", shard))
         except DataError as error:
             found += error.problems
     found += model_build.problems(settings, Topology.from_environment().device)
@@ -164,13 +182,13 @@ def build(settings: Settings, topology: Topology) -> Run:
     topology.barrier()  # rank 0 may still be writing indexes
     start = topology.broadcast(model_build.pinned_start(settings) if topology.is_main else None)
     settings = settings.model_copy(update={"model": settings.model.model_copy(update={"init_from": start})})
-    train = Data.open(settings.data.train, settings)
+    train = Data.open_together(settings.data.train, settings, topology)
     planner, num_steps = plan(settings, train)
     device = topology.device
     engine = _engine(settings, topology)
     evaluator = None
     if settings.data.validation:
-        validation = Data.open(settings.data.validation, settings)
+        validation = Data.open_together(settings.data.validation, settings, topology)
         sample_ids = fixed_order(validation.lengths, settings.data.row_length_tokens)
         evaluator = Evaluator(validation.decoder, sample_ids, settings.eval, topology)
     resolved = config.dump(settings)
@@ -287,6 +305,12 @@ def describe(settings: Settings, train: Data, num_steps: int, world_size: int) -
         f"batch    {rows} rows of up to {data.row_length_tokens:,} tokens = {world_size} ranks x {micro_steps} "
         f"micro-steps{f' - {empty} empty' if empty else ''}",
     ]
+    bad = train.table.bad_counts
+    if bad.damaged_places:
+        lines.append(
+            f"damage   {bad.damaged_places:,} places of the shards cannot be read ({bad.empty_shards} shards at "
+            "all); phi3v-prepare lint names them"
+        )
     cut = outcomes.cut(train.lengths, train.decoder.processor.fit_policy)
     if data.fit != "drop":
         lines.append(f"fit      {cut[0] if cut else f'`data.fit: {data.fit}` had nothing to cut'}")

@@ -131,3 +131,12 @@ def environment(**extra: str) -> dict[str, str]:
     programs = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
     ours = {"PYTHONPATH": str(REPOSITORY), "PATH": programs, "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"}
     return {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")} | ours | extra
+
+
+COLLECTED = pytest.StashKey[list[pytest.Item]]()
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Keeps all tests for test_fault_table.py, before `-m "not slow"` leaves some out."""
+    config.stash[COLLECTED] = list(items)

@@ -4,20 +4,21 @@ What comes in: a `ShardTable` and the processor. What goes out: `Lengths`, four 
 planner packs rows. Surprise: lengths are no part of the index. They depend on tokenizer, templates, crops and the fit
 policy, so they sit in a second small file beside the tar, named after a digest of them all.
 
-Lengths format 3 (`x.tar.lengths-<digest>.safetensors`). Columns: `tokens`, `label_tokens`, `crops`, `full_tokens` (the
-length before the fit policy cut anything), int32, one entry per sample of the shard; tokens is 0 for a sample that
-cannot be used, and the metadata's `bad` says why (number → reason). `index` is the digest of the index it was made
-with. To upgrade from 2: nothing, other names are looked for; the old files may be deleted.
+Lengths format 3 (`x.tar.lengths-<digest>.safetensors`); the bytes are described in docs/data-formats.md. To upgrade
+from 2: nothing, other names are looked for; the old files may be deleted.
 """
 
+import bisect
 import hashlib
 import json
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 
 import numpy as np
 
+from phi3v_dist.config import SourceSettings
+from phi3v_dist.data import manifest
+from phi3v_dist.data.cache import ShardCache
 from phi3v_dist.data.fetch import Fetcher
 from phi3v_dist.data.plan import Lengths
 from phi3v_dist.data.processor import ExampleLength, Phi3VProcessor
@@ -31,31 +32,89 @@ COLUMNS = ExampleLength._fields
 
 
 def measure(
-    table: ShardTable, processor: Phi3VProcessor, num_threads: int = 2, on_shard: Callable[[Path], None] | None = None
-) -> Lengths:
-    """Lengths of all samples of a table, from their sidecar files where those exist.
+    table: ShardTable, processor: Phi3VProcessor, num_threads: int = 2, on_shard: Callable[[str], None] | None = None,
+    cache: ShardCache | None = None,
+) -> Lengths:  # fmt: skip
+    """Lengths of all samples of a table, from the manifest or the sidecar files where those exist.
+
+    The arrays are read-only, and for a large table views of a file.
 
     Raises:
         DataError: a shard cannot be read. (A damaged sample is only marked: all ranks see it alike.)
     """
-    fetcher = Fetcher(table)
-    columns: list[Columns] = []
+    digests = [_digest(source, processor) for source in table.sources]
+    name = hashlib.sha256(json.dumps(digests).encode()).hexdigest()[:12]
+    stored = manifest.load_lengths(table.sources, name)
+    if stored is not None and stored[1].get("table") == table.digest:
+        columns, metadata = stored
+        bad = {int(sample_id): reason for sample_id, reason in json.loads(metadata["bad"]).items()}
+        return Lengths(**{column: columns[column] for column in COLUMNS}, bad=bad)
+    lengths, damaged = _gather(table, processor, digests, stored, num_threads, on_shard, cache)
+    if not damaged:
+        columns = {column: getattr(lengths, column) for column in COLUMNS}
+        columns["index"], columns["start"] = table.rows.digest, table.start
+        columns["source"] = table.source_of_shard.astype(np.int32)
+        metadata = {"table": table.digest, "bad": json.dumps(lengths.bad)}
+        manifest.save_lengths(table.sources, name, len(table.shards), columns, metadata)
+    return lengths
+
+
+def _gather(
+    table: ShardTable, processor: Phi3VProcessor, digests: list[str], stored: tuple[Columns, dict[str, str]] | None,
+    num_threads: int, on_shard: Callable[[str], None] | None, cache: ShardCache | None,
+) -> tuple[Lengths, bool]:  # fmt: skip
+    """Lengths shard by shard, and whether any sample's bytes were damaged.
+
+    stored: of another state of the table; shards whose contents are the same are taken from it.
+    """
+    fetcher = Fetcher(table, cache)
+    columns = {column: np.zeros(len(table), np.int32) for column in COLUMNS}
     bad: dict[int, str] = {}
-    for shard, tar in enumerate(table.shards):
-        suffix = f"lengths-{_digest(table, shard, processor)}.safetensors"
-        fits = {"format": LENGTHS_FORMAT, "index": table.index(shard).digest}
-        stored = load_sidecar(tar, suffix, fits)
-        if stored is None:
-            if on_shard:
-                on_shard(tar)
-            measured, shard_bad, damaged = _measure_shard(table, shard, processor, fetcher, num_threads)
-            stored = measured, fits | {"bad": json.dumps(shard_bad)}
-            if not damaged:  # else the shard may be mended while its index still fits
-                save_sidecar(tar, suffix, *stored)
-        columns.append(stored[0])
-        first = int(table.start[shard])
-        bad |= {first + int(number): reason for number, reason in json.loads(stored[1]["bad"]).items()}
-    return Lengths(**{name: np.concatenate([c[name] for c in columns]) for name in COLUMNS}, bad=bad)
+    any_damaged = False
+    known = _Known(*stored) if stored else None
+    for shard, address in enumerate(table.shards):
+        first, end = table.start[shard : shard + 2].tolist()
+        source, contents = int(table.source_of_shard[shard]), int(table.rows.digest[shard])
+        found = known.shard(source, contents) if known else None
+        if found is None:
+            suffix = f"lengths-{digests[source]}.safetensors"
+            fits = {"format": LENGTHS_FORMAT, "index": f"{contents:016x}"}
+            sidecar = load_sidecar(address, suffix, fits)
+            if sidecar is not None:
+                found = sidecar[0], {int(number): why for number, why in json.loads(sidecar[1]["bad"]).items()}
+            else:
+                if on_shard:
+                    on_shard(table.shard_name(shard))
+                measured, shard_bad, damaged = _measure_shard(table, shard, processor, fetcher, num_threads)
+                any_damaged |= damaged
+                if not damaged:  # else the shard may be mended while its index still fits
+                    save_sidecar(address, suffix, measured, fits | {"bad": json.dumps(shard_bad)})
+                found = measured, shard_bad
+        for column in COLUMNS:
+            columns[column][first:end] = found[0][column]
+        bad |= {first + number: reason for number, reason in found[1].items()}
+    return Lengths(**columns, bad=bad), any_damaged
+
+
+class _Known:
+    """Lengths of the shards of a stored manifest, found by the shard's contents."""
+
+    def __init__(self, columns: Columns, metadata: dict[str, str]):
+        self.columns, self.start = columns, columns["start"]
+        self.place = {
+            key: place
+            for place, key in enumerate(zip(columns["source"].tolist(), columns["index"].tolist(), strict=True))
+        }
+        self.bad = {int(sample_id): reason for sample_id, reason in json.loads(metadata["bad"]).items()}
+        self.bad_ids = sorted(self.bad)
+
+    def shard(self, source: int, contents: int) -> tuple[Columns, dict[int, str]] | None:
+        place = self.place.get((source, contents))
+        if place is None:
+            return None
+        first, end = self.start[place : place + 2].tolist()
+        ids = self.bad_ids[bisect.bisect_left(self.bad_ids, first) : bisect.bisect_left(self.bad_ids, end)]
+        return {c: self.columns[c][first:end] for c in COLUMNS}, {i - first: self.bad[i] for i in ids}
 
 
 def _measure_shard(
@@ -88,13 +147,12 @@ def _measure_shard(
             bad[number] = str(error)
         return nothing
 
-    with ThreadPoolExecutor(num_threads) as pool:
+    with ThreadPoolExecutor(num_threads) as pool, fetcher.whole(shard):
         counts = np.array(list(pool.map(count, range(len(index)))), np.int32)
     columns = {name: np.ascontiguousarray(counts[:, i]) for i, name in enumerate(COLUMNS)}
     return columns, dict(sorted(bad.items())), damaged
 
 
-def _digest(table: ShardTable, shard: int, processor: Phi3VProcessor) -> str:
-    source = table.sources[int(table.source_of_shard[shard])]
+def _digest(source: SourceSettings, processor: Phi3VProcessor) -> str:
     what = [LENGTHS_FORMAT, processor.digest, source.prompt, source.answer, source.system]
     return hashlib.sha256(json.dumps(what).encode()).hexdigest()[:12]

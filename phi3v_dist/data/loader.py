@@ -23,7 +23,7 @@ import torch
 from phi3v_dist.data.batch import Batch, Crops, Example, Filling, Row, collate
 from phi3v_dist.data.crops import CropMode
 from phi3v_dist.data.fetch import Fetcher
-from phi3v_dist.data.plan import Lengths, PlannedRow, PlannedStep, assign, num_vision_chunks
+from phi3v_dist.data.plan import Lengths, PlannedRow, PlannedStep, RowCost, assign, by_tokens, num_vision_chunks
 from phi3v_dist.data.pool import DecodePool
 from phi3v_dist.data.processor import Phi3VProcessor
 from phi3v_dist.data.samples import BadSample, Sample, decode_sample
@@ -32,6 +32,7 @@ from phi3v_dist.data.slots import Slot, Slots
 from phi3v_dist.model.vision import Normalization
 
 EMPTY_ROW_TOKENS = 8  # as short as is comfortable; its only purpose is to take part in collectives
+NO_ROW = PlannedRow((), tokens=EMPTY_ROW_TOKENS, squared_tokens=EMPTY_ROW_TOKENS**2, label_tokens=0, crops=0)
 
 log = logging.getLogger(__name__)
 
@@ -60,7 +61,7 @@ class Decoder:
         index = self.table.index(shard)
         source = self.table.sources[int(self.table.source_of_shard[shard])]
         names = list(index.image_sizes(number))
-        path, source_name = str(self.table.shards[shard]), self.table.source_name(shard)
+        path, source_name = self.table.shard_name(shard), self.table.source_name(shard)
         return decode_sample(sample_id, path, index.key(number), source_name, source, parts, names)
 
     def example(self, sample_id: int, planned_tokens: int, out: Crops | None = None) -> Example:
@@ -88,6 +89,7 @@ class Loader:
     micro_steps: Batches in a step.
     prefetch_rows: decoded ahead of the one in use, in this step and the next ones; memory is bounded by them.
     vision_chunk_crops: most crops the vision tower takes in one call when it checkpoints; None: no limit.
+    cost: what a row costs, by which ranks are balanced; the same on all of them.
     """
 
     steps: Iterable[PlannedStep]
@@ -99,6 +101,7 @@ class Loader:
     num_workers: int
     prefetch_rows: int
     vision_chunk_crops: int | None = None
+    cost: RowCost = by_tokens
 
     def __iter__(self) -> Iterator[tuple[PlannedStep, Iterator[Batch]]]:
         steps, steps_ahead = itertools.tee(self.steps)
@@ -115,27 +118,34 @@ class Loader:
         rows = (
             self._start(step, micro_step, pool, slots)
             for step in steps
-            for micro_step in assign(step, self.num_consumers, self.micro_steps)
+            for micro_step in assign(step, self.num_consumers, self.micro_steps, self.cost)
         )
         ahead = deque(itertools.islice(rows, self.prefetch_rows))
         while ahead:
             ahead.extend(itertools.islice(rows, 1))
-            row = ahead.popleft()
-            yield self._finish(row, pool)
-            slots.give_back(row.slot)
+            slot, row = ahead.popleft()
+            yield pool.result(row)
+            slots.give_back(slot)
 
     def _start(
         self, step: PlannedStep, micro_step: list[PlannedRow | None], pool: DecodePool, slots: Slots
-    ) -> "_RowAhead":
-        planned = micro_step[self.consumer]
-        slot = slots.take(planned.crops if planned else 0)
-        sample_ids = planned.sample_ids if planned else ()
-        borders = [0, *itertools.accumulate(int(self.lengths.crops[sample_id]) for sample_id in sample_ids)]
-        parts = [
-            pool.submit(sample_id, partial(self._part, sample_id, slot, begin, end))
-            for sample_id, (begin, end) in zip(sample_ids, itertools.pairwise(borders), strict=True)
+    ) -> tuple[Slot, Future[Batch]]:
+        """Have this rank's row of a micro-step decoded."""
+        row = micro_step[self.consumer] or NO_ROW
+        slot = slots.take(row.crops)
+        borders = itertools.accumulate((int(self.lengths.crops[i]) for i in row.sample_ids), initial=0)
+        works = [
+            (sample_id, partial(self._part, sample_id, slot, begin, end))
+            for sample_id, (begin, end) in zip(row.sample_ids, itertools.pairwise(borders), strict=True)
         ]
-        return _RowAhead(step, num_vision_chunks(micro_step, self.vision_chunk_crops), slot, parts)
+        num_chunks = num_vision_chunks(micro_step, self.vision_chunk_crops)
+        pad_id, normalization = self.decoder.processor.tokenizer.pad_token_id, self.decoder.normalization
+
+        def join(parts: tuple[Example | Filling, ...]) -> Batch:
+            filled = Row(parts or (Filling(EMPTY_ROW_TOKENS),))
+            return collate(filled, pad_id, step, normalization, num_chunks, slot.crops)
+
+        return slot, pool.submit(works, join)
 
     def _part(self, sample_id: int, slot: Slot, begin: int, end: int) -> Example | Filling:
         planned_tokens = int(self.lengths.tokens[sample_id])
@@ -145,18 +155,3 @@ class Loader:
         except BadSample as error:
             log.warning("quarantined: %s", error)
             return Filling(planned_tokens, sample_id, f"{error.shard}:{error.key}", error.reason)
-
-    def _finish(self, row: "_RowAhead", pool: DecodePool) -> Batch:
-        parts = tuple(pool.result(part) for part in row.parts) or (Filling(EMPTY_ROW_TOKENS),)
-        pad_id = self.decoder.processor.tokenizer.pad_token_id
-        return collate(Row(parts), pad_id, row.step, self.decoder.normalization, row.num_chunks, row.slot.crops)
-
-
-@dataclass(frozen=True)
-class _RowAhead:
-    """A row whose samples are being decoded into its slot."""
-
-    step: PlannedStep
-    num_chunks: int
-    slot: Slot
-    parts: list["Future[Example | Filling]"]

@@ -1,8 +1,9 @@
 """Threads that decode samples, in the order in which they are needed.
 
-What comes in: for each sample, a call that decodes it. What goes out: its result, or an error that names the sample
-when a call does not come to an end. Surprise: Python cannot end a thread, and its own `ThreadPoolExecutor` waits for
-every thread before the process may exit, for ever if one hangs. These threads are daemons: they never hold up an exit.
+What comes in: for each row, one call per sample that decodes it, and one that joins the results. What goes out: the
+joined row, or an error that names the sample when a call does not come to an end. Surprise: Python cannot end a thread,
+and its own `ThreadPoolExecutor` waits for every thread before the process may exit, for ever if one hangs. These
+threads are daemons: they never hold up an exit.
 """
 
 import queue
@@ -11,10 +12,11 @@ import threading
 import time
 import traceback
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future
+from functools import partial
 from pathlib import Path
-from typing import Any, Generic, NamedTuple, TypeVar
+from typing import Generic, NamedTuple, TypeVar
 
 import cv2
 import torch
@@ -25,13 +27,39 @@ DECODE_LIMIT_S = 600.0  # for one sample; the longest a fetch may take with all 
 POLL_S = 1.0
 CLOSE_S = 5.0  # what is running when the pool is closed may take this long; then it is left behind
 
-Result = TypeVar("Result")
+Part = TypeVar("Part")
+Whole = TypeVar("Whole")
 
 
-class _Task(NamedTuple, Generic[Result]):
+class _Row(Generic[Part, Whole]):
+    """Results of one row as they come in; the thread that brings the last one joins them."""
+
+    def __init__(self, num_parts: int, join: Callable[[tuple[Part, ...]], Whole]):
+        self.whole: Future[Whole] = Future()
+        self._parts: list[Part | None] = [None] * num_parts
+        self._missing = num_parts
+        self._join = join
+        self._lock = threading.Lock()
+        if not num_parts:
+            self.whole.set_result(join(()))
+
+    def take(self, place: int, work: Callable[[], Part]) -> None:
+        try:
+            self._parts[place] = work()
+            with self._lock:
+                self._missing -= 1
+                is_last = not self._missing
+            if is_last:
+                self.whole.set_result(self._join(tuple(self._parts)))  # type: ignore[arg-type]  # none is missing
+        except BaseException as error:  # goes to whoever asks for the row
+            with self._lock:
+                if not self.whole.done():  # else another part was wrong as well
+                    self.whole.set_exception(error)
+
+
+class _Task(NamedTuple):
     sample_id: int
-    work: Callable[[], Result]
-    future: "Future[Result]"
+    run: Callable[[], None]
 
 
 class DecodePool:
@@ -42,8 +70,8 @@ class DecodePool:
 
     def __init__(self, num_workers: int, name_of: Callable[[int], str], limit_s: float = DECODE_LIMIT_S):
         self._name_of, self._limit_s = name_of, limit_s
-        self._tasks: queue.SimpleQueue[_Task[Any] | None] = queue.SimpleQueue()
-        self._running: dict[int, _Task[Any]] = {}  # by thread
+        self._tasks: queue.SimpleQueue[_Task | None] = queue.SimpleQueue()
+        self._running: dict[int, _Task] = {}  # by thread
         started = threading.Barrier(num_workers + 1)
         num_threads = torch.get_num_threads()
         self._threads = [
@@ -67,17 +95,21 @@ class DecodePool:
         for thread in self._threads:
             thread.join(max(0.0, deadline - time.monotonic()))
 
-    def submit(self, sample_id: int, work: Callable[[], Result]) -> "Future[Result]":
-        """Have a sample decoded; calls begin in the order in which they were submitted."""
-        future: Future[Result] = Future()
-        self._tasks.put(_Task(sample_id, work, future))
-        return future
+    def submit(
+        self, works: Sequence[tuple[int, Callable[[], Part]]], join: Callable[[tuple[Part, ...]], Whole]
+    ) -> "Future[Whole]":
+        """Have the samples of a row decoded, and `join` the results, in the same order; calls begin in the order in
+        which they were submitted. works: each sample's id and the call that decodes it."""
+        row = _Row(len(works), join)
+        for place, (sample_id, work) in enumerate(works):
+            self._tasks.put(_Task(sample_id, partial(row.take, place, work)))
+        return row.whole
 
-    def result(self, future: "Future[Result]") -> Result:
-        """What the call returned, or the error it raised.
+    def result(self, future: "Future[Whole]") -> Whole:
+        """What `join` returned, or the error that a call raised.
 
         Raises:
-            DataError: this or another call, which all wait for, takes longer than the limit.
+            DataError: a sample of this row, or of an earlier one, takes longer than the limit.
         """
         polls: Counter[int] = Counter()
         while not future.done():
@@ -106,10 +138,7 @@ class DecodePool:
         me = threading.get_ident()
         while (task := self._tasks.get()) is not None:
             self._running[me] = task
-            try:
-                task.future.set_result(task.work())
-            except BaseException as error:  # goes to whoever asks for the result
-                task.future.set_exception(error)
+            task.run()
             del self._running[me], task
 
 

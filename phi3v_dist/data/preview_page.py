@@ -20,6 +20,7 @@ from phi3v_dist.data.batch import Example
 from phi3v_dist.data.outcomes import STILL
 from phi3v_dist.data.preview import Stretch, stretches, trained_share
 from phi3v_dist.data.samples import TEXT_MEMBERS, BadSample, Sample
+from phi3v_dist.data.shards import ShardTable
 from phi3v_dist.errors import ConfigError
 from phi3v_dist.model.attention import IGNORE
 from phi3v_dist.model.vision import num_crops_of
@@ -88,6 +89,29 @@ def write_preview(path: Path, title: str, sample_ids: Iterable[int], data: "phi3
         raise ConfigError(f"{path}: the page cannot be written ({error}); name another file") from error
 
 
+def find_samples(table: ShardTable, key: str) -> list[int]:
+    """Ids of all samples of this key, written as `shard:key` or as the key alone.
+
+    Raises:
+        ConfigError: there is none.
+    """
+    found = []
+    for shard in range(len(table.shards)):
+        name = key.removeprefix(f"{table.shard_name(shard)}:")
+        index = table.index(shard)
+        starts = index.columns["key_start"]
+        joined, wanted = index.columns["key_bytes"].tobytes(), name.encode(errors="surrogateescape")
+        place = joined.find(wanted)
+        while place >= 0:
+            number = int(np.searchsorted(starts, place, side="right")) - 1
+            if number < len(index) and starts[number] == place and starts[number + 1] == place + len(wanted):
+                found.append(int(table.start[shard]) + number)
+            place = joined.find(wanted, place + 1)
+    if not found:
+        raise ConfigError(f"no sample has the key {key!r}; keys look like {table.sample_name(0)!r}")
+    return found
+
+
 def _card(sample_id: int, data: "phi3v_dist.run.Data") -> Card:
     decoder, reason = data.decoder, _why_left_out(data, sample_id)
     facts: list[str] = []
@@ -105,7 +129,7 @@ def _card(sample_id: int, data: "phi3v_dist.run.Data") -> Card:
         prompt, left_out_chars = _shortened(stretches(example, decoder.processor.tokenizer))
     shard, _ = decoder.table.locate(sample_id)
     return Card(
-        sample_id, printable(decoder.table.sample_name(sample_id)), printable(decoder.table.source_name(shard)),
+        sample_id, decoder.table.sample_name(sample_id), printable(decoder.table.source_name(shard)),
         printable(reason, keep="\n"), facts, pictures, prompt, left_out_chars, _stored(sample_id, data),
     )  # fmt: skip
 

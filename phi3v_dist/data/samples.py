@@ -10,8 +10,8 @@ A sample is `KEY.json` (or `KEY.txt`) and its pictures. The JSON either holds `m
                   {"role": "assistant", "content": "…"}]}
 
 or is any object, and the source's `prompt` and `answer` templates say what to make of its fields. Pictures that no part
-names come first in the first user turn, in the tar's order. `{"type": "image_url", "image_url": {"url": "0.jpg"}}` shows
-a picture of the sample as well; nothing is ever fetched from an address.
+names come first in the first user turn, in the tar's order. `{"type": "image_url", "image_url": {"url": "0.jpg"}}`
+shows a picture of the sample as well; nothing is ever fetched from an address.
 """
 
 import json
@@ -30,6 +30,7 @@ from phi3v_dist.printable import printable
 
 ROLES = ("system", "user", "assistant")
 TEXT_MEMBERS = ("json", "txt")
+DEFAULT_PROMPT = "What is shown in this image?"
 
 
 @dataclass(frozen=True)
@@ -95,6 +96,9 @@ def read_messages(
     else:
         fields = ", ".join(sorted(record)) or "none"
         raise ValueError(f"no `messages`, and the source names no `prompt` and `answer` (fields found: {fields})")
+    answers = [message for message in messages if message.role == "assistant"]
+    if answers and not any(isinstance(part, str) and part.strip() for answer in answers for part in answer.parts):
+        raise ValueError("no assistant turn has words, so there is nothing to learn")
     used = [part for message in messages for part in message.parts if isinstance(part, int)]
     if len(used) != len(set(used)):
         raise ValueError("a picture is used twice; store it twice or ask about it once")
@@ -105,6 +109,18 @@ def read_messages(
             raise ValueError("there are pictures but no user turn to show them in")
         messages[turn] = Message("user", unused + messages[turn].parts)
     return tuple(messages)
+
+
+def default_source(shards: Sequence[str], parts: Mapping[str, bytes]) -> SourceSettings:
+    """A source for shards of which nobody said how to read them, by one sample's members: `messages`, or a caption."""
+    try:
+        record = _record(parts)
+    except ValueError:
+        record = {"messages": None}
+    caption = next((field for field in ("text", "caption") if field in record), None)
+    if "messages" in record or caption is None:
+        return SourceSettings(shards=list(shards))
+    return SourceSettings(shards=list(shards), prompt=DEFAULT_PROMPT, answer=f"{{{{ {caption} }}}}")
 
 
 def decode_sample(

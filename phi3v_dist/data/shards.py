@@ -1,261 +1,105 @@
-"""Tar shards and their indexes → where every sample's bytes are.
+"""Sources → a table of shards, in which a sample is one number.
 
-What comes in: the `data.train` or `data.validation` sources. What goes out: a `ShardTable`, in which a sample is one
-integer (`sample_id`, its place in the list of all shards) and its members are byte ranges of a tar. Surprise: tar stays
-the only data format. The index (`x.tar.index.safetensors`, columns of numbers) is made in one pass
-when it is missing and can be deleted at any time; it depends on the tar alone, not on a tokenizer or a setting.
-
-Index format 2. Columns: `key_start`, `key_bytes` (keys as in the tar, joined), `member_start` (first member of each
-sample, plus the end), `member_name` (number in the metadata's `names`), and for each member `offset`, `size_bytes` (in
-the tar), `width`, `height` (of a picture, upright, in pixels; 0 for others), `checksum` (xxh3-64).
-Metadata: `format`, `tar_size_bytes`, `names`, `bad` (sample number → reason). To upgrade: delete the index files.
+What comes in: the `data.train` or `data.validation` sources. What goes out: a `ShardTable`; `sample_id` is a sample's
+place in the list of all shards, and its members are byte ranges of a tar. Surprise: tar stays the only data format.
+Indexes (index.py) and the manifest (manifest.py) are made when they are missing and can be deleted at any time.
 """
 
 import bisect
-import glob
-import json
+import logging
 import os
 import re
-import tarfile
-from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import BrokenExecutor, Executor, ProcessPoolExecutor, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import cached_property, lru_cache
-from pathlib import Path
-from typing import NamedTuple
+from multiprocessing import get_context
 
 import numpy as np
 import xxhash
 
 from phi3v_dist.config import SourceSettings
-from phi3v_dist.data.pictures import IMAGE_SUFFIXES, PICTURE_ERRORS, upright_size
-from phi3v_dist.data.sidecar import ENDINGS, Columns, load_sidecar, save_sidecar
+from phi3v_dist.data import manifest, patterns, store
+from phi3v_dist.data.index import ShardIndex, build_index, load_index
+from phi3v_dist.data.manifest import Rows
 from phi3v_dist.errors import DataError
 from phi3v_dist.printable import printable
 
-INDEX_FORMAT = "2"
-INDEX_SUFFIX = "index.safetensors"
-MEMBER_DTYPES = {
-    "offset": np.int64, "size_bytes": np.int64, "width": np.int32, "height": np.int32, "checksum": np.uint64,
-}  # fmt: skip
+INDEXES_IN_MEMORY = 256
+PROCESSES_FROM_BYTES = 16 << 30
 
-_META = re.compile(r"__[^/]*__($|[/.])")  # names that WebDataset keeps for itself
+log = logging.getLogger(__name__)
 
-
-class Member(NamedTuple):
-    """One file of a sample; `name` is what follows the first dot of its file name, in lower case."""
-
-    name: str
-    offset: int
-    size_bytes: int
-    width: int
-    height: int
-    checksum: int
+OnIndex = Callable[[str], None]
 
 
 @dataclass(frozen=True)
-class ShardIndex:
-    """The columns of one shard; see the module for their meaning."""
+class BadCounts:
+    """Over all shards. samples: in all; bad: of these, unusable by the index alone; notes: odd, but used.
 
-    tar_size_bytes: int
-    names: tuple[str, ...]
-    bad: dict[int, str]
-    columns: Columns
-
-    def __len__(self) -> int:
-        return len(self.columns["member_start"]) - 1
-
-    @cached_property
-    def digest(self) -> str:
-        """Of all that the index says: another one when the tar's contents are others."""
-        parts = [json.dumps(self.names).encode(), *(self.columns[name].tobytes() for name in sorted(self.columns))]
-        return xxhash.xxh3_64_hexdigest(b"".join(parts))
-
-    def key(self, number: int) -> str:
-        """The sample's key. What is no UTF-8 or does not show is spelled out, so that every message can be printed."""
-        start, end = self.columns["key_start"][number : number + 2]
-        return printable(self.columns["key_bytes"][start:end].tobytes().decode(errors="backslashreplace"))
-
-    def members(self, number: int) -> list[Member]:
-        """The members of sample `number`, in the tar's order."""
-        first, end = self.columns["member_start"][number : number + 2]
-        names, *numbers = (self.columns[column][first:end].tolist() for column in ("member_name", *MEMBER_DTYPES))
-        return [Member(self.names[name], *row) for name, *row in zip(names, *numbers, strict=True)]
-
-    def image_sizes(self, number: int) -> dict[str, tuple[int, int]]:
-        """Name → (width, height) of the sample's pictures, in the tar's order."""
-        return {member.name: (member.width, member.height) for member in self.members(number) if member.width}
-
-
-def load_index(tar: Path) -> ShardIndex | None:
-    """The stored index of a shard; None when there is none or it belongs to other bytes."""
-    size_bytes = tar.stat().st_size
-    stored = load_sidecar(tar, INDEX_SUFFIX, {"format": INDEX_FORMAT, "tar_size_bytes": str(size_bytes)})
-    if stored is None:
-        return None
-    columns, metadata = stored
-    bad = {int(number): reason for number, reason in json.loads(metadata["bad"]).items()}
-    return ShardIndex(size_bytes, tuple(json.loads(metadata["names"])), bad, columns)
-
-
-def build_index(tar: Path) -> ShardIndex:
-    """Read a tar once, from front to back, and store its index. Members of a sample need not stand together.
-
-    Raises:
-        DataError: the file is not a plain tar, is damaged or cut off, or holds no samples.
+    damaged_places: ranges of bytes that could not be read; empty_shards: shards without a single sample.
     """
-    size_bytes = tar.stat().st_size
-    samples: dict[str, list[Member]] = {}
-    bad: dict[str, str] = {}
-    for key, name, entry, data in _read_members(tar, size_bytes):
-        members = samples.setdefault(key, [])
-        width, height = 0, 0
-        if not entry.isreg():
-            bad[key] = f"{name} is a link or a device, not a file; pack with `tar --dereference --hard-dereference`"
-        elif name in [member.name for member in members]:
-            bad[key] = f"two members are named {name!r}"
-        elif name.rsplit(".", 1)[-1] in IMAGE_SUFFIXES:
-            try:
-                width, height = upright_size(data)
-            except PICTURE_ERRORS as error:
-                bad[key] = f"{name} is not a readable picture: {error}"
-        members.append(Member(name, entry.offset_data, len(data), width, height, xxhash.xxh3_64_intdigest(data)))
-    if not samples:
-        raise DataError(f"{tar}: the tar holds no samples; a sample is files such as 000.json and 000.jpg")
-    flat = [member for members in samples.values() for member in members]
-    names = tuple(sorted({member.name for member in flat}))
-    number_of_name = {name: number for number, name in enumerate(names)}
-    keys = [key.encode(errors="surrogateescape") for key in samples]
-    columns: Columns = {
-        "key_start": np.cumsum([0, *map(len, keys)]).astype(np.int64),
-        "key_bytes": np.frombuffer(b"".join(keys), np.uint8),
-        "member_start": np.cumsum([0, *map(len, samples.values())]).astype(np.int64),
-        "member_name": np.array([number_of_name[member.name] for member in flat], np.int32),
-    }
-    columns |= {column: np.array([getattr(m, column) for m in flat], dtype) for column, dtype in MEMBER_DTYPES.items()}
-    index = ShardIndex(size_bytes, names, {i: bad[key] for i, key in enumerate(samples) if key in bad}, columns)
-    metadata = {"format": INDEX_FORMAT, "tar_size_bytes": str(size_bytes), "names": json.dumps(names)}
-    save_sidecar(tar, INDEX_SUFFIX, columns, metadata | {"bad": json.dumps(index.bad)})
-    return index
 
-
-def _read_members(tar: Path, size_bytes: int) -> Iterator[tuple[str, str, tarfile.TarInfo, bytes]]:
-    """(key, name, entry, contents) of each member that belongs to a sample; key and name split as WebDataset does."""
-    seen = ""
-    try:
-        with tarfile.open(tar, "r:") as archive:
-            for entry in archive:
-                seen = entry.name
-                if entry.size < 0 or entry.isreg() and entry.offset_data + entry.size > size_bytes or entry.issparse():
-                    raise tarfile.ReadError(f"it should have {entry.size} bytes, which are not there")
-                folder, _, file_name = entry.name.rpartition("/")
-                stem, _, name = file_name.partition(".")
-                if not stem or not name or entry.isdir() or _META.match(entry.name):
-                    continue
-                file = archive.extractfile(entry) if entry.isreg() else None
-                yield f"{folder}/{stem}" if folder else stem, name.lower(), entry, file.read() if file else b""
-            _check_end(archive)
-    except (tarfile.TarError, ValueError, OverflowError, MemoryError) as error:  # damaged headers ask for anything
-        if not seen:
-            why = f"not a tar file ({error}). Shards must be plain tars; unpack compressed ones"
-        else:
-            why = f"damaged at or after its member {seen!r} ({error}). Copy or write the shard again"
-        raise DataError(f"{tar}: {why}") from error
-
-
-def _check_end(archive: tarfile.TarFile) -> None:
-    """A whole tar ends with zeros; `tarfile` stops without a word at a damaged header as well."""
-    file = archive.fileobj
-    assert file is not None  # the archive is open
-    file.seek(archive.offset)
-    if not file.peek(1):  # type: ignore[attr-defined]  # a BufferedReader
-        raise tarfile.ReadError("it ends without an end mark, so it may be cut off")
-    while block := file.read(1 << 20):
-        if block.strip(b"\0"):
-            raise tarfile.ReadError(f"no header at byte {archive.offset}, but more data from there on")
-
-
-def expand(patterns: Sequence[str]) -> tuple[list[Path], list[str]]:
-    """Shard patterns → (files that exist, problems). `{000..007}` names every number, `*` what is there."""
-    found: list[Path] = []
-    problems: list[str] = []
-    for pattern in patterns:
-        missing: list[str] = []
-        named = list(_expand_braces(pattern))
-        for name in named:
-            matches = [name] if os.path.isfile(name) else sorted(glob.glob(name))
-            matches = [match for match in matches if not match.endswith(ENDINGS) and not os.path.isdir(match)]
-            found += [Path(match) for match in matches]
-            missing += [] if matches else [name]
-        if missing or not named:
-            what = "no such shard" if len(named) == len(missing) else f"{len(missing)} of {len(named)} shards missing"
-            names = ", ".join(missing[:3]) + ", …" * (len(missing) > 3)
-            which = f" ({names})" if missing not in ([], [pattern]) else ""
-            problems.append(f"data: {pattern}: {what}{which}; correct `shards`, or put the files there")
-    repeated = [path for path, count in Counter(found).items() if count > 1]
-    problems += [f"data: {path}: named more than once by one source; correct `shards`" for path in repeated]
-    return found, problems
-
-
-def _expand_braces(pattern: str) -> Iterator[str]:
-    match = re.search(r"\{(\d+)\.\.(\d+)\}|\{([^{}]*,[^{}]*)\}", pattern)
-    if not match:
-        yield pattern
-        return
-    low, high, words = match.groups()
-    options = words.split(",") if words else [f"{i:0{len(low)}d}" for i in range(int(low), int(high) + 1)]
-    for option in options:
-        yield from _expand_braces(pattern[: match.start()] + option + pattern[match.end() :])
+    samples: int
+    bad: int
+    notes: int
+    damaged_places: int
+    empty_shards: int
 
 
 @dataclass(frozen=True)
 class ShardTable:
     """All shards of a list of sources, in order; sample ids count through them.
 
+    shards: addresses; `store.shown` makes one fit for logs.
     start: [shards + 1] first sample id of each shard, and the end.
     source_of_shard: [shards] number of the source each shard belongs to.
+    rows: what else is known of each shard without opening its index.
     """
 
     sources: tuple[SourceSettings, ...]
-    shards: tuple[Path, ...]
+    shards: tuple[str, ...]
     start: np.ndarray
     source_of_shard: np.ndarray
-    _load: Callable[[Path], ShardIndex] = field(
-        default_factory=lambda: lru_cache(maxsize=256)(_load_again), repr=False, compare=False
-    )
+    rows: Rows = field(default_factory=lambda: Rows.empty(0), repr=False, compare=False)
 
     @classmethod
-    def open(cls, sources: Sequence[SourceSettings], on_index: Callable[[Path], None] | None = None) -> "ShardTable":
+    def open(
+        cls, sources: Sequence[SourceSettings], on_index: OnIndex | None = None, known_digest: str | None = None,
+        on_progress: Callable[[int, int], None] | None = None,
+    ) -> "ShardTable":  # fmt: skip
         """Find the shards and their indexes, making those that are missing.
+
+        Args:
+            on_index: told each shard that is about to be indexed.
+            known_digest: of a table that another rank has opened just now: if the manifest is that table's, no shard
+                is looked at.
+            on_progress: told (done, number of shards to index).
 
         Raises:
             DataError: one message for each shard that is missing or cannot be read.
         """
-        shards: list[Path] = []
-        source_of_shard: list[int] = []
-        problems: list[str] = []
-        for number, source in enumerate(sources):
-            files, missing = expand(source.shards)
-            problems += missing
-            shards += files
-            source_of_shard += [number] * len(files)
-        sizes = []
-        for shard in shards:
-            try:
-                index = load_index(shard)
-                if index is None:
-                    if on_index:
-                        on_index(shard)
-                    index = build_index(shard)
-                sizes.append(len(index))
-            except DataError as error:
-                problems += error.problems
-            except OSError as error:
-                problems.append(f"{shard}: cannot be read: {error}")
-        if problems:
-            raise DataError(problems)
-        start = np.concatenate([[0], np.cumsum(sizes)]).astype(np.int64)
-        return cls(tuple(sources), tuple(shards), start, np.array(source_of_shard, np.int64))
+        known = manifest.load_rows(sources, known_digest) if known_digest else None
+        if known is not None:
+            return cls._of(sources, *known)
+        listings = patterns.Listings()
+        shards, source_of_shard = _find(sources, listings)
+        rows, changed = _rows(sources, shards, listings)
+        _index(shards, rows, changed, on_index, on_progress)
+        table = cls._of(sources, shards, source_of_shard, rows)
+        empty = [number for number, _ in enumerate(sources) if not table._num_samples(number)]
+        if empty:
+            raise DataError([table._why_empty(number) for number in empty])
+        if changed:
+            manifest.save_rows(sources, shards, source_of_shard, rows, table.digest)
+        return table
+
+    @classmethod
+    def _of(
+        cls, sources: Sequence[SourceSettings], shards: Sequence[str], source_of_shard: np.ndarray, rows: Rows
+    ) -> "ShardTable":
+        start = np.concatenate([[0], np.cumsum(rows.num_samples, dtype=np.int64)])
+        return cls(tuple(sources), tuple(shards), start, source_of_shard, rows)
 
     def __len__(self) -> int:
         return int(self.start[-1])
@@ -263,36 +107,207 @@ class ShardTable:
     @cached_property
     def digest(self) -> str:
         """Of what the sample ids stand for: contents and order of the shards, whatever folder they lie in."""
-        parts = [f"{self.source_of_shard[shard]} {self.index(shard).digest}" for shard in range(len(self.shards))]
-        return xxhash.xxh3_64_hexdigest("\n".join(parts).encode())
+        columns = self.source_of_shard.astype("<i8").tobytes(), self.rows.digest.astype("<u8").tobytes()
+        return xxhash.xxh3_64_hexdigest(b"".join(columns))
+
+    @property
+    def bad_counts(self) -> BadCounts:
+        """How much of the table is unusable, as far as the indexes know."""
+        rows = self.rows
+        bad, notes, damaged = (int(c.sum()) for c in (rows.num_bad, rows.num_notes, rows.num_damaged))
+        return BadCounts(len(self), bad, notes, damaged, int((rows.num_samples == 0).sum()))
+
+    def faults(self) -> Iterator[tuple[str, str, str]]:
+        """(shard, key, what is wrong) of everything the indexes found; the key is "" for damage of the tar itself."""
+        rows = self.rows
+        for shard in np.flatnonzero(rows.num_bad + rows.num_notes + rows.num_damaged).tolist():
+            index, name = self.index(shard), self.shard_name(shard)
+            for damage in index.damage:
+                yield name, "", f"bytes {damage.begin:,} to {damage.end:,}: {damage.reason}"
+            for number, reason in sorted((index.bad | index.notes).items()):
+                yield name, index.key(number), reason
 
     def locate(self, sample_id: int) -> tuple[int, int]:
         """Sample id → (shard number, sample number in it)."""
         shard = bisect.bisect_right(self.start, sample_id) - 1
         return shard, sample_id - int(self.start[shard])
 
+    def shard_name(self, shard: int) -> str:
+        """The shard's address, fit for logs."""
+        return printable(store.shown(self.shards[shard]))
+
     def sample_name(self, sample_id: int) -> str:
         """`shard:key`, by which a person finds the sample."""
         shard, number = self.locate(sample_id)
-        return f"{self.shards[shard]}:{self.index(shard).key(number)}"
+        return f"{self.shard_name(shard)}:{self.index(shard).key(number)}"
 
     def source_name(self, shard: int) -> str:
         """The source's name, or the stem of its first shard without the trailing number."""
-        number = int(self.source_of_shard[shard])
-        first = self.shards[int(np.argmax(self.source_of_shard == number))]
-        stem = first.name.removesuffix(".tar")
-        return self.sources[number].name or re.sub(r"[-_.]?\d*$", "", stem) or stem
+        return self._source_names[int(self.source_of_shard[shard])]
+
+    @cached_property
+    def _source_names(self) -> list[str]:
+        names = []
+        for number, source in enumerate(self.sources):
+            first = self.shards[int(np.argmax(self.source_of_shard == number))]
+            stem = store.name_of(first).removesuffix(".tar")
+            names.append(source.name or re.sub(r"[-_.]?\d*$", "", stem) or stem)
+        return names
 
     def index(self, shard: int) -> ShardIndex:
-        """The index of shard number `shard`."""
-        return self._load(self.shards[shard])
+        """The index of shard number `shard`.
+
+        Raises:
+            DataError: the shard is not the one that was there when the table was opened.
+        """
+        return self._cached_index(shard)
+
+    @cached_property
+    def _cached_index(self) -> Callable[[int], ShardIndex]:
+        return lru_cache(maxsize=INDEXES_IN_MEMORY)(self._load_index)
+
+    def _load_index(self, shard: int) -> ShardIndex:
+        address, size_bytes = self.shards[shard], int(self.rows.tar_size_bytes[shard])
+        try:
+            index = load_index(address, size_bytes) or build_index(address, size_bytes)
+        except OSError as error:
+            name = self.shard_name(shard)
+            raise DataError(f"{name}: was there when the run began, and is not now ({error})") from error
+        if int(index.digest, 16) != int(self.rows.digest[shard]):
+            name = self.shard_name(shard)
+            raise DataError(f"{name}: the shard changed since the run began; start the run again")
+        return index
+
+    def _num_samples(self, source: int) -> int:
+        return int(self.rows.num_samples[self.source_of_shard == source].sum())
+
+    def _why_empty(self, source: int) -> str:
+        shard = int(np.argmax(self.source_of_shard == source))
+        why = [damage.reason for damage in self.index(shard).damage]
+        first = f"{self.shard_name(shard)}: {why[0] if why else 'no samples'}"
+        return f"data: {', '.join(map(store.shown, self.sources[source].shards))}: no shard holds a sample ({first})"
 
 
-def _load_again(tar: Path) -> ShardIndex:
-    try:
-        index = load_index(tar)
-    except OSError as error:
-        raise DataError(f"{tar}: was there when the run began, and is not now ({error})") from error
-    if index is None:
-        raise DataError(f"{tar}: the shard changed since the run began; its index no longer fits. Start the run again")
-    return index
+def _find(sources: Sequence[SourceSettings], listings: patterns.Listings) -> tuple[list[str], np.ndarray]:
+    """All shards in order, and the source of each. Raises DataError."""
+    found = [patterns.expand(source.shards, listings) for source in sources]
+    if problems := [problem for _, problems in found for problem in problems]:
+        raise DataError(problems)
+    counts = [len(shards) for shards, _ in found]
+    return [shard for shards, _ in found for shard in shards], np.repeat(np.arange(len(sources)), counts)
+
+
+def _rows(sources: Sequence[SourceSettings], shards: list[str], listings: patterns.Listings) -> tuple[Rows, list[int]]:
+    """What the manifest knows of these shards, and the numbers of those whose indexes must be looked at."""
+    rows = Rows.empty(len(shards))
+    known = manifest.load_rows(sources)
+    if known is not None:
+        if known[0] == shards:
+            here = there = np.arange(len(shards))
+        else:
+            row_of = {name: row for row, name in enumerate(known[0])}
+            there = np.array([row_of.get(name, -1) for name in shards])
+            here = np.flatnonzero(there >= 0)
+            there = there[here]
+        rows.copy_from(known[2], here, there)
+    sizes, modified_ns = _look(shards)
+    changed = (rows.tar_size_bytes != sizes) | (rows.modified_ns != modified_ns) | (rows.digest == 0)
+    rows.tar_size_bytes[:], rows.modified_ns[:] = sizes, modified_ns
+    if known is not None:
+        changed |= ~_indexed(shards, listings)
+    return rows, np.flatnonzero(changed).tolist()
+
+
+def _look(shards: list[str]) -> tuple[np.ndarray, np.ndarray]:
+    """Size and time of every shard. Raises DataError naming all that are not there."""
+    sizes: list[int] = []
+    modified_ns: list[int] = []
+    remote: list[int] = []
+    problems: list[str] = []
+    missing: list[str] = []
+    for number, shard in enumerate(shards):
+        size_bytes = time_ns = 0
+        if store.is_remote(shard):
+            remote.append(number)
+        else:
+            try:
+                status = os.stat(shard)
+                size_bytes, time_ns = status.st_size, status.st_mtime_ns
+            except OSError as error:
+                problems.append(f"{shard}: cannot be read: {error}")
+        sizes.append(size_bytes)
+        modified_ns.append(time_ns)
+    for number, size in zip(remote, store.sizes([shards[number] for number in remote]), strict=True):
+        if size is None:
+            missing.append(shards[number])
+        else:
+            sizes[number] = size
+    if missing:
+        of = missing[0] if len(missing) == 1 else "remote shards"
+        problems.append(patterns.missing_message(of, missing, len(missing) if len(missing) == 1 else len(remote)))
+    if problems:
+        raise DataError(problems)
+    return np.array(sizes, np.int64), np.array(modified_ns, np.int64)
+
+
+def _indexed(shards: list[str], listings: patterns.Listings) -> np.ndarray:
+    """Whether each shard has an index file."""
+    if not any(map(store.is_remote, shards)) and listings.all_indexed():
+        return np.ones(len(shards), bool)
+    indexed: dict[str, set[str]] = {}
+    found: list[bool] = []
+    for shard in shards:
+        folder, _, name = shard.partition("?")[0].rpartition("/") if store.is_remote(shard) else shard.rpartition("/")
+        if folder not in indexed:
+            indexed[folder] = listings.indexed(folder)
+        found.append(name in indexed[folder])
+    return np.array(found, bool)
+
+
+def _index(
+    shards: list[str], rows: Rows, changed: list[int], on_index: OnIndex | None,
+    on_progress: Callable[[int, int], None] | None,
+) -> None:  # fmt: skip
+    """Fill the rows of changed shards from their indexes; those that are missing are made. Raises DataError."""
+    to_make = []
+    for shard in changed:
+        index = load_index(shards[shard], int(rows.tar_size_bytes[shard]))
+        if index is None:
+            to_make.append(shard)
+        else:
+            rows.fill(shard, index)
+    problems: list[str] = []
+    with _pool(sum(int(rows.tar_size_bytes[shard]) for shard in to_make)) as pool:
+        futures = [pool.submit(build_index, shards[shard], int(rows.tar_size_bytes[shard])) for shard in to_make]
+        for done, (shard, future) in enumerate(zip(to_make, futures, strict=True), 1):
+            name = store.shown(shards[shard])
+            if on_index:
+                on_index(name)
+            try:
+                index = future.result()
+                rows.fill(shard, index)
+                if index.damage:
+                    log.warning("%s: %s", name, _summary(index))
+            except DataError as error:
+                problems += error.problems
+            except (OSError, BrokenExecutor) as error:
+                problems.append(f"{name}: cannot be read: {error}")
+            if on_progress:
+                on_progress(done, len(to_make))
+    if problems:
+        raise DataError(problems)
+
+
+def _pool(size_bytes: int) -> Executor:
+    """Threads wait well but parse headers one at a time, at about a gigabyte a second; processes take time to start."""
+    num_cores = len(os.sched_getaffinity(0))
+    if size_bytes < PROCESSES_FROM_BYTES or num_cores == 1:
+        return ThreadPoolExecutor(num_cores, "index")
+    return ProcessPoolExecutor(num_cores, get_context("spawn"))
+
+
+def _summary(index: ShardIndex) -> str:
+    begin, end, reason = index.damage[0][:3]
+    places = f"damaged in {len(index.damage)} places" if len(index.damage) > 1 else "damaged"
+    used = f"{len(index) - len(index.bad):,} of its {len(index):,} samples are used" if len(index) else "not used"
+    return f"{places}, bytes {begin:,} to {end:,}: {reason}; {used}"

@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from functools import lru_cache
 from typing import Any
 
-from jinja2 import StrictUndefined, Template, meta
+from jinja2 import StrictUndefined, Template, TemplateSyntaxError, meta
 from jinja2.sandbox import SandboxedEnvironment
 
 
@@ -37,6 +37,14 @@ def describe_fields(template: str, fields: Mapping[str, Any]) -> str:
     empty = sorted(name for name in named if isinstance(fields.get(name), str) and not fields[name].strip())
     parts = [("null", nulls), ("empty", empty), ("fields", sorted(map(str, fields)))]
     return "; ".join(f"{what}: {', '.join(names)}" for what, names in parts if names) or "no fields"
+
+
+def template_fields(template: str) -> set[str]:
+    """Names of the fields that a template reads. Raises ValueError: it is no Jinja template."""
+    try:
+        return meta.find_undeclared_variables(_environment.parse(template))
+    except TemplateSyntaxError as error:
+        raise ValueError(f"template {template!r}: {error}") from error
 
 
 def _only_words(value: Any) -> Any:

@@ -101,6 +101,8 @@ def test_the_list_of_special_tokens_is_that_of_the_tokenizer(processor: Phi3VPro
 
 
 @pytest.mark.parametrize("form", FORMS)
+@pytest.mark.fault(78)
+@pytest.mark.fault(79)
 def test_special_token_text_comes_back_as_text_from_any_place(processor: Phi3VProcessor, form: str) -> None:
     turns: Turns = [("user", ("Look: ", 0, FORMS[form]("<|end|>"), 1))]
     for word in (*OFFICIAL, *LOOK_ALIKE):
@@ -109,11 +111,14 @@ def test_special_token_text_comes_back_as_text_from_any_place(processor: Phi3VPr
     assert read_back(processor, encode(processor, turns)) == as_read_back(turns)
 
 
+@pytest.mark.fault(78)
 def test_a_special_token_split_over_parts_stays_text(processor: Phi3VProcessor) -> None:
     turns: Turns = [("user", ("<|e", "nd|>", 0, "<|", "end|", ">")), ("assistant", ("<|e", "nd", "|>", " no"))]
     assert read_back(processor, encode(processor, turns)) == as_read_back(turns)
 
 
+@pytest.mark.fault(78)
+@pytest.mark.fault(79)
 def test_every_special_token_at_once_trains_the_answer_alone(processor: Phi3VProcessor) -> None:
     everything = " ".join(OFFICIAL) + "".join(LOOK_ALIKE) + "\n".join(reversed(OFFICIAL))
     turns: Turns = [("system", (everything,)), ("user", (everything, 0)), ("assistant", ("A cat.",))]
@@ -134,6 +139,8 @@ ROLES = st.sampled_from(["system", "user", "assistant"])
 
 @settings(max_examples=80, deadline=None)
 @given(turns=st.lists(st.tuples(ROLES, PARTS), min_size=1, max_size=4))
+@pytest.mark.fault(78)
+@pytest.mark.fault(79)
 def test_any_mixture_comes_back_exactly(processor: Phi3VProcessor, turns: list) -> None:
     shown: set[int] = set()
     once: Turns = [

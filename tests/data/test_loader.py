@@ -115,6 +115,7 @@ def test_a_plan_that_ends_gives_all_its_steps(shards: Path, tiny_model: Path) ->
     assert sorted(i for step in steps for i in step.sample_ids) == list(range(40))
 
 
+@pytest.mark.fault(65)
 def test_a_bad_sample_becomes_filling_and_moves_nothing(shards: Path, tiny_model: Path, tmp_path: Path, caplog) -> None:
     folder = Path(shutil.copytree(shards, tmp_path / "copy"))
     damaged = World.open(folder, tiny_model)
@@ -123,7 +124,7 @@ def test_a_bad_sample_becomes_filling_and_moves_nothing(shards: Path, tiny_model
     victim = next(i for i in clean[0][0].plan.sample_ids if damaged.planner.lengths.crops[i])
     shard, number = table.locate(victim)
     (photo,) = [member for member in table.index(shard).members(number) if member.name == "0.jpg"]
-    with table.shards[shard].open("r+b") as file:
+    with open(table.shards[shard], "r+b") as file:
         file.seek(photo.offset + photo.size_bytes // 2)
         file.write(b"damage")
     with caplog.at_level(logging.WARNING):

@@ -2,7 +2,6 @@
 
 import time
 from itertools import pairwise
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -23,7 +22,7 @@ def table(*sizes_by_source: list[int], weights: tuple[float | None, ...] = ()) -
     )
     sizes = [size for sizes in sizes_by_source for size in sizes]
     source_of_shard = np.repeat(np.arange(len(sources)), [len(sizes) for sizes in sizes_by_source])
-    return ShardTable(sources, (Path("x.tar"),) * len(sizes), np.cumsum([0, *sizes]), source_of_shard)
+    return ShardTable(sources, ("x.tar",) * len(sizes), np.cumsum([0, *sizes]), source_of_shard)
 
 
 def shard_of(table: ShardTable, sample_ids: np.ndarray) -> np.ndarray:

@@ -119,6 +119,7 @@ def test_the_tokenizer_gives_the_published_chat_text_and_ids(
     ("text", "num_images"),
     [("no place", 1), ("<|image_1|>", 0), ("<|image_1|>", 2), ("<|image_1|><|image_1|>", 1), ("<|image_2|>", 1)],
 )
+@pytest.mark.fault(79)
 def test_placeholders_that_do_not_match_the_pictures_are_refused(
     text: str, num_images: int, processor: Phi3VProcessor
 ) -> None:
@@ -270,6 +271,9 @@ def test_threads_may_share_one_processor(processor: Phi3VProcessor) -> None:
         (sample_of(("user", (0,)), images=1, size_wh=(2000, 1)), "2000 x 1 px"),
     ],
 )
+@pytest.mark.fault(67)
+@pytest.mark.fault(79)
+@pytest.mark.fault(80)
 def test_a_sample_that_cannot_be_encoded_names_shard_key_and_reason(
     sample: Sample, reason: str, processor: Phi3VProcessor
 ) -> None:

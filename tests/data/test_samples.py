@@ -83,6 +83,8 @@ def test_pictures_that_no_part_shows_come_first_in_the_first_user_turn() -> None
         ([{"role": "assistant", "content": "x"}], "there are pictures but no user turn"),
     ],
 )  # fmt: skip
+@pytest.mark.fault(75)
+@pytest.mark.fault(79)
 def test_a_conversation_that_makes_no_sense_gives_a_reason(turns: Any, reason: str) -> None:
     with pytest.raises(ValueError, match=reason):
         read(turns, ("0.jpg", "1.jpg"))
@@ -102,6 +104,7 @@ def test_a_conversation_that_makes_no_sense_gives_a_reason(turns: Any, reason: s
         (b'{"title": 1, "price": 2}', r"no `messages`, .* \(fields found: price, title\)"),
     ],
 )
+@pytest.mark.fault(74)
 def test_json_that_cannot_be_used_gives_a_reason(data: bytes, reason: str) -> None:
     with pytest.raises(ValueError, match=reason):
         read_messages({"json": data}, (), PLAIN)
@@ -120,6 +123,7 @@ TURN = st.fixed_dictionaries({"role": st.sampled_from(["user", "assistant", "too
 
 @settings(deadline=None)
 @given(st.lists(TURN | JSON_VALUES, max_size=3))
+@pytest.mark.fault(75)
 def test_whatever_the_turns_are_the_answer_is_messages_or_a_reason(turns: list[Any]) -> None:
     try:
         messages = read(turns, ("0.jpg",))
@@ -145,6 +149,7 @@ def test_templates_make_turns_of_a_records_fields() -> None:
     assert from_fields(fields, prompt="", answer="{{ price }}")[0] == Message("user", (0,))
 
 
+@pytest.mark.fault(74)
 def test_a_text_file_is_the_field_text() -> None:
     source = SourceSettings(shards=["a.tar"], prompt="?", answer="{{ text }}")
     messages = read_messages({"txt": "\ufeffune légende\n".encode()}, (), source)
@@ -166,10 +171,75 @@ def test_a_text_file_is_the_field_text() -> None:
         ("{{ brand }}", "a value it shows is null"),
     ],
 )
+@pytest.mark.fault(75)
 def test_a_template_that_cannot_be_filled_gives_a_reason(template: str, reason: str) -> None:
     with pytest.raises(ValueError, match=reason):
         from_fields({"title": "Cap", "price": 3, "brand": None}, prompt="?", answer=template)
     assert from_fields({"brand": None}, prompt="?", answer="{{ brand or 'none' }}")[1].parts == ("none",)
+
+
+@pytest.mark.fault(75)
+@pytest.mark.parametrize(
+    ("fields", "reason"),
+    [
+        ({"brand": 1, "price": None}, r"null, which would be written as None.* \(null: price; fields: brand, price\)"),
+        ({"price": float("nan")}, r"null, .*\(null: price; fields: price\)"),
+        ({"price": ["9", "8"]}, r"a value it shows is a list; .* tojson"),
+        ({"price": {"EUR": 9}}, r"a value it shows is an object; name a part of it"),
+        ({"price": ""}, r"template '{{ price }}' gives an empty answer \(empty: price; fields: price\)"),
+        ({"price": " \n"}, "empty: price"),
+        ({"Price": 3}, r"'price' is undefined \(fields: Price\)"),
+    ],
+)
+def test_a_field_that_is_null_empty_or_of_another_kind_is_named(fields: dict[str, Any], reason: str) -> None:
+    with pytest.raises(ValueError, match=reason):
+        from_fields(fields, prompt="?", answer="{{ price }}")
+
+
+@pytest.mark.fault(74)
+def test_nan_is_null_as_pandas_means_it_and_an_endless_number_is_none() -> None:
+    assert from_fields({"price": float("nan")}, prompt="?", answer="{{ price or 'unknown' }}")[1].parts == ("unknown",)
+    source = SourceSettings(shards=["a.tar"], prompt="?", answer="{{ price }}")
+    with pytest.raises(ValueError, match="inf, which is no number"):
+        read_messages({"json": b'{"price": 1e999}'}, (), source)
+
+
+@pytest.mark.fault(76)
+@pytest.mark.parametrize("answer", ["", " \n\t", [], [{"type": "text", "text": ""}], [{"type": "image"}]])
+def test_answers_without_a_word_leave_nothing_to_learn(answer: Any) -> None:
+    turns = [{"role": "user", "content": "What?"}, {"role": "assistant", "content": answer}]
+    with pytest.raises(ValueError, match="no assistant turn has words, so there is nothing to learn"):
+        read(turns, ("0.jpg",))
+    turns += [{"role": "user", "content": "And?"}, {"role": "assistant", "content": "A cat."}]
+    assert read(turns, ("0.jpg",))[-1].parts == ("A cat.",)
+
+
+def test_a_system_template_is_put_before_messages_that_have_none() -> None:
+    source = SourceSettings(shards=["a.tar"], system="Sell {{ shop }}.")
+    turns = [{"role": "user", "content": "?"}, {"role": "assistant", "content": "!"}]
+
+    def roles_of(messages: list[dict[str, str]]) -> list[tuple[str, str | int]]:
+        record = {"messages": messages, "shop": "caps"}
+        read_back = read_messages({"json": json.dumps(record).encode()}, (), source)
+        return [(message.role, message.parts[0]) for message in read_back]
+
+    assert roles_of(turns) == [("system", "Sell caps."), ("user", "?"), ("assistant", "!")]
+    assert roles_of([{"role": "system", "content": "Own."}, *turns])[0] == ("system", "Own.")
+    with pytest.raises(ValueError, match="no `messages`, and the source names no `prompt` and `answer`"):
+        read_messages({"json": b'{"shop": "caps"}'}, (), source)
+
+
+def test_pictures_are_shown_as_openai_writes_it_too_but_nothing_is_fetched() -> None:
+    def url(address: Any) -> dict[str, Any]:
+        return {"type": "image_url", "image_url": address}
+
+    assert shown([url({"url": "1.jpg"}), text("x"), url("0.JPG")], "0.jpg", "1.jpg") == (1, "x", 0)
+    for address in ("https://example.com/cat.jpg", "data:image/jpeg;base64,AAAA", "file:///etc/passwd"):
+        with pytest.raises(ValueError, match="not in the shard: nothing is fetched in training.*prepare.py import"):
+            shown([url({"url": address})], "0.jpg")
+    for nonsense in (None, 7, {}, {"url": None}, {"url": "2.jpg"}):
+        with pytest.raises(ValueError, match="a turn shows .*; the sample has: 0.jpg"):
+            shown([url(nonsense)], "0.jpg")
 
 
 PIXELS = np.random.default_rng(0).integers(0, 256, (6, 9, 3), dtype=np.uint8)  # 9 wide, 6 high
@@ -190,6 +260,7 @@ def exif(orientation: Any) -> Image.Exif:
 
 @pytest.mark.parametrize("file_format", ["PNG", "TIFF", "WEBP", "JPEG"])
 @pytest.mark.parametrize("orientation", range(10))
+@pytest.mark.fault(72)
 def test_pictures_are_turned_upright(file_format: str, orientation: int) -> None:
     options = {"lossless": True} if file_format == "WEBP" else {}
     data = encode(PICTURE, file_format, exif=exif(orientation), **options)
@@ -210,12 +281,14 @@ def test_exif_that_is_nonsense_turns_nothing(tags: bytes) -> None:
         assert (upright_size(wrong), decode_image(wrong).shape) == ((9, 6), (6, 9, 3))
 
 
+@pytest.mark.fault(69)
 def test_16_bit_grey_is_scaled_to_8() -> None:
     grey = np.array([[0, 255, 256, 32768, 65535]], np.uint16)
     for file_format in ("PNG", "TIFF"):
         assert decode_image(encode(Image.fromarray(grey), file_format))[0, :, 0].tolist() == [0, 0, 1, 128, 255]
 
 
+@pytest.mark.fault(70)
 def test_what_is_transparent_becomes_white() -> None:
     rgba = np.array([[[10, 20, 30, 255], [10, 20, 30, 0], [10, 20, 30, 128]]], np.uint8)
     on_white = decode_image(encode(Image.fromarray(rgba)))[0]
@@ -229,6 +302,8 @@ def test_what_is_transparent_becomes_white() -> None:
     assert decode_image(encode(palette, "GIF", transparency=1))[0].tolist() == [[1, 2, 3], [255, 255, 255]]
 
 
+@pytest.mark.fault(68)
+@pytest.mark.fault(71)
 def test_other_kinds_of_picture_keep_their_colours() -> None:
     flat = Image.new("RGB", (9, 6), (200, 60, 30))
     cmyk = decode_image(encode(flat.convert("CMYK"), "JPEG", quality=95))
@@ -279,6 +354,7 @@ def test_a_damaged_picture_raises_what_the_caller_expects_or_decodes_to_its_size
 
 @pytest.mark.parametrize("name", ["JPEG", "PNG"])
 @pytest.mark.parametrize("left_frac", [0.0, 0.3, 0.9])
+@pytest.mark.fault(64)
 def test_a_picture_that_is_cut_off_makes_a_bad_sample_that_names_it(name: str, left_frac: float) -> None:
     large = Image.fromarray(np.random.default_rng(0).integers(0, 256, (64, 64, 3), dtype=np.uint8))
     data = encode(large, name)

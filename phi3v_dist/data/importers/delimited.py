@@ -1,0 +1,58 @@
+"""CSV and TSV → rows. The first line names the columns; every value is text, as it stands.
+
+Surprise: a row with more or fewer fields than the header is bad, not filled up: the fields after the slip would all be
+in the wrong columns.
+"""
+
+import csv
+from collections.abc import Iterator
+from pathlib import Path
+
+from phi3v_dist.data.importers.records import BadRecord, Row, damaged, open_text, refuse_surrogates
+from phi3v_dist.errors import DataError
+
+MAX_FIELD_CHARACTERS = 1 << 24
+
+
+def read_delimited(path: Path) -> Iterator[Row]:
+    """Rows of a comma-, semicolon- or (`.tsv`) tab-separated file. Raises DataError: it has no usable header."""
+    csv.field_size_limit(MAX_FIELD_CHARACTERS)
+    with open_text(path) as file:
+        try:
+            first = file.readline()
+            file.seek(0)
+            semicolons = "," not in first and ";" in first
+            delimiter = "\t" if ".tsv" in path.suffixes else ";" if semicolons else ","
+            lines = csv.reader(file, delimiter=delimiter, strict=True)
+            header = _header(path, next(lines, []))
+        except (csv.Error, OSError, EOFError) as error:
+            raise damaged(path, error) from error
+        while True:
+            try:
+                values = next(lines)
+                if values:  # else an empty line
+                    yield _row(header, values, lines.line_num)
+            except StopIteration:
+                return
+            except csv.Error as error:
+                yield BadRecord("broken row", f"line {lines.line_num}: {error}")
+            except BadRecord as bad:
+                yield bad
+            except (OSError, EOFError) as error:
+                raise damaged(path, error, f" after line {lines.line_num}") from error
+
+
+def _header(path: Path, names: list[str]) -> list[str]:
+    if not any(name.strip() for name in names):
+        raise DataError(f"{path}: is empty; its first line should name the columns")
+    if twice := sorted({name for name in names if names.count(name) > 1}):
+        raise DataError(f"{path}: its first line names {', '.join(map(repr, twice))} more than once")
+    return names
+
+
+def _row(header: list[str], values: list[str], line: int) -> Row:
+    if len(values) != len(header):
+        raise BadRecord("broken row", f"line {line} has {len(values)} fields, the header has {len(header)}")
+    for value in values:
+        refuse_surrogates(value)
+    return dict(zip(header, values, strict=True))
