@@ -76,7 +76,7 @@ def main() -> None:
     arguments, words = parser.parse_known_args()  # argparse takes no `*` in two places
     if words and arguments.run is not import_records:
         parser.error(f"unrecognized arguments: {' '.join(words)}")
-    arguments.words = words
+    arguments.mapping_words = words
     arguments.run(arguments)
 
 
@@ -107,7 +107,7 @@ def import_records(arguments: argparse.Namespace) -> None:
     from phi3v_dist.data.importers.importer import Import
 
     ranks = [f"num_ranks={arguments.num_ranks}"] if arguments.num_ranks is not None else []
-    mapping = settings.load(arguments.mapping, [*arguments.words, *ranks])
+    mapping = settings.load(arguments.mapping, [*arguments.mapping_words, *ranks])
     columns = (*Progress.get_default_columns(), MofNCompleteColumn())
     with Progress(*columns, disable=not sys.stdout.isatty()) as bar:
         tasks: dict[str, TaskID] = {}

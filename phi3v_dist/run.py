@@ -145,10 +145,7 @@ def problems(settings: Settings, world_size: int) -> list[str]:
     """Everything wrong with the files and numbers that the settings name; one message each. Builds missing indexes."""
     found = zero.problems(settings, world_size)
     for sources in filter(None, (settings.data.train, settings.data.validation)):
-        try:
-            ShardTable.open(sources, lambda shard: log.info("indexing %s", shard))
-        except DataError as error:
-            found += error.problems
+        found += _shard_problems(sources)
     found += model_build.problems(settings, Topology.from_environment().device)
     try:
         _reference(settings.eval.reference)
@@ -163,6 +160,17 @@ def problems(settings: Settings, world_size: int) -> list[str]:
             elif data and side == "train":
                 found += _too_many_unusable(data, settings.data.max_bad_frac)
     return found
+
+
+def _shard_problems(sources: list[SourceSettings]) -> list[str]:
+    """What is wrong with the shards; one source must not hide what is wrong with the next."""
+    try:
+        ShardTable.open(sources, lambda shard: log.info("indexing %s", shard))
+    except DataError as error:
+        if len(sources) == 1:
+            return error.problems
+        return [problem for source in sources for problem in _shard_problems([source])] or error.problems
+    return []
 
 
 def _too_many_unusable(data: Data, limit_frac: float) -> list[str]:

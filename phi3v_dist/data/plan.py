@@ -262,7 +262,7 @@ def num_vision_chunks(micro_step: Sequence[PlannedRow | None], chunk_crops: int 
 
 def by_tokens(row: PlannedRow) -> float:
     """The cost of a row where nothing is known of the model."""
-    return row.tokens
+    return float(row.tokens)
 
 
 def assign(
