@@ -83,7 +83,7 @@ class Order:
         rules = [ORDER_FORMAT, SHARDS_PER_WINDOW, ROUNDS, self.seed, self.shares]
         digest = xxhash.xxh3_64(repr(rules).encode())
         for source in self.sources:
-            digest.update(np.ascontiguousarray(np.stack([source.first_id, source.sizes]), "<i8"))
+            digest.update(np.stack([source.first_id, source.sizes]).astype("<i8").data)
         return digest.hexdigest()
 
     def sample_ids(self, begin: int, end: int) -> np.ndarray:

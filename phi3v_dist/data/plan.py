@@ -32,7 +32,7 @@ CHUNK = 1 << 20  # entries of a column looked at together: columns may be files 
 
 SampleIds = Callable[[int, int], np.ndarray]  # (begin, end) → ids at these positions of the run
 Waiting = np.ndarray  # [samples, 2] position in the run and id, in the order of positions
-RowCost = Callable[["PlannedRow"], float]
+RowCost = Callable[["PlannedRow"], int]
 
 
 @dataclass(frozen=True)
@@ -58,7 +58,7 @@ class Lengths:
         digest = xxhash.xxh3_64()
         for column in (self.tokens, self.label_tokens, self.crops):
             for begin in range(0, len(column), CHUNK):
-                digest.update(np.ascontiguousarray(column[begin : begin + CHUNK], "<i4"))
+                digest.update(np.ascontiguousarray(column[begin : begin + CHUNK], "<i4").data)
         return digest.hexdigest()
 
     def any_usable(self, limit_tokens: int) -> bool:
@@ -122,7 +122,7 @@ class Planner:
     @cached_property
     def digest(self) -> str:
         """Of all that decides the rows. `rows_per_step` is not in it: it cuts the same rows into other steps."""
-        rules = [PLAN_FORMAT, FULL_FRAC, MAX_CARRIES, CARRY_FRAC, packing.SIZE_CLASSES, packing.CHOICE]
+        rules = [PLAN_FORMAT, FULL_FRAC, MAX_CARRIES, CARRY_FRAC, *packing.RULES]
         chosen = [self.row_length_tokens, self.window_samples, self.packing, self.seed, self.end]
         parts = [rules, chosen, self.order_digest, self.lengths.digest]
         return xxhash.xxh3_64_hexdigest(json.dumps(parts).encode())
@@ -132,10 +132,6 @@ class Planner:
         other = copy.copy(self)
         other.state = state
         return other
-
-    def carried_ids(self, state: dict[str, Any]) -> np.ndarray:
-        """Ids of the samples that were carried into the window in which a state stands."""
-        return self._read_carry(state["carry"], state["window"])[:, 1]
 
     def __iter__(self) -> Iterator[PlannedStep]:
         number, window, rows_used = (self.state[key] for key in ("step", "window", "rows_used"))
@@ -194,10 +190,8 @@ class Planner:
             return []
         borders = np.cumsum([0, *map(len, together)])
         ids = sample_ids[np.concatenate(together)]
-        tokens, labels, crops = (
-            column[ids].astype(np.int64)
-            for column in (self.lengths.tokens, self.lengths.label_tokens, self.lengths.crops)
-        )
+        columns = (self.lengths.tokens, self.lengths.label_tokens, self.lengths.crops)
+        tokens, labels, crops = (column[ids].astype(np.int64) for column in columns)
         sums = [np.add.reduceat(column, borders[:-1]).tolist() for column in (tokens, tokens**2, labels, crops)]
         listed, places = ids.tolist(), borders.tolist()
         held = (tuple(listed[begin:stop]) for begin, stop in itertools.pairwise(places))
@@ -260,7 +254,7 @@ def num_vision_chunks(micro_step: Sequence[PlannedRow | None], chunk_crops: int 
     return max(1, -(-most // chunk_crops)) if chunk_crops else 1
 
 
-def by_tokens(row: PlannedRow) -> float:
+def by_tokens(row: PlannedRow) -> int:
     """The cost of a row where nothing is known of the model."""
     return float(row.tokens)
 

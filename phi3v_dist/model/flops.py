@@ -16,9 +16,10 @@ from typing import Any
 from phi3v_dist.config import PartsSettings
 from phi3v_dist.data.plan import PlannedRow
 from phi3v_dist.model.official_config import head_dim
-from phi3v_dist.model.vision import PATCHES_PER_SIDE, SIDE, clip_config
+from phi3v_dist.model.vision import CROP_SIZE, PATCHES_PER_SIDE, SIDE, clip_config
 
 PATCHES = PATCHES_PER_SIDE**2
+PATCH_PIXELS = (CROP_SIZE // PATCHES_PER_SIDE) ** 2
 VIEW_TOKENS = SIDE * (SIDE + 1)  # of a crop and the separators after its rows; beside each other, crops share those
 
 
@@ -26,12 +27,12 @@ VIEW_TOKENS = SIDE * (SIDE + 1)  # of a crop and the separators after its rows; 
 class Flops:
     """Operations of a forward and a backward pass."""
 
-    per_token: float
-    per_label_token: float
-    per_squared_token: float
-    per_crop: float
+    per_token: int
+    per_label_token: int
+    per_squared_token: int
+    per_crop: int
 
-    def of_row(self, row: PlannedRow) -> float:
+    def of_row(self, row: PlannedRow) -> int:
         """Of what a row holds; padding and unplaced crops are no useful work."""
         return (
             self.per_token * row.tokens
@@ -88,7 +89,7 @@ def tower_crop(config: dict[str, Any]) -> int:
     hidden, tokens = clip.hidden_size, PATCHES + 1
     weights = 4 * hidden**2 + 2 * hidden * clip.intermediate_size
     layer = 2 * weights * tokens + 4 * hidden * tokens**2
-    return (clip.num_hidden_layers - 1) * layer + 2 * 3 * clip.patch_size**2 * hidden * PATCHES
+    return (clip.num_hidden_layers - 1) * layer + 2 * 3 * PATCH_PIXELS * hidden * PATCHES
 
 
 def projector_crop(config: dict[str, Any]) -> int:

@@ -20,6 +20,7 @@ from rich.table import Table
 from phi3v_dist.config import PartsSettings
 from phi3v_dist.data.order import Order
 from phi3v_dist.data.plan import Lengths, PlannedRow, Planner, RowCost, assign
+from phi3v_dist.data.shards import ShardTable
 from phi3v_dist.model.flops import flops
 
 ROUNDS = 5
@@ -41,14 +42,14 @@ class Figure(NamedTuple):
 def planner_of(
     lengths: Lengths,
     row_length_tokens: int,
-    end: int | None,
     rows_per_step: int = NUM_RANKS,
-    order: Order | None = None,
+    table: ShardTable | None = None,
+    **more: Any,
 ) -> Planner:
-    order = order or Order(table_of([200] * (len(lengths) // 200)), seed=0)
+    order = Order(table or table_of([200] * (len(lengths) // 200)), seed=0)
     return Planner(
         order.sample_ids, lengths, rows_per_step=rows_per_step, row_length_tokens=row_length_tokens,
-        window_samples=1024, packing=True, seed=0, end=end, order_digest=order.digest,
+        window_samples=1024, packing=True, seed=0, **more,
     )  # fmt: skip
 
 
@@ -85,7 +86,7 @@ def imbalance(table: list[list[PlannedRow | None]], cost: RowCost) -> list[float
 def balance(lengths: Lengths, micro_steps: int, goal: float, num_steps: int = 6) -> list[Figure]:
     """Over several epochs, since 16 micro-steps of 64 rows take one each."""
     cost = flops(OFFICIAL_SIZES, PartsSettings(), recompute=True).of_row
-    planner = planner_of(lengths, 131_072, None, rows_per_step=NUM_RANKS * micro_steps)
+    planner = planner_of(lengths, 131_072, NUM_RANKS * micro_steps)
     dealt, by_arrival = [], []
     for step in islice(planner, num_steps):
         dealt += imbalance(assign(step, NUM_RANKS, micro_steps, cost), cost)
@@ -102,13 +103,13 @@ def scale(name: str, shard_sizes: np.ndarray, tokens: np.ndarray, row_length_tok
     table = table_of(shard_sizes)
     lengths = Lengths(tokens, tokens, tokens, tokens, {})
     window = int(0.9 * len(lengths)) // 1024
-    late = planner_of(lengths, row_length_tokens, len(lengths), order=Order(table, 0))
+    late = planner_of(lengths, row_length_tokens, table=table, end=len(lengths))
     state = next(iter(late.resume({"step": 0, "window": window - 8, "rows_used": 0, "carry": ""}))).state
     while state["window"] < window:
         state = next(iter(late.resume(state))).state
 
     def first(begin: dict[str, Any] | None) -> None:
-        planner = planner_of(lengths, row_length_tokens, len(lengths), order=Order(table, 0))
+        planner = planner_of(lengths, row_length_tokens, table=table, end=len(lengths))
         next(iter(planner.resume(begin) if begin else planner))
 
     order, start, resumed = (

@@ -351,7 +351,10 @@ def test_fewer_shards_than_ranks_still_split_exactly(tmp_path: Path, num_ranks: 
     for n in range(3):
         write(tmp_path / f"{n}.tar", [(f"{n}{name}", data) for name, data in PAIRS])
     table = open_table(tmp_path / "*.tar")
-    rows = tuple(PlannedRow((i,), tokens=10 + i, squared_tokens=(10 + i) ** 2, label_tokens=5, crops=0) for i in range(len(table)))
+    rows = tuple(
+        PlannedRow((i,), tokens=10 + i, squared_tokens=(10 + i) ** 2, label_tokens=5, crops=0)
+        for i in range(len(table))
+    )
     micro_steps = accumulation(len(rows), num_ranks)
     dealt = assign(PlannedStep(1, rows, 1, 1, {}), num_ranks, micro_steps)
     assert {len(micro_step) for micro_step in dealt} == {num_ranks}
