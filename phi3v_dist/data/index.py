@@ -241,16 +241,14 @@ class _Samples:
 
     def add_damage(self, damage: Damage) -> None:
         self.damage.append(damage)
-        split = split_name(damage.name)
-        if split:
+        self._open_damage.append((self._last_key, damage))
+        if split := split_name(damage.name):
             self.members.setdefault(split[0], [])
-            self._spoil(split[0], f"{split[1]} is lost, at byte {damage.begin:,} of the tar: {damage.reason}")
-        if not (split and damage.alone):
-            self._open_damage.append((self._last_key, damage))
 
     def judge(self) -> None:
         """Mark the samples that may have lost a member, and pictures without a text."""
         self._around += [(before, None, damage) for before, damage in self._open_damage]
+        self._around = [place for place in self._around if not self._is_known(place[2])]
         near = {key for before, after, _ in self._around for key in (before, after)}
         kinds = Counter(_kind(members) for key, members in self.members.items() if key not in near | self.bad.keys())
         for before, after, damage in self._around:
@@ -263,6 +261,14 @@ class _Samples:
             names = [member.name for member in members]
             if any(member.width for member in members) and not any(name in TEXT_MEMBERS for name in names):
                 self._spoil(key, f"it has no .json and no .txt beside its pictures (members: {', '.join(names)})")
+
+    def _is_known(self, damage: Damage) -> bool:
+        """Whether it is certain which member a damaged place held; that sample is then marked."""
+        key, name = split_name(damage.name) or ("", "")
+        if not name or any(member.name == name for member in self.members[key]):  # then the name itself is damaged
+            return False
+        self._spoil(key, f"{name} is lost, at byte {damage.begin:,} of the tar: {damage.reason}")
+        return damage.alone
 
     def index(self, size_bytes: int) -> ShardIndex:
         flat = [member for members in self.members.values() for member in members]

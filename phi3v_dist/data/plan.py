@@ -133,6 +133,10 @@ class Planner:
         other.state = state
         return other
 
+    def carried_ids(self, state: dict[str, Any]) -> np.ndarray:
+        """Ids of the samples that were carried into the window in which a state stands."""
+        return self._read_carry(state["carry"], state["window"])[:, 1]
+
     def __iter__(self) -> Iterator[PlannedStep]:
         number, window, rows_used = (self.state[key] for key in ("step", "window", "rows_used"))
         if not self.lengths.any_usable(self.row_length_tokens):
@@ -256,7 +260,7 @@ def num_vision_chunks(micro_step: Sequence[PlannedRow | None], chunk_crops: int 
 
 def by_tokens(row: PlannedRow) -> int:
     """The cost of a row where nothing is known of the model."""
-    return float(row.tokens)
+    return row.tokens
 
 
 def assign(
