@@ -84,7 +84,8 @@ def table_of(audit: Audit) -> Table:
 def lines_of(audit: Audit) -> list[str]:
     """What the table does not say."""
     lines = [
-        f"attempt {a.number}: steps {a.first_step} to {a.last_step} on {a.world_size} ranks" for a in audit.attempts
+        f"attempt {a.number}: steps {a.first_step} to {a.last_step} on {a.world_size} rank{'s' * (a.world_size > 1)}"
+        for a in audit.attempts
     ]
     lines.append(f"ledger: {audit.size_bytes:,} bytes, every record verified; rows' hash {audit.chain[:16]}")
     if audit.torn_bytes:
