@@ -38,6 +38,7 @@ from phi3v_dist.model import build as model_build
 from phi3v_dist.model.flops import flops
 from phi3v_dist.model.official_config import read_config
 from phi3v_dist.observe.console import ConsoleTracker
+from phi3v_dist.observe.health import StarvationWatch
 from phi3v_dist.observe.tracker import AllOf, JsonlTracker, NoTracker, Tracker
 from phi3v_dist.observe.wandb_tracker import WandbTracker
 from phi3v_dist.parallel import zero
@@ -203,6 +204,8 @@ def build(settings: Settings, topology: Topology) -> Run:
     tracker: Tracker = NoTracker()
     if topology.is_main:
         mirrors: list[Tracker] = [ConsoleTracker(num_steps, settings.observe.log_every_steps)]
+        data = settings.data
+        mirrors.append(StarvationWatch(settings.observe.log_every_steps, data.num_workers, data.prefetch_rows))
         if settings.observe.wandb != "disabled":
             watch = settings.observe
             mirrors.append(WandbTracker(settings.run.folder, watch.wandb, watch.wandb_project, watch.wandb_entity))

@@ -6,6 +6,7 @@ and its own `ThreadPoolExecutor` waits for every thread before the process may e
 threads are daemons: they never hold up an exit.
 """
 
+import os
 import queue
 import sys
 import threading
@@ -65,11 +66,12 @@ class _Task(NamedTuple):
 class DecodePool:
     """A context: its threads end with it.
 
-    name_of: sample id → `shard:key`, for the error. limit_s: longest that one sample may take.
+    name_of: sample id → `shard:key`, for the error.
     """
 
-    def __init__(self, num_workers: int, name_of: Callable[[int], str], limit_s: float = DECODE_LIMIT_S):
-        self._name_of, self._limit_s = name_of, limit_s
+    def __init__(self, num_workers: int, name_of: Callable[[int], str]):
+        os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # a sample's few texts are not worth more threads
+        self._name_of = name_of
         self._tasks: queue.SimpleQueue[_Task | None] = queue.SimpleQueue()
         self._running: dict[int, _Task] = {}  # by thread
         started = threading.Barrier(num_workers + 1)
@@ -109,7 +111,7 @@ class DecodePool:
         """What `join` returned, or the error that a call raised.
 
         Raises:
-            DataError: a sample of this row, or of an earlier one, takes longer than the limit.
+            DataError: a sample of this row, or of an earlier one, takes longer than DECODE_LIMIT_S.
         """
         polls: Counter[int] = Counter()
         while not future.done():
@@ -123,16 +125,17 @@ class DecodePool:
         """Counts looks, not seconds: a whole job that was suspended for an hour is not stuck."""
         for thread_id, task in list(self._running.items()):
             polls[task.sample_id] += 1
-            if polls[task.sample_id] * POLL_S >= self._limit_s:
+            if polls[task.sample_id] * POLL_S >= DECODE_LIMIT_S:
                 raise DataError(
                     f"{self._name_of(task.sample_id)}: this sample has been in {_place(thread_id)} for "
-                    f"{self._limit_s:.0f} s. See whether the storage of its shard answers, and start the run again, "
+                    f"{DECODE_LIMIT_S:.0f} s. See whether the storage of its shard answers, and start the run again, "
                     "which goes on from the last checkpoint; if it stops here again, take the sample out"
                 )
 
     def _work(self, started: threading.Barrier) -> None:
         # Both would start threads of their own for each picture; these are enough, and the model needs the cores.
         cv2.setNumThreads(1)
+        torch.get_num_threads()  # the first call in a thread takes over the process's number, so it comes first
         torch.set_num_threads(1)
         started.wait()
         me = threading.get_ident()

@@ -223,7 +223,7 @@ class Phi3VProcessor:
             input_ids=_int64(ids),
             labels=_int64(labels),
             pixel_values=self._crops(pictures, layouts, crops, out),
-            image_sizes=torch.tensor([layout.padded_hw for layout in layouts], dtype=torch.int64).view(-1, 2),
+            image_sizes=_int64([layout.padded_hw for layout in layouts]).view(-1, 2),
         )
 
     def _layout(self, image: Picture) -> CropLayout:
@@ -246,7 +246,7 @@ class Phi3VProcessor:
         return out
 
 
-def _int64(numbers: list[int]) -> Int[Tensor, " numbers"]:
+def _int64(numbers: Sequence[Any]) -> Int[Tensor, "..."]:
     """`torch.tensor` takes ten times as long over a list: for a picture's tokens, a tenth of its decoding."""
     return torch.from_numpy(np.array(numbers, dtype=np.int64))
 

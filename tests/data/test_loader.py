@@ -5,6 +5,7 @@ import logging
 import shutil
 import threading
 import time
+import weakref
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
@@ -18,14 +19,19 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from phi3v_dist.config import SourceSettings
+from phi3v_dist.data import pool
 from phi3v_dist.data.batch import Batch, Example, Filling, Row, collate
 from phi3v_dist.data.fetch import Fetcher
 from phi3v_dist.data.lengths import measure
 from phi3v_dist.data.loader import Decoder, Loader
 from phi3v_dist.data.order import Order
-from phi3v_dist.data.plan import Planner, accumulation, assign
+from phi3v_dist.data.plan import PlannedRow, Planner, accumulation, assign
 from phi3v_dist.data.processor import Phi3VProcessor
+from phi3v_dist.data.samples import BadSample
 from phi3v_dist.data.shards import ShardTable
+from phi3v_dist.data.slots import Slot
+from phi3v_dist.errors import DataError
+from phi3v_dist.model import Phi3VForCausalLM
 
 IGNORE = -100
 ROWS_PER_STEP = 4
@@ -160,20 +166,25 @@ def test_a_length_that_is_not_the_planned_one_makes_a_bad_sample(world: World, c
 
 @dataclass(frozen=True)
 class Watched(Decoder):
-    """Remembers what it decoded, and fails at one sample."""
+    """Remembers what it decoded, and fails at one sample; some it finds bad when their crops are written already."""
 
     decoded: list[int] = field(default_factory=list)
     fail_at: int | None = None
+    bad: tuple[int, ...] = ()
 
     def example(self, sample_id: int, planned_tokens: int, out: torch.Tensor | None = None) -> Example:
         self.decoded.append(sample_id)
         if sample_id == self.fail_at:
             raise RuntimeError("a mistake of ours")
-        return super().example(sample_id, planned_tokens, out)
+        example = super().example(sample_id, planned_tokens, out)
+        if sample_id in self.bad:
+            example.pixel_values.fill_(77)
+            raise BadSample("a shard", str(sample_id), "found late")
+        return example
 
 
-def watched(world: World, fail_at: int | None = None) -> Watched:
-    return Watched(world.decoder.table, world.decoder.fetcher, world.decoder.processor, fail_at=fail_at)
+def watched(world: World, **how: Any) -> Watched:
+    return Watched(world.decoder.table, world.decoder.fetcher, world.decoder.processor, **how)
 
 
 def decoding_threads() -> list[str]:
@@ -270,6 +281,108 @@ def test_a_batch_holds_the_pictures_of_its_row_in_order(world: World) -> None:
         pixels = torch.cat([example.pixel_values for example in examples])
         assert torch.equal(batch.pixel_values, pixels) if len(pixels) else not batch.pixel_values.any()
         assert len(pixels) == row.crops and batch.label_tokens == row.label_tokens
+
+
+@pytest.mark.parametrize("crops", ["exact", "fast"])
+def test_quarantined_pictures_leave_no_gap_and_nothing_of_an_earlier_row(world: World, crops: Any) -> None:
+    decoder = replace(world.decoder, crops=crops)
+    plan = list(islice(world.planner, 5))  # 20 rows, through 5 slots
+    rows = [row.sample_ids for step in plan for row in step.rows]
+    bad = {i for number, ids in enumerate(rows) for i in (ids if number % 5 == 4 else ids[number % 3 :: 3])}
+    steps = world.steps(5, decoder=watched(world, crops=crops, bad=tuple(bad)))
+    num_dummies = num_with_gap = 0
+    planned = [row for step in plan for (row,) in assign(step, 1, ROWS_PER_STEP)]
+    for row, batch in zip(planned, sum(steps, []), strict=True):
+        good = [decoder.example(i, int(world.planner.lengths.tokens[i])) for i in row.sample_ids if i not in bad]
+        pixels = torch.cat([example.pixel_values for example in good]) if good else torch.zeros(0)
+        assert {filling.sample_id for filling in batch.quarantined} == bad & {*row.sample_ids}
+        assert torch.equal(batch.pixel_values, pixels) if len(pixels) else not batch.pixel_values.any()
+        num_dummies += not len(pixels)
+        num_with_gap += 0 < len(pixels) < row.crops
+    assert num_dummies and num_with_gap > 4
+
+
+def test_a_row_may_hold_a_sample_twice(world: World) -> None:
+    (step,) = islice(world.planner, 1)
+    lengths = world.planner.lengths
+    once = next(i for i in step.sample_ids if lengths.crops[i])
+    sizes = (int(2 * column[once]) for column in (lengths.tokens, lengths.label_tokens, lengths.crops))
+    twice = replace(step, rows=(PlannedRow((once, once), *sizes),))  # where one epoch ends and the next begins
+    ((batch, *_),) = world.steps(1, steps=[twice])
+    assert len(batch.layout.lengths) == 2 and len(set(batch.layout.lengths)) == 1
+    first, second = batch.pixel_values.chunk(2)
+    assert torch.equal(first, second) and len(batch.image_sizes) == 2
+
+
+@pytest.mark.parametrize("prefetch_rows", [1, 5])
+def test_memory_for_crops_is_used_again(world: World, prefetch_rows: int, monkeypatch) -> None:
+    alive: weakref.WeakSet[Slot] = weakref.WeakSet()
+    most = made = 0
+
+    class Counted(Slot):
+        def __init__(self, *arguments: Any):
+            nonlocal made
+            super().__init__(*arguments)
+            alive.add(self)
+            made += 1
+
+    monkeypatch.setattr("phi3v_dist.data.slots.Slot", Counted)
+    for _, batches in islice(world.loader(prefetch_rows=prefetch_rows), 6):
+        for _ in batches:
+            most = max(most, len(alive))
+    assert most == prefetch_rows + 1
+    assert made <= 2 * most < 6 * ROWS_PER_STEP  # some had to grow
+
+
+@pytest.mark.parametrize("crops", ["exact", "fast"])
+@pytest.mark.parametrize("chunk_crops", [None, 2])  # 2: several calls, recomputed in the backward pass
+def test_gradients_do_not_change_when_crops_are_overwritten_after_their_backward(
+    world: World, tiny_model: Path, crops: Any, chunk_crops: int | None
+) -> None:
+    decoder = replace(world.decoder, crops=crops)
+    gradients = []
+    for overwrite in (False, True):
+        model = Phi3VForCausalLM.from_pretrained(tiny_model).train()
+        model.set_gradient_checkpointing(chunk_crops is not None, chunk_crops)
+        for _, batches in islice(world.loader(decoder=decoder, vision_chunk_crops=chunk_crops), 2):
+            for batch in batches if overwrite else kept(batches):
+                model(**batch.inputs(torch.device("cpu"))).token_losses.sum().backward()
+                if overwrite:
+                    batch.pixel_values.fill_(99)
+        gradients.append([p.grad for p in model.parameters() if p.grad is not None])
+    assert gradients[0] and all(map(torch.equal, *gradients))
+
+
+@dataclass(frozen=True)
+class Stopped(Fetcher):
+    """A fetcher whose storage does not answer for one sample."""
+
+    table: ShardTable
+    sample_id: int
+    let_go: threading.Event
+
+    def fetch(self, sample_id: int, text_only: bool = False) -> dict[str, bytes]:
+        if sample_id == self.sample_id:
+            self.let_go.wait()
+        return Fetcher(self.table).fetch(sample_id, text_only)
+
+
+@pytest.mark.fault(62)
+@pytest.mark.timeout(60)
+def test_a_decode_that_hangs_stops_the_run_by_name(world: World, monkeypatch) -> None:
+    monkeypatch.setattr(pool, "DECODE_LIMIT_S", 0.5)
+    monkeypatch.setattr(pool, "POLL_S", 0.1)
+    monkeypatch.setattr(pool, "CLOSE_S", 0.2)
+    first, second = islice(world.planner, 2)
+    victim, let_go = second.sample_ids[0], threading.Event()
+    decoder = replace(world.decoder, fetcher=Stopped(world.decoder.table, victim, let_go))
+    steps = iter(world.loader(decoder=decoder, num_workers=1))
+    assert len(kept(next(steps)[1])) == ROWS_PER_STEP
+    with pytest.raises(DataError, match=f"{world.decoder.table.sample_name(victim)}: .* in `sample` .loader.py, line"):
+        kept(next(steps)[1])
+    steps.close()
+    assert decoding_threads()  # left behind
+    let_go.set()
 
 
 @pytest.mark.parametrize("num_consumers", [3, 5])

@@ -59,13 +59,14 @@ def test_a_step_logs_registered_numbers_that_add_up() -> None:
     result = StepResult(
         step=7, loss=2.5, grad_norm=1.1, learning_rates={"text": 1e-3, "vision": 1e-4, "projector": 1e-3},
         label_tokens=90, tokens=900, images=6, samples=6, quarantined=0, sample_ids=(1, 2, 3, 4, 5, 6), rows=2,
-        seconds={"data": 0.5, "fwd": 1.0, "bwd": 2.0, "opt": 0.5},
+        seconds={"data": 0.5, "fwd": 1.0, "bwd": 2.0, "opt": 0.5}, data_wait_s=0.3,
     )  # fmt: skip
     row = step_row(result, row_length_tokens=500, world_size=2)
     check(row)
     assert row["time/step_s"] == 4.0
     assert row["perf/tokens_per_s_per_gpu"] == 112.5
     assert row["data/pack_efficiency"] == 0.9
+    assert row["data/stall_pct"] == pytest.approx(7.5)
     assert row["train/label_token_frac"] == 0.1
 
 
