@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 import yaml
 
@@ -260,8 +261,9 @@ def _engine(settings: Settings, topology: Topology) -> Any:
 
 def fixed_order(lengths: Lengths, limit_tokens: int) -> tuple[int, ...]:
     """Usable sample ids in an order that mixes shards and is the same in every run."""
-    ids = permute(torch.arange(len(lengths)).numpy(), len(lengths), key=0)
-    return tuple(int(i) for i in ids if 0 < lengths.tokens[i] <= limit_tokens)
+    ids = permute(np.arange(len(lengths)), len(lengths), key=0)
+    tokens = lengths.tokens[ids]
+    return tuple(ids[(tokens > 0) & (tokens <= limit_tokens)].tolist())
 
 
 def _run_id(folder: Path) -> str:

@@ -32,8 +32,7 @@ def fit(run: Run) -> dict[str, float]:
         result = train_step(run.engine, plan, batches, rates, run.topology)
         totals.add(result)
         totals.wall_s = clock.read_s()
-        unused = [(part.sample_id, part.reason) for part in result.left_out if part.sample_id is not None]
-        accounts.record(plan, unused, result.quarantined)
+        accounts.record(plan, result.unused, result.quarantined, updated=result.label_tokens > 0)
         run.tracker.log(
             step_row(result, run.settings.data.row_length_tokens, run.topology.world_size) | totals.row(run)
         )

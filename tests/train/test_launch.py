@@ -1,6 +1,7 @@
 """Whole runs through the real launchers: real DeepSpeed ZeRO-3, real shards, two gloo ranks."""
 
 import json
+import math
 import shutil
 import subprocess
 import sys
@@ -160,6 +161,13 @@ def test_a_bad_picture_is_left_out_named_and_the_loss_stays_a_mean(module_tree, 
     rows = read_metrics(root / "bad")
     assert rows[-1]["data/quarantined"] >= 1
     assert all(0 < row["train/loss"] < 12 for row in rows)
+
+    words = (*words[:3], "train.steps=8", "train.rows_per_step=1", "data.packing=false", "data.num_crops=1")
+    done = launch("single", config, "run.name=alone", *words)  # a step with nothing to learn from
+    assert done.returncode == 0, done.stderr[-3000:]
+    steps = [row for row in read_metrics(root / "alone") if "train/loss" in row]
+    (empty,) = [row for row in steps if math.isnan(row["train/loss"])]
+    assert empty["train/grad_norm"] == 0 and all(0 < row["train/loss"] < 12 for row in steps if row is not empty)
 
 
 def test_one_batch_can_be_learned_by_heart(module_tree):
