@@ -38,7 +38,7 @@ def main() -> None:
             raise ConfigError(f"--{option} is {value}: it must be at least {least}")
     settings = config.load(arguments.config, arguments.overrides, lambda s: run.problems(s, arguments.world_size))
     train = run.Data.open(settings.data.train, settings)
-    _, num_steps = run.plan(settings, train)
+    num_steps = run.count_steps(settings, run.plan(settings, train))
     for line in run.describe(settings, train, num_steps, arguments.world_size):
         print(line)
     name_outcomes("train", train, arguments.name)

@@ -150,7 +150,8 @@ def write_preview_page(arguments: argparse.Namespace) -> None:
     if arguments.key:
         sample_ids = [sample_id for key in arguments.key for sample_id in find_samples(data.table, key)]
     elif arguments.step:
-        planner, num_steps = run.plan(settings, data)
+        planner = run.plan(settings, data)
+        num_steps = run.count_steps(settings, planner)
         if arguments.step > num_steps:
             raise ConfigError(f"--step {arguments.step}: the run has {num_steps:,} steps")
         sample_ids = list(next(itertools.islice(planner, arguments.step - 1, None)).sample_ids)

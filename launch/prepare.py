@@ -162,7 +162,7 @@ def audit_run(arguments: argparse.Namespace) -> None:
         return
     if settings.train.overfit_one_batch:
         raise ConfigError("`train.overfit_one_batch` repeats one step on purpose; `--step N` names its samples")
-    planner, _ = plan(settings, data)
+    planner = plan(settings, data)
     found = audit.audit(
         reader, data.table, data.lengths, planner, audit_report.newest_head(folder), audit_report.listed_in(folder)
     )

@@ -51,6 +51,8 @@ from phi3v_dist.train.optim import build_optimizer
 
 PACKAGES = ("torch", "transformers", "deepspeed", "webdataset", "wandb", "phi3v-dist")
 
+STEPS_NAME = "steps.json"
+
 log = logging.getLogger(__name__)
 
 
@@ -193,7 +195,8 @@ def build(settings: Settings, topology: Topology) -> Run:
     start = topology.broadcast(model_build.pinned_start(settings) if topology.is_main else None)
     settings = settings.model_copy(update={"model": settings.model.model_copy(update={"init_from": start})})
     train = Data.open_together(settings.data.train, settings, topology)
-    planner, num_steps = plan(settings, train)
+    planner = plan(settings, train)
+    num_steps = topology.broadcast(count_steps(settings, planner) if topology.is_main else 0)
     device = topology.device
     engine = _engine(settings, topology)
     evaluator = None
@@ -219,6 +222,7 @@ def build(settings: Settings, topology: Topology) -> Run:
     )  # fmt: skip
     if topology.is_main:
         _write_config(run, resolved)
+        write_durably(run.folder / STEPS_NAME, json.dumps(_steps_record(planner, num_steps)) + "\n")
         model = engine.module
         log.info(
             "model    %s · %s parameters · %s on %d x %s · LongRoPE by %s",
@@ -230,22 +234,38 @@ def build(settings: Settings, topology: Topology) -> Run:
     return run
 
 
-def plan(settings: Settings, train: Data) -> tuple[Planner, int]:
-    """The planner, and the number of steps it or the settings give."""
+def plan(settings: Settings, train: Data) -> Planner:
+    """The rows of the run, from its beginning."""
     order = Order(train.table, settings.run.seed)
     epochs = settings.train.epochs
-    planner = Planner(
+    return Planner(
         order.sample_ids, train.lengths, rows_per_step=settings.train.rows_per_step,
         row_length_tokens=settings.data.row_length_tokens, packing=settings.data.packing, seed=settings.run.seed,
         window_samples=min(settings.data.window_samples, order.num_samples),
         end=round(epochs * order.num_samples) if epochs else None, order_digest=order.digest,
     )  # fmt: skip
-    num_steps = settings.train.steps or sum(1 for _ in planner)
-    if not settings.train.steps and settings.train.warmup_steps >= num_steps:
+
+
+def count_steps(settings: Settings, planner: Planner) -> int:
+    """`train.steps`, or what `train.epochs` come to: counted in about 10 s a million samples, or as an earlier attempt
+    wrote into the run folder. Raises DataError when they end before the warm-up does."""
+    train = settings.train
+    if train.steps:
+        return train.steps
+    path = settings.run.folder / STEPS_NAME
+    known = json.loads(path.read_text()) if path.is_file() else {}
+    if known == _steps_record(planner, known.get("steps")):
+        return known["steps"]
+    num_steps = sum(1 for _ in planner)
+    if train.warmup_steps >= num_steps:
         raise DataError(
-            f"{epochs} epochs give only {num_steps} steps, but `train.warmup_steps` is {settings.train.warmup_steps}"
+            f"{train.epochs} epochs give only {num_steps} steps, but `train.warmup_steps` is {train.warmup_steps}"
         )
-    return planner, num_steps
+    return num_steps
+
+
+def _steps_record(planner: Planner, num_steps: int | None) -> dict[str, Any]:
+    return {"plan": planner.digest, "rows_per_step": planner.rows_per_step, "steps": num_steps}
 
 
 def _engine(settings: Settings, topology: Topology) -> Any:

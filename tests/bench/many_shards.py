@@ -2,7 +2,7 @@
 
     python tests/bench/many_shards.py --folder /tmp/many --shards 100000
 
-What goes out: a dictionary of figures; `measure_all` is what run.py calls. Surprise: every figure is taken in a process
+What goes out: `Figure`s for run.py. Surprise: every figure is taken in a process
 of its own, which has imported everything before it begins to count. Else one would measure imports and leftovers.
 """
 
@@ -17,34 +17,39 @@ import tarfile
 import time
 from pathlib import Path
 
+from figures import Figure
+
 KINDS = (3, 4, 5)  # samples in a shard, in turn
 ROW_TOKENS, ROWS_PER_STEP, WINDOW = 512, 8, 1024
 
 
-def measure_all(folder: Path, tiny_model: Path, num_shards: int) -> dict[str, float]:
-    """Make the shards if they are not there, then measure. The manifest is made by the first, uncounted open."""
-    write_shards(folder, tiny_model, num_shards)
-    pattern = str(folder / "*.tar")
-    first = _child("open", pattern, tiny_model)
-    opened = _child("open", pattern, tiny_model)
-    trusted = _child("trusted", pattern, tiny_model)
-    state = folder / "state-90.json"
+def figures(folder: Path, num_shards: int = 100_000) -> list[Figure]:
+    """Make the shards if they are not there, then measure. The manifest is made by the first open."""
+    from phi3v_dist.model.tiny import write_tiny
+
+    tiny, pattern, state = folder / "tiny", str(folder / "*.tar"), folder / "state-90.json"
+    if not (tiny / "config.json").exists():
+        write_tiny(tiny, ["A red square, hello. What is it?"])
+    write_shards(folder, tiny, num_shards)
+    first, opened, trusted = (_child(what, pattern, tiny) for what in ("open", "open", "trusted"))
     if not state.exists():
-        state.write_text(json.dumps(_child("state", pattern, tiny_model)))
-    begin = _child("first_batch", pattern, tiny_model)
-    resumed = _child("first_batch", pattern, tiny_model, str(state))
-    return {
-        "many_shards/shards": num_shards,
-        "many_shards/samples": opened["samples"],
-        "many_shards/open_without_manifest_cpu_s": first["cpu_s"],
-        "many_shards/open_cpu_s": opened["cpu_s"],
-        "many_shards/open_private_mib": opened["private_mib"],
-        "many_shards/open_trusted_cpu_s": trusted["cpu_s"],
-        "many_shards/first_batch_at_0_s": begin["wall_s"],
-        "many_shards/first_batch_at_90_pct_s": resumed["wall_s"],
-        "many_shards/first_batch_at_0_cpu_s": begin["first_batch_cpu_s"],
-        "many_shards/first_batch_at_90_pct_cpu_s": resumed["first_batch_cpu_s"],
-    }
+        state.write_text(json.dumps(_child("state", pattern, tiny)))
+    begin = _child("first_batch", pattern, tiny)
+    resumed = _child("first_batch", pattern, tiny, str(state))
+    goal_s = 1.2 * begin["wall_s"] + 0.2
+    return [
+        Figure(
+            f"open {num_shards:,} shards, CPU", f"{opened['cpu_s']:.2f} s", "<= 1 s", f"{opened['samples']:,} samples"
+        ),
+        Figure("private memory for it", f"{opened['private_mib']:.0f} MiB", "<= 64 MiB"),
+        Figure("the same without a manifest, CPU", f"{first['cpu_s']:.1f} s"),
+        Figure("the same on another rank, CPU", f"{trusted['cpu_s']:.2f} s"),
+        Figure("to the first batch, at 0 %", f"{begin['wall_s']:.2f} s", "", f"CPU {begin['first_batch_cpu_s']:.2f} s"),
+        Figure(
+            "to the first batch, resumed at 90 %", f"{resumed['wall_s']:.2f} s", f"<= {goal_s:.2f} s",
+            f"CPU {resumed['first_batch_cpu_s']:.2f} s",
+        ),
+    ]  # fmt: skip
 
 
 def write_shards(folder: Path, tiny_model: Path, num_shards: int) -> None:
@@ -144,19 +149,15 @@ def _run_child(what: str, pattern: str, tiny_model: str, state: str | None = Non
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--folder", type=Path)
+    parser.add_argument("--folder", type=Path, default=Path("/tmp/many_shards"))
     parser.add_argument("--shards", type=int, default=100_000)
     parser.add_argument("--child", nargs="+", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.child:
         print(json.dumps(_run_child(*arguments.child)))
         return
-    from phi3v_dist.model.tiny import write_tiny
-
-    tiny = arguments.folder / "tiny"
-    if not (tiny / "config.json").exists():
-        write_tiny(tiny, ["A red square, hello. What is it?"])
-    print(json.dumps(measure_all(arguments.folder, tiny, arguments.shards), indent=1))
+    for figure in figures(arguments.folder, arguments.shards):
+        print(*filter(None, figure), sep="  ")
 
 
 if __name__ == "__main__":

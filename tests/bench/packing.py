@@ -1,6 +1,6 @@
 """How full rows are, how evenly ranks are loaded, and what planning costs; `python tests/bench/packing.py`.
 
-What comes in: the mix of lengths.py. What goes out: rows of (name, value, goal). Surprise: costs are processor time of
+What comes in: the mix of lengths.py. What goes out: `Figure`s. Surprise: costs are processor time of
 this process, which a busy neighbour on the same core can still double; the best of a few rounds is shown.
 """
 
@@ -9,10 +9,12 @@ import tempfile
 import time
 from collections.abc import Callable
 from itertools import islice
+from pathlib import Path
 from statistics import mean
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
+from figures import Figure
 from lengths import long_tailed, summary, table_of
 from rich.console import Console
 from rich.table import Table
@@ -29,14 +31,6 @@ OFFICIAL_SIZES = {
     "hidden_size": 3072, "intermediate_size": 8192, "num_hidden_layers": 32, "num_attention_heads": 32,
     "num_key_value_heads": 32, "vocab_size": 32064, "img_processor": {},
 }  # fmt: skip
-
-
-class Figure(NamedTuple):
-    """One line of the table; goal as a person would write it, empty where there is none."""
-
-    name: str
-    value: str
-    goal: str
 
 
 def planner_of(
@@ -123,8 +117,8 @@ def scale(name: str, shard_sizes: np.ndarray, tokens: np.ndarray, row_length_tok
     ]
 
 
-def figures() -> list[Figure]:
-    """All of them, in about a minute."""
+def figures(folder: Path) -> list[Figure]:
+    """All of them, in about a minute; `folder` takes a file of 400 MB for a moment."""
     lengths, _ = long_tailed()
     found: list[Figure] = []
     for row_length_tokens, goal in ((8192, 0.95), (32_768, 0.99), (131_072, 0.995)):
@@ -133,7 +127,7 @@ def figures() -> list[Figure]:
         found += balance(lengths, micro_steps, goal)
     few_each = np.resize([1, 2, 3, 4], 100_000)
     found += scale("100,000 shards of 1 to 4 samples", few_each, np.resize(lengths.tokens, few_each.sum()))
-    with tempfile.TemporaryFile() as file:
+    with tempfile.TemporaryFile(dir=folder) as file:
         many = np.memmap(file, np.int32, "w+", shape=100_000_000)
         for begin in range(0, len(many), len(lengths)):
             many[begin : begin + len(lengths)] = lengths.tokens
@@ -145,8 +139,8 @@ def main() -> None:
     mix = summary(*long_tailed())
     told = ", ".join(f"{name} {value:,.0f}" if value > 1 else f"{name} {value:.1%}" for name, value in mix.items())
     view = Table("figure", "measured", "goal", title=f"20,000 samples: {told}")
-    for figure in figures():
-        view.add_row(*figure)
+    for figure in figures(Path(tempfile.gettempdir())):
+        view.add_row(*figure[:3])
     Console().print(view)
 
 

@@ -19,6 +19,8 @@ from pathlib import Path
 
 import cv2
 import loaders
+import many_shards
+import packing
 import torch
 from figures import Figure, compare
 from photos import SIZES_WH, photo_jpeg, plain_crops
@@ -114,7 +116,13 @@ def images(folder: Path) -> list[Figure]:
     return [image_path(Phi3VProcessor.from_pretrained(folder / "tiny", num_crops)) for num_crops in (4, 16)]
 
 
-SECTIONS: dict[str, Callable[[Path], list[Figure]]] = {"rows": rows, "images": images, "loaders": loaders.figures}
+SECTIONS: dict[str, Callable[[Path], list[Figure]]] = {
+    "rows": rows,
+    "images": images,
+    "loaders": loaders.figures,
+    "packing": packing.figures,
+    "many_shards": many_shards.figures,
+}
 
 
 def main() -> None:

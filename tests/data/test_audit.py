@@ -68,7 +68,7 @@ def world(tiny_model: Path, tmp_path_factory: Any) -> World:
     recorded = config.dump(settings) | {"environment": {"commit": "unknown"}}
     (settings.run.folder / "config.yaml").write_text(yaml.safe_dump(recorded))
     data = Data.open(settings.data.train, settings)
-    return World(settings.run.folder, data, plan(settings, data)[0])
+    return World(settings.run.folder, data, plan(settings, data))
 
 
 def command(*words: object, monkeypatch: pytest.MonkeyPatch) -> None:

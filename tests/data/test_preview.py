@@ -82,7 +82,7 @@ def test_check_prints_the_first_samples_of_the_runs_order_and_the_shares(
     out = check_output(capsys, monkeypatch, "--config", str(config_file), "--show-labels", "5", "data.packing=false")
     settings = config.load(config_file, ["data.packing=false"])
     train = run.Data.open(settings.data.train, settings)
-    first = run.plan(settings, train)[0].sample_ids(0, 5).tolist()
+    first = run.plan(settings, train).sample_ids(0, 5).tolist()
     assert re.findall(r"train-00\d\.tar:\d+", out) == [train.table.sample_name(i).split("/")[-1] for i in first]
     answers = re.findall(r"⟦(A \w+ square, Price: \d+(?: hello)*)\[<\|end\|>\]⟧", out)
     assert len(answers) == out.count("⟦") - 1 == 5  # and the legend

@@ -148,7 +148,7 @@ def test_the_command_shows_a_runs_order_a_step_or_the_validation_side(
 ) -> None:
     settings = Settings.model_validate(settings_tree)
     train = run.Data.open(settings.data.train, settings)
-    planner, _ = run.plan(settings, train)
+    planner = run.plan(settings, train)
     out = tmp_path / "p.html"
     common = ("--config", str(config_file), "--out", str(out))
     prepare_preview(monkeypatch, *common, "--num", "3")

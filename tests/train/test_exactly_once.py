@@ -22,7 +22,7 @@ from phi3v_dist.data import audit_report, identity
 from phi3v_dist.data.audit import audit
 from phi3v_dist.data.ledger import Head, LedgerReader
 from phi3v_dist.errors import DataError
-from phi3v_dist.run import Data, plan
+from phi3v_dist.run import Data, count_steps, plan
 from phi3v_dist.survive.manifest import read_manifest
 
 WEIGHTS = (3.0, 1.0, 2.0)  # three sources, none of whose epochs are the run's
@@ -174,10 +174,10 @@ def prove(run: Path, num_ranks: set[int]) -> None:
     assert "0 lost, 0 repeated" in done.stdout and "in flight:" not in done.stdout
     settings = audit_report.settings_of(run, [])
     data = Data.open(settings.data.train, settings)
-    planner, num_steps = plan(settings, data)
+    planner = plan(settings, data)
     records = [record for record, _ in LedgerReader(run / "ledger.bin")]
     assert [record.rows for record in records] == [tuple(row.sample_ids for row in step.rows) for step in planner]
-    assert len(records) == num_steps and {record.world_size for record in records} == num_ranks
+    assert len(records) == count_steps(settings, planner) and {record.world_size for record in records} == num_ranks
     assert not any(record.not_trained for record in records)
     for folder in (run / "checkpoints").iterdir():
         state = read_manifest(folder)["position"]["loader"]
