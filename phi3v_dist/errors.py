@@ -17,7 +17,7 @@ class Phi3VError(Exception):
     kind = "error"
 
     def __init__(self, problems: str | Sequence[str]):
-        self.problems = [problems] if isinstance(problems, str) else list(problems)
+        self.problems = [problems] if isinstance(problems, str) else list(dict.fromkeys(problems))
         super().__init__("\n".join(self.problems))
 
     def report(self) -> str:

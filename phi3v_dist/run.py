@@ -23,7 +23,7 @@ import yaml
 
 from phi3v_dist import config
 from phi3v_dist.config import Settings, SourceSettings
-from phi3v_dist.data import outcomes, quarantine
+from phi3v_dist.data import outcomes, quarantine, store
 from phi3v_dist.data.cache import ShardCache
 from phi3v_dist.data.fetch import Fetcher
 from phi3v_dist.data.fit import FitPolicy
@@ -72,6 +72,8 @@ class Data:
         """
         table = ShardTable.open(sources, lambda shard: log.info("indexing %s", shard), known_digest)
         cache = ShardCache.of(settings.data.cache)
+        if cache is None:
+            store.require_ranges(table.shards)
         policy = FitPolicy(settings.data.fit, settings.data.row_length_tokens)
         processor = Phi3VProcessor.from_pretrained(settings.model.path, settings.data.num_crops, policy)
         num_threads = settings.data.num_workers

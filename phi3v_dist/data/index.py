@@ -34,6 +34,7 @@ INDEX_FORMAT = "3"
 INDEX_SUFFIX = "index.safetensors"
 MAX_MEMBER_BYTES = 256 << 20
 PICKLES = ("pyd", "pkl", "pickle", "pth", "pt", "ckpt", "joblib", "dill")  # reading one may run a program
+UNREAD_PICTURES = ("avif", "heic", "heif", "jp2", "jxl", "svg", "svgz", "eps", "ico", "psd", "tga", "dng")
 MEMBER_DTYPES = {
     "offset": np.int64, "size_bytes": np.int64, "width": np.int32, "height": np.int32, "checksum": np.uint64,
 }  # fmt: skip
@@ -246,7 +247,7 @@ class _Samples:
             self.members.setdefault(split[0], [])
 
     def judge(self) -> None:
-        """Mark the samples that may have lost a member, and pictures without a text."""
+        """Mark the samples that may have lost a member, pictures without a text, and texts without a picture to read."""
         self._around += [(before, None, damage) for before, damage in self._open_damage]
         self._around = [place for place in self._around if not self._is_known(place[2])]
         near = {key for before, after, _ in self._around for key in (before, after)}
@@ -259,8 +260,15 @@ class _Samples:
                     self._spoil(key, reason)
         for key, members in self.members.items():
             names = [member.name for member in members]
+            unread = [name for name in names if name.rsplit(".", 1)[-1] in UNREAD_PICTURES]
+            if unread and not any(member.width for member in members):
+                self._spoil(
+                    key, f"{unread[0]} is a picture of a kind that is not read: {', '.join(IMAGE_SUFFIXES)} are"
+                )
             if any(member.width for member in members) and not any(name in TEXT_MEMBERS for name in names):
-                self._spoil(key, f"it has no .json and no .txt beside its pictures (members: {', '.join(names)})")
+                dotted = any(name.endswith(tuple(f".{text}" for text in TEXT_MEMBERS)) for name in names)
+                rule = "; a key ends at the first dot of the file name: rename without other dots" if dotted else ""
+                self._spoil(key, f"it has no .json and no .txt beside its pictures (members: {', '.join(names)}){rule}")
 
     def _is_known(self, damage: Damage) -> bool:
         """Whether it is certain which member a damaged place held; that sample is then marked."""

@@ -46,16 +46,15 @@ def measure(
     name = hashlib.sha256(json.dumps(digests).encode()).hexdigest()[:12]
     stored = manifest.load_lengths(table.sources, name)
     if stored is not None and stored[1].get("table") == table.digest:
-        columns, metadata = stored
-        bad = {int(sample_id): reason for sample_id, reason in json.loads(metadata["bad"]).items()}
-        return Lengths(**{column: columns[column] for column in COLUMNS}, bad=bad)
+        columns, _ = stored
+        return Lengths(**{column: columns[column] for column in COLUMNS}, bad=_bad_of(columns))
     lengths, damaged = _gather(table, processor, digests, stored, num_threads, on_shard, cache)
     if not damaged:
         columns = {column: getattr(lengths, column) for column in COLUMNS}
         columns["index"], columns["start"] = table.rows.digest, table.start
         columns["source"] = table.source_of_shard.astype(np.int32)
-        metadata = {"table": table.digest, "bad": json.dumps(lengths.bad)}
-        manifest.save_lengths(table.sources, name, len(table.shards), columns, metadata)
+        columns["bad"] = np.frombuffer(json.dumps(lengths.bad).encode(), np.uint8)  # a header holds 100 MB at most
+        manifest.save_lengths(table.sources, name, len(table.shards), columns, {"table": table.digest})
     return lengths
 
 
@@ -71,7 +70,7 @@ def _gather(
     columns = {column: np.zeros(len(table), np.int32) for column in COLUMNS}
     bad: dict[int, str] = {}
     any_damaged = False
-    known = _Known(*stored) if stored else None
+    known = _Known(stored[0]) if stored else None
     for shard, address in enumerate(table.shards):
         first, end = table.start[shard : shard + 2].tolist()
         source, contents = int(table.source_of_shard[shard]), int(table.rows.digest[shard])
@@ -99,13 +98,13 @@ def _gather(
 class _Known:
     """Lengths of the shards of a stored manifest, found by the shard's contents."""
 
-    def __init__(self, columns: Columns, metadata: dict[str, str]):
+    def __init__(self, columns: Columns):
         self.columns, self.start = columns, columns["start"]
         self.place = {
             key: place
             for place, key in enumerate(zip(columns["source"].tolist(), columns["index"].tolist(), strict=True))
         }
-        self.bad = {int(sample_id): reason for sample_id, reason in json.loads(metadata["bad"]).items()}
+        self.bad = _bad_of(columns)
         self.bad_ids = sorted(self.bad)
 
     def shard(self, source: int, contents: int) -> tuple[Columns, dict[int, str]] | None:
@@ -115,6 +114,11 @@ class _Known:
         first, end = self.start[place : place + 2].tolist()
         ids = self.bad_ids[bisect.bisect_left(self.bad_ids, first) : bisect.bisect_left(self.bad_ids, end)]
         return {c: self.columns[c][first:end] for c in COLUMNS}, {i - first: self.bad[i] for i in ids}
+
+
+def _bad_of(columns: Columns) -> dict[int, str]:
+    """Sample id → reason, as a manifest holds them."""
+    return {int(sample_id): reason for sample_id, reason in json.loads(columns["bad"].tobytes()).items()}
 
 
 def _measure_shard(
@@ -148,7 +152,7 @@ def _measure_shard(
         return nothing
 
     with ThreadPoolExecutor(num_threads) as pool, fetcher.whole(shard):
-        counts = np.array(list(pool.map(count, range(len(index)))), np.int32)
+        counts = np.array(list(pool.map(count, range(len(index)))), np.int32).reshape(-1, len(COLUMNS))
     columns = {name: np.ascontiguousarray(counts[:, i]) for i, name in enumerate(COLUMNS)}
     return columns, dict(sorted(bad.items())), damaged
 

@@ -30,6 +30,7 @@ CHUNK_SAMPLES = 256  # looked at by one thread at a time
 HUGE_BYTES = 32 << 20
 THIN_RATIO = 50
 HOPELESS_RATIO = 16 * 336  # at 16 crops the short side would be scaled to less than one pixel (crops.py)
+MAX_ALONE_FRAC = 0.1
 UNEVEN_RATIO = 4  # largest shard to the median one
 
 _LOOK_ALIKE = re.compile(r"<\|\w{1,40}\|>|</?s>|<unk>|<image>")
@@ -50,6 +51,10 @@ NOTICES = {
     "odd key": ("key with characters that do not show", "logs spell them out; rename if the key is used elsewhere"),
     "dot": ("picture of one pixel", "it is enlarged to a whole picture of one colour; probably a tracking pixel"),
     "thin": ("very long and thin picture", "little of it is seen after scaling; cut it into several"),
+    "alone": (
+        "no picture, where nearly all samples of the shard have one",
+        "text alone is trained, and a question about a picture then teaches guessing: see whether it was lost",
+    ),
     "look-alike": ("text that looks like a special token", "it stays plain text; strip it if a converter left it"),
     "huge": ("huge member", "pictures are scaled to a few megapixels at most: shrink it to read faster"),
     "ignored": ("members that nothing reads", "known are .json, .txt and pictures; leave out the others"),
@@ -226,6 +231,11 @@ def _of_shard(shard: int, table: ShardTable) -> Iterator[Finding]:
     index, name = table.index(shard), table.shard_name(shard)
     for damage in index.damage:
         yield Finding("damage", name, "", f"bytes {damage.begin:,} to {damage.end:,}: {printable(damage.reason)}")
+    bounds = index.columns["member_start"]
+    num_pictures = np.diff(np.concatenate([[0], np.cumsum(index.columns["width"] > 0)])[bounds])
+    alone = [number for number in np.flatnonzero(num_pictures == 0).tolist() if number not in index.bad]
+    if 0 < len(alone) <= MAX_ALONE_FRAC * len(index):
+        yield from (Finding("alone", name, index.key(number), "no picture") for number in alone)
     counts = np.bincount(index.columns["member_name"], minlength=len(index.names))
     for member, count in zip(index.names, counts.tolist(), strict=True):
         if member not in TEXT_MEMBERS and member.rsplit(".", 1)[-1] not in IMAGE_SUFFIXES:

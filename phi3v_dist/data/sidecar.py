@@ -55,7 +55,7 @@ def save_sidecar(address: str, suffix: str, columns: Columns, metadata: dict[str
         path.parent.mkdir(parents=True, exist_ok=True)
         partial.write_bytes(save(columns, metadata))
         partial.rename(path)
-    except OSError as error:
+    except (OSError, SafetensorError) as error:
         with contextlib.suppress(OSError):
             partial.unlink()
         raise DataError(f"{path}: cannot be written ({error}). Make room there, or set XDG_CACHE_HOME") from error

@@ -41,6 +41,7 @@ CREDENTIALS = {
 }
 
 Sink = Callable[[bytes], object]
+_knows_no_ranges: set[str] = set()  # addresses whose server answered a range with the whole object
 
 
 @dataclass(frozen=True)
@@ -145,11 +146,19 @@ def size(address: str) -> int:
             _look_at(answer.status)
             total = answer.headers.get("Content-Range", "").rpartition("/")[2]
             length = total if answer.status == 206 else answer.headers.get("Content-Length", "")
+            if answer.status == 200:
+                _knows_no_ranges.add(address)
             if answer.status == 416 or not length.isdecimal():
                 return 0 if answer.status == 416 else _no_length(address)
             return int(length)
 
     return int(_patiently(address, ask))
+
+
+def require_ranges(addresses: Iterable[str]) -> None:
+    """Raises NoRangesError when the server of one of these, whose sizes were asked for, only gives whole objects."""
+    for address in _knows_no_ranges.intersection(addresses):
+        raise _no_ranges(address)
 
 
 def read(address: str, begin: int, end: int) -> bytes:
@@ -216,6 +225,13 @@ def _receive(address: str, begin: int, end: int, sink: Sink, whole: bool) -> Non
         _patiently(address, go_on, end - begin, progress)
 
 
+def _no_ranges(address: str) -> NoRangesError:
+    return NoRangesError(
+        f"{shown(address)}: the server gives no byte ranges, so single samples cannot be read; set `data.cache.path`, "
+        "so that whole shards are fetched, or copy the shards"
+    )
+
+
 async def _stream(filesystem: Any, address: str, begin: int, end: int, take: Sink, whole: bool) -> None:
     """One GET: hand on what comes, as it comes."""
     session = await filesystem.set_session()
@@ -230,10 +246,7 @@ async def _stream(filesystem: Any, address: str, begin: int, end: int, take: Sin
         elif whole or begin == 0:
             skip = begin
         else:
-            raise NoRangesError(
-                f"{shown(address)}: the server gives no byte ranges, so single samples cannot be read; set "
-                "`data.cache.path`, so that whole shards are fetched, or copy the shards"
-            )
+            raise _no_ranges(address)
         left = end - begin
         async for data in answer.content.iter_any():
             if skip:

@@ -20,7 +20,9 @@ from phi3v_dist.config import SourceSettings
 from phi3v_dist.data import index as index_module
 from phi3v_dist.data.fetch import Fetcher
 from phi3v_dist.data.index import ShardIndex
+from phi3v_dist.data.lengths import measure
 from phi3v_dist.data.plan import PlannedRow, PlannedStep, accumulation, assign
+from phi3v_dist.data.processor import Phi3VProcessor
 from phi3v_dist.data.samples import BadSample
 from phi3v_dist.data.shards import ShardTable
 from phi3v_dist.errors import DataError
@@ -220,6 +222,15 @@ def test_a_shard_that_is_no_tar_is_named_and_counted_while_others_go_on(tmp_path
 
 
 @pytest.mark.fault(47)
+def test_a_shard_without_samples_has_no_lengths_and_stops_nothing(tmp_path: Path, tiny_model: Path) -> None:
+    write(tmp_path / "000.tar", PAIRS)
+    (tmp_path / "001.tar").write_bytes(b"")
+    source = SourceSettings(shards=[str(tmp_path / "*.tar")], prompt="What is it?", answer="{{ text }}")
+    lengths = measure(ShardTable.open([source]), Phi3VProcessor.from_pretrained(tiny_model))
+    assert len(lengths) == 10 and (lengths.tokens > 0).all()
+
+
+@pytest.mark.fault(47)
 def test_a_source_of_which_nothing_is_left_is_an_error(tmp_path: Path) -> None:
     (tmp_path / "000.tar").write_bytes(b"")
     (tmp_path / "001.tar").write_bytes(gzip.compress(TAR))
@@ -234,6 +245,17 @@ def test_two_joined_tars_are_one(tmp_path: Path) -> None:
 
 
 # --- names and kinds of members (51 to 57) ---------------------------------------------------------------------------
+
+
+@pytest.mark.fault(54)
+@pytest.mark.fault(55)
+def test_a_text_whose_only_picture_is_of_a_kind_nobody_reads_is_named(tmp_path: Path) -> None:
+    both = [("both.txt", b"words"), ("both.svg", b"<svg/>"), ("both.jpg", JPEG)]
+    drawing = [("drawing.txt", b"words"), ("drawing.svg", b"<svg/>")]
+    index = indexed(tmp_path, tar_of([*both, *drawing, ("v1.2.txt", b"words"), ("v1.2.jpg", JPEG)]))
+    assert bad(index).keys() == {"drawing", "v1"}
+    assert "svg is a picture of a kind that is not read" in bad(index)["drawing"]
+    assert "a key ends at the first dot" in bad(index)["v1"]
 
 
 @pytest.mark.fault(51)
