@@ -247,7 +247,7 @@ class _Samples:
             self.members.setdefault(split[0], [])
 
     def judge(self) -> None:
-        """Mark the samples that may have lost a member, pictures without a text, and texts without a picture to read."""
+        """Mark samples that may have lost a member, pictures without text, and those with none but unread pictures."""
         self._around += [(before, None, damage) for before, damage in self._open_damage]
         self._around = [place for place in self._around if not self._is_known(place[2])]
         near = {key for before, after, _ in self._around for key in (before, after)}
