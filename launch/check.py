@@ -8,11 +8,10 @@ import argparse
 import itertools
 import sys
 
-from rich.console import Console
 from rich.text import Text
 
 from phi3v_dist import config, run
-from phi3v_dist.cli import run_script
+from phi3v_dist.cli import plain_console, run_script
 from phi3v_dist.config import Settings
 from phi3v_dist.data import outcomes, preview
 from phi3v_dist.data.order import Order
@@ -62,14 +61,14 @@ def name_outcomes(side: str, data: run.Data, num_samples: int) -> None:
 def show_labels(settings: Settings, train: run.Data, num_samples: int) -> None:
     """The first training samples of the run's order as they will be trained."""
     sys.stdout.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]  # words in any script
-    console = Console(soft_wrap=True, highlight=False)
+    console = plain_console(soft_wrap=True)
     lengths, processor = train.lengths, train.decoder.processor
     order = Order(train.table, settings.run.seed)
     fits = (lengths.tokens > 0) & (lengths.tokens <= settings.data.row_length_tokens)
     windows = (range(begin, begin + ORDER_WINDOW) for begin in range(0, order.num_samples, ORDER_WINDOW))
     stream = (i for window in windows for i in order.sample_ids(window.start, window.stop).tolist() if fits[i])
     ids = list(itertools.islice(stream, min(num_samples, int(fits.sum()))))
-    console.print(f"\nfirst {len(ids)} of {fits.sum():,} training samples: {preview.LEGEND}")
+    console.print(Text(f"\nfirst {len(ids)} of {fits.sum():,} training samples: ") + preview.LEGEND)
     trained = tokens = 0
     for number, sample_id in enumerate(ids, start=1):
         console.rule(Text(f"{number}  {train.table.sample_name(sample_id)}"), align="left")

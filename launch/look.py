@@ -16,11 +16,11 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.text import Text
 
 from phi3v_dist import config
+from phi3v_dist.cli import plain_console
 from phi3v_dist.config import Settings, SourceSettings
 from phi3v_dist.data.fetch import Fetcher
 from phi3v_dist.data.samples import BadSample, default_source
@@ -94,12 +94,12 @@ def lint_shards(arguments: argparse.Namespace) -> None:
     table = ShardTable.open(_sources(arguments, guess=True))
     with _bar("looking") as show:
         report = lint(table, LintOptions(arguments.deep, arguments.decode, arguments.threads), show)
-    console = Console(highlight=False, soft_wrap=True)
+    console = plain_console(soft_wrap=True)
     for colour, kinds in (("red", PROBLEMS), ("yellow", NOTICES)):
         for title, fix, findings in report.of(kinds):
-            console.print(f"\n[{colour}]{len(findings):,} x {title}[/]: {fix}")
+            console.print(Text.assemble("\n", (f"{len(findings):,} x {title}", colour), f": {fix}"))
             for finding in findings[: arguments.name]:
-                console.print(f"  {finding}", markup=False)
+                console.print(f"  {finding}")
             if (more := len(findings) - arguments.name) > 0:
                 console.print(f"  … and {more:,} more (--name {len(findings)} names all)")
     notices = sum(map(len, report.findings.values())) - report.num_problems
@@ -126,7 +126,7 @@ def show_stats(arguments: argparse.Namespace) -> None:
     if arguments.json:
         print(json.dumps(stats.to_json(), indent=2))
         return
-    console = Console(highlight=False)
+    console = plain_console()
     for part in stats.tables():
         console.print(part, soft_wrap=isinstance(part, Text))
 

@@ -23,12 +23,11 @@ import logging
 import sys
 from pathlib import Path
 
-from rich.console import Console
 from rich.progress import MofNCompleteColumn, Progress, TaskID
 
 from launch import look
 from phi3v_dist import config
-from phi3v_dist.cli import run_script
+from phi3v_dist.cli import plain_console, run_script
 from phi3v_dist.config import SourceSettings
 from phi3v_dist.data.shards import ShardTable
 from phi3v_dist.errors import ConfigError, DataError
@@ -88,7 +87,7 @@ def write_sample(arguments: argparse.Namespace) -> None:
         task = bar.add_task("drawing")
         report = write_catalogue(arguments.out, settings, lambda done, num: bar.update(task, completed=done, total=num))
     ShardTable.open([SourceSettings(shards=[str(path) for path in report.shards])])
-    Console().print(report.table())
+    plain_console().print(report.table())
 
 
 def write_tiny_model(arguments: argparse.Namespace) -> None:
@@ -118,7 +117,7 @@ def import_records(arguments: argparse.Namespace) -> None:
             bar.update(tasks[stage], completed=done, total=total)
 
         manifest = Import(arguments.source, arguments.out, mapping, arguments.model, show).run()
-    Console().print(starter.tables(arguments.out, manifest))
+    plain_console().print(starter.tables(arguments.out, manifest))
 
 
 def fetch_weights(arguments: argparse.Namespace) -> None:
@@ -149,10 +148,9 @@ def audit_run(arguments: argparse.Namespace) -> None:
     settings = audit_report.settings_of(folder, arguments.settings)
     reader = LedgerReader(folder / LEDGER_NAME)
     data = Data.open(settings.data.train, settings)
-    console = Console(highlight=False)
     if arguments.step is not None:
         record = audit.step_of(reader, arguments.step)
-        console.print(audit_report.step_table(record, data.table, data.lengths), soft_wrap=True)
+        print("\n".join(audit_report.step_lines(record, data.table, data.lengths)))
         if arguments.preview is not None:
             from phi3v_dist.data.preview_page import write_preview
 
@@ -163,12 +161,17 @@ def audit_run(arguments: argparse.Namespace) -> None:
     if settings.train.overfit_one_batch:
         raise ConfigError("`train.overfit_one_batch` repeats one step on purpose; `--step N` names its samples")
     planner = plan(settings, data)
-    found = audit.audit(
-        reader, data.table, data.lengths, planner, audit_report.newest_head(folder), audit_report.listed_in(folder)
-    )
-    console.print(audit_report.table_of(found))
-    for line in audit_report.lines_of(found):
-        console.print(line, soft_wrap=True)
+    checkpoint, listed = audit_report.newest_head(folder), audit_report.listed_in(folder)
+    with Progress(*Progress.get_default_columns(), disable=not sys.stdout.isatty(), transient=True) as bar:
+        task = bar.add_task("verifying")
+
+        def show(done_bytes: int, num_bytes: int) -> None:
+            bar.update(task, completed=done_bytes, total=num_bytes)
+
+        found = audit.audit(reader, data.table, data.lengths, planner, checkpoint, listed, show)
+    for part in audit_report.tables_of(found):
+        plain_console().print(part)
+    print("\n".join(audit_report.lines_of(found)))
     if found.problems:
         raise DataError(list(found.problems))
 

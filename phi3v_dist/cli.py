@@ -10,6 +10,8 @@ import sys
 import time
 from collections.abc import Callable
 
+from rich.console import Console
+
 from phi3v_dist.errors import Phi3VError
 from phi3v_dist.printable import printable
 
@@ -22,6 +24,14 @@ class _OwnLines(logging.Formatter):
     def formatMessage(self, record: logging.LogRecord) -> str:  # noqa: N802  # the library's name
         record.message = printable(record.message, keep="\n\t").replace("\n", "\n    ")
         return super().formatMessage(record)
+
+
+def plain_console(soft_wrap: bool = False) -> Console:
+    """A console that prints words as they are: `[red]` and `:fire:` in a name stay what they are.
+
+    soft_wrap: lines may be longer than the terminal is wide, so that names can be copied.
+    """
+    return Console(markup=False, emoji=False, highlight=False, soft_wrap=soft_wrap)
 
 
 def run_script(main: Callable[[], None]) -> None:

@@ -181,12 +181,13 @@ def _shard_problems(sources: list[SourceSettings]) -> list[str]:
 
 def _too_many_unusable(data: Data, limit_frac: float) -> list[str]:
     """Damage that is known before the first step. Samples that `data.fit` leaves out are no damage."""
-    bad = list(quarantine.unusable(data.table, data.lengths))
-    if not quarantine.too_many(len(bad), len(data.table), limit_frac, at_end=True):
+    num_bad = len(data.lengths.bad)
+    if not quarantine.too_many(num_bad, len(data.table), limit_frac, at_end=True):
         return []
+    summary = quarantine.summarize_unusable(data.table, data.lengths)
     return [
-        f"`data.train`: {len(bad)} of {len(data.table)} samples cannot be used, more than `data.max_bad_frac` "
-        f"{limit_frac:g}; {quarantine.summarize(bad)}. Mend the shards, or raise the limit"
+        f"`data.train`: {num_bad} of {len(data.table)} samples cannot be used, more than `data.max_bad_frac` "
+        f"{limit_frac:g}; {summary}. Mend the shards, or raise the limit"
     ]
 
 

@@ -74,7 +74,7 @@ class Audit:
 def audit(
     reader: LedgerReader, table: ShardTable, lengths: Lengths, planner: Planner, checkpoint: Head | None = None,
     listed: Collection[int] | None = None,
-    on_step: Callable[[int], None] = lambda step: None,
+    on_progress: Callable[[int, int], None] = lambda done_bytes, num_bytes: None,
 ) -> Audit:  # fmt: skip
     """Prove a ledger.
 
@@ -82,6 +82,7 @@ def audit(
         planner: the run's plan from its beginning.
         checkpoint: the head that the run's newest checkpoint names; the ledger must reach up to it.
         listed: sample ids in the run's quarantine file; every one quarantined in the ledger must be among them.
+        on_progress: told after every record how many bytes of the ledger's file are read.
 
     Raises:
         DataError: the ledger is damaged or cut short, or is of other shards or settings.
@@ -97,9 +98,10 @@ def audit(
     attempts: list[Attempt] = []
     problems: list[str] = []
     last, num_rows, chain = reader.start, 0, identity.NO_ROWS_YET
+    size_bytes = reader.path.stat().st_size
     for record, head in reader:
         last = head
-        on_step(record.step)
+        on_progress(head.size_bytes, size_bytes)
         num_rows += len(record.rows)
         ids = np.array(record.sample_ids, np.int64)
         if len(ids) and ids.max() >= len(table):

@@ -5,7 +5,7 @@ Surprise: the head of the newest checkpoint is read too. A ledger cut at the bor
 only the checkpoint knows that there was more.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +14,7 @@ from rich.text import Text
 
 from phi3v_dist.config import Settings
 from phi3v_dist.config_file import merge, validate
-from phi3v_dist.data.audit import Audit
+from phi3v_dist.data.audit import Audit, SourceAudit
 from phi3v_dist.data.ledger import Head, Record, Status
 from phi3v_dist.data.plan import Lengths
 from phi3v_dist.data.quarantine import QUARANTINE_NAME, entries
@@ -23,6 +23,20 @@ from phi3v_dist.errors import ConfigError
 from phi3v_dist.printable import printable
 from phi3v_dist.survive.checkpoint import committed
 from phi3v_dist.survive.manifest import DamagedError, read_manifest
+
+SOURCES_ABREAST = 4  # with counts up to 999,999,999,999 they fit into 80 columns
+COUNTS: dict[str, Callable[[SourceAudit], str]] = {
+    "samples": lambda source: f"{source.samples:,}",
+    "left out": lambda source: f"{source.left_out:,}",
+    "whole epochs": lambda source: f"{source.epochs:,}",
+    "passes": lambda source: f"{source.passes:,.3f}",
+    "trained": lambda source: f"{source.uses - source.quarantined - source.skipped:,}",
+    "quarantined": lambda source: f"{source.quarantined:,}",
+    "skipped": lambda source: f"{source.skipped:,}",
+    "in flight": lambda source: f"{source.in_flight:,}",
+    "lost": lambda source: f"{source.lost:,}",
+    "repeated": lambda source: f"{source.repeated:,}",
+}
 
 
 def settings_of(run: Path, overrides: Sequence[str]) -> Settings:
@@ -61,24 +75,18 @@ def listed_in(run: Path) -> set[int]:
     return {entry["sample_id"] for entry in entries(path.read_bytes())} if path.exists() else set()
 
 
-def table_of(audit: Audit) -> Table:
-    """A line per source."""
-    table = Table(title=f"{audit.steps:,} steps, {audit.rows:,} rows, by source", title_justify="left")
-    table.add_column("source")
-    columns = (
-        "samples", "left out", "whole epochs", "passes", "trained", "quarantined", "skipped", "in flight", "lost",
-        "repeated",
-    )  # fmt: skip
-    for column in columns:
-        table.add_column(column, justify="right")
-    for source in audit.sources:
-        learned = source.uses - source.quarantined - source.skipped
-        counts = (source.quarantined, source.skipped, source.in_flight, source.lost, source.repeated)
-        table.add_row(
-            Text(printable(source.name)), f"{source.samples:,}", f"{source.left_out:,}", f"{source.epochs}",
-            f"{source.passes:.3f}", f"{learned:,}", *(f"{count:,}" for count in counts),
-        )  # fmt: skip
-    return table
+def tables_of(audit: Audit) -> Iterator[Table]:
+    """A column per source and a line per count; as many tables as it takes for each to fit into 80 columns."""
+    for begin in range(0, max(1, len(audit.sources)), SOURCES_ABREAST):
+        sources = audit.sources[begin : begin + SOURCES_ABREAST]
+        title = f"{audit.steps:,} steps, {audit.rows:,} rows, by source"
+        table = Table(title=None if begin else title, title_justify="left")
+        table.add_column("", no_wrap=True)
+        for source in sources:
+            table.add_column(Text(printable(source.name)), justify="right", overflow="fold")
+        for label, count in COUNTS.items():
+            table.add_row(label, *(count(source) for source in sources))
+        yield table
 
 
 def lines_of(audit: Audit) -> list[str]:
@@ -101,18 +109,13 @@ def lines_of(audit: Audit) -> list[str]:
     return lines
 
 
-def step_table(record: Record, table: ShardTable, lengths: Lengths) -> Table:
-    """The samples of one step."""
-    title = f"step {record.step}: attempt {record.attempt}, {record.world_size} ranks, {len(record.rows)} rows"
+def step_lines(record: Record, table: ShardTable, lengths: Lengths) -> Iterator[str]:
+    """The samples of one step, a line each: row, `shard:key` in full, tokens and what became of it."""
     empty = f", {record.empty_rows} empty" if record.empty_rows else ""
-    printed = Table(title=title + empty, title_justify="left")
-    for column, justify in (("row", "right"), ("sample", "left"), ("tokens", "right"), ("status", "left")):
-        printed.add_column(column, justify=justify, no_wrap=True)  # type: ignore[arg-type]  # rich wants literals
-    place = 0
-    for number, row in enumerate(record.rows, start=1):
-        for sample_id in row:
-            status = record.not_trained.get(place, Status.TRAINED).name.lower()
-            name, tokens = printable(table.sample_name(sample_id)), f"{int(lengths.tokens[sample_id]):,}"
-            printed.add_row(str(number), Text(name), tokens, status)
-            place += 1
-    return printed
+    ranks = f"{record.world_size} rank{'s' * (record.world_size > 1)}"
+    yield f"step {record.step}: attempt {record.attempt}, {ranks}, {len(record.rows)} rows{empty}"
+    rows = [number for number, row in enumerate(record.rows, start=1) for _ in row]
+    for place, (row, sample_id) in enumerate(zip(rows, record.sample_ids, strict=True)):
+        status = record.not_trained.get(place, Status.TRAINED).name.lower()
+        tokens = int(lengths.tokens[sample_id])
+        yield f"row {row}  {printable(table.sample_name(sample_id))}  {tokens:,} tokens  {status}"

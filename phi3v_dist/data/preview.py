@@ -21,7 +21,7 @@ from phi3v_dist.model.vision import num_crops_of
 from phi3v_dist.printable import printable
 
 TRAINED, UNTRAINED, TEMPLATE = "green", "dim", "cyan"
-LEGEND = f"[{TRAINED}]⟦trained⟧[/] [{UNTRAINED}]not trained[/] [{TEMPLATE}]\\[template][/]"  # rich markup
+LEGEND = Text.assemble(("⟦trained⟧", TRAINED), " ", ("not trained", UNTRAINED), " ", ("[template]", TEMPLATE))
 
 
 class Stretch(NamedTuple):

@@ -12,11 +12,13 @@ import logging
 import math
 import os
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Container, Iterable, Iterator
 from dataclasses import asdict, dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
+import numpy as np
 import xxhash
 
 from phi3v_dist.data.plan import Lengths
@@ -58,8 +60,8 @@ class Head(NamedTuple):
 class Quarantine:
     """The file while a run writes it. Rank 0 alone has one."""
 
-    def __init__(self, path: Path, head: Head | None, unusable: Iterable[Entry]):
-        """Begin a new file with what is unusable from the start, or go on from a checkpoint's head.
+    def __init__(self, path: Path, head: Head | None):
+        """Begin a new file, or go on from a checkpoint's head.
 
         Raises:
             DataError: the file cannot be written.
@@ -75,7 +77,6 @@ class Quarantine:
             raise DataError(f"{path}: cannot be written: {error}") from error
         self._digest = xxhash.xxh3_64(kept)
         self._size_bytes = len(kept)
-        self.add(unusable)
 
     def _keep(self, head: Head | None) -> bytes:
         """The beginning of the file that a resume goes on from."""
@@ -94,21 +95,22 @@ class Quarantine:
         return kept
 
     def add(self, found: Iterable[Entry]) -> None:
-        """List those that are not listed yet."""
-        lines = []
-        for entry in found:
-            if entry.sample_id not in self._listed:
-                self._listed.add(entry.sample_id)
-                lines.append(json.dumps(asdict(entry)) + "\n")  # ASCII: control characters and surrogates escaped
-        content = "".join(lines).encode()
-        if content:
-            try:
-                self._file.write(content)
-                self._file.flush()
-            except OSError as error:
-                raise DataError(f"{self.path}: {len(lines)} bad samples cannot be listed: {error}") from error
-            self._digest.update(content)
-            self._size_bytes += len(content)
+        """List those that are not listed yet, each as it comes: there may be millions."""
+        try:
+            for entry in found:
+                if entry.sample_id not in self._listed:
+                    self._listed.add(entry.sample_id)
+                    line = (json.dumps(asdict(entry)) + "\n").encode()  # ASCII: control characters, surrogates escaped
+                    self._file.write(line)
+                    self._digest.update(line)
+                    self._size_bytes += len(line)
+            self._file.flush()
+        except OSError as error:
+            raise DataError(f"{self.path}: bad samples cannot be listed: {error}") from error
+
+    def add_unusable(self, table: ShardTable, lengths: Lengths) -> None:
+        """List the samples that no plan holds and that are not listed yet; only of these the indexes are opened."""
+        self.add(unusable(table, lengths, self._listed))
 
     def sync(self) -> Head:
         """When this returns all lines are on the disk, and a checkpoint may name the head."""
@@ -136,10 +138,15 @@ def entries(content: bytes) -> Iterator[dict[str, Any]]:
         yield entry
 
 
-def unusable(table: ShardTable, lengths: Lengths) -> Iterator[Entry]:
-    """The samples that no plan holds, by id. What `data.fit` leaves out is policy and not among them."""
+def unusable(table: ShardTable, lengths: Lengths, known: Container[int] = ()) -> Iterator[Entry]:
+    """The samples that no plan holds, by id, but for those that are known.
+
+    What `data.fit` leaves out is policy and not among them. A shard's index is opened when its first sample is asked
+    for, and once: ids count through one shard after another.
+    """
     for sample_id in sorted(lengths.bad):
-        yield entry_of(table, sample_id, lengths.bad[sample_id])
+        if sample_id not in known:
+            yield entry_of(table, sample_id, lengths.bad[sample_id])
 
 
 def entry_of(table: ShardTable, sample_id: int, reason: str, first_step: int | None = None) -> Entry:
@@ -148,20 +155,33 @@ def entry_of(table: ShardTable, sample_id: int, reason: str, first_step: int | N
     index = table.index(shard)
     early: Literal["index", "length"] = "index" if number in index.bad else "length"
     stage = early if first_step is None else "decode"
-    return Entry(sample_id, str(table.shards[shard]), index.key(number), reason, stage, first_step)
+    return Entry(sample_id, table.shard_name(shard), index.key(number), reason, stage, first_step)
 
 
 def summarize(bad: Iterable[Entry]) -> str:
     """Counts by reason and by shard, and the first names; words of the data escaped."""
     bad = list(bad)
-    reasons = Counter(printable(entry.reason)[:REASON_CHARS] for entry in bad)
-    shards = Counter(printable(entry.shard) for entry in bad)
-    names = [printable(f"{entry.shard}:{entry.key}") for entry in bad[:SHOWN]]
-    return f"by reason: {_most(reasons)}; by shard: {_most(shards)}; the first: {', '.join(names)}"
+    return _in_words(Counter(entry.reason for entry in bad), Counter(entry.shard for entry in bad), bad[:SHOWN])
+
+
+def summarize_unusable(table: ShardTable, lengths: Lengths) -> str:
+    """As `summarize` of all `unusable`, but however many there are, only the first ones' indexes are opened."""
+    shard_of = np.searchsorted(table.start, np.fromiter(lengths.bad, np.int64), side="right") - 1
+    numbers, counts = np.unique(shard_of, return_counts=True)
+    shards = Counter({table.shard_name(shard): n for shard, n in zip(numbers.tolist(), counts.tolist(), strict=True)})
+    return _in_words(Counter(lengths.bad.values()), shards, list(islice(unusable(table, lengths), SHOWN)))
+
+
+def _in_words(reasons: Counter[str], shards: Counter[str], first: list[Entry]) -> str:
+    alike: Counter[str] = Counter()
+    for reason, count in reasons.items():
+        alike[printable(reason)[:REASON_CHARS]] += count
+    names = ", ".join(printable(f"{entry.shard}:{entry.key}") for entry in first)
+    return f"by reason: {_most(alike)}; by shard: {_most(shards)}; the first: {names}"
 
 
 def _most(counts: Counter[str]) -> str:
-    shown = ", ".join(f"{count} x {what}" for what, count in counts.most_common(SHOWN))
+    shown = ", ".join(f"{count} x {printable(what)}" for what, count in counts.most_common(SHOWN))
     return shown + (f", and {len(counts) - SHOWN} others" if len(counts) > SHOWN else "")
 
 

@@ -63,9 +63,9 @@ class Accounts:
         def open_files() -> tuple[Ledger, Quarantine]:
             book = _open_ledger(folder / ledger.LEDGER_NAME, facts, state)
             head = state.get("quarantine")
-            bad = quarantine.unusable(table, lengths)
-            path = folder / quarantine.QUARANTINE_NAME
-            return book, Quarantine(path, quarantine.Head(*head) if head else None, bad)
+            listed = Quarantine(folder / quarantine.QUARANTINE_NAME, quarantine.Head(*head) if head else None)
+            listed.add_unusable(table, lengths)
+            return book, listed
 
         book, listed = _on_main(topology, open_files) or (None, None)
         return cls(

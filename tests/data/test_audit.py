@@ -13,11 +13,13 @@ from conftest import write_samples
 
 from launch import prepare
 from phi3v_dist import config
+from phi3v_dist.cli import plain_console
 from phi3v_dist.data import audit_report, identity
-from phi3v_dist.data.audit import Audit, audit, step_of
+from phi3v_dist.data.audit import Audit, SourceAudit, audit, step_of
 from phi3v_dist.data.ledger import Head, Ledger, LedgerReader, Record, Status
 from phi3v_dist.data.plan import Planner
 from phi3v_dist.data.quarantine import Quarantine, entry_of
+from phi3v_dist.data.shards import ShardTable
 from phi3v_dist.errors import ConfigError, DataError
 from phi3v_dist.run import Data, plan
 
@@ -73,7 +75,7 @@ def world(tiny_model: Path, tmp_path_factory: Any) -> World:
 
 def command(*words: object, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, "argv", ["prepare.py", "audit", *map(str, words)])
-    monkeypatch.setenv("COLUMNS", "160")
+    monkeypatch.setenv("COLUMNS", "80")
     prepare.main()
 
 
@@ -199,14 +201,52 @@ def test_the_command_names_the_samples_of_a_step_and_shows_them(world: World, mo
     command(world.folder, "--step", 3, "--preview", tmp_path / "page.html", monkeypatch=monkeypatch)
     text = capsys.readouterr().out
     assert "step 3: attempt 1, 2 ranks, 4 rows" in text and text.count("quarantined") == 1
-    for sample_id in records[2].sample_ids:
-        assert world.data.table.sample_name(sample_id).rsplit("/", 1)[-1] in text
+    lines = text.splitlines()[1:]
+    assert len(lines) == len(records[2].sample_ids)
+    for line, sample_id in zip(lines, records[2].sample_ids, strict=True):
+        tokens = world.data.lengths.tokens[sample_id]
+        assert f"  {world.data.table.sample_name(sample_id)}  {tokens} tokens  " in line
     assert "step 3" in (tmp_path / "page.html").read_text()
     with pytest.raises(DataError, match=r"has no step 99: it holds steps 1 to \d+"):
         command(world.folder, "--step", 99, monkeypatch=monkeypatch)
     with pytest.raises(ConfigError, match="--step N too"):
         command(world.folder, "--preview", monkeypatch=monkeypatch)
     assert step_of(LedgerReader(world.folder / "ledger.bin"), 3) == records[2]
+
+
+def test_a_line_of_a_step_names_its_sample_in_full_and_as_it_is(world: World, monkeypatch) -> None:
+    name = "/" + "long/" * 30 + "a-:fire:-[red]b.tar:key\x1b[2J\n"
+    monkeypatch.setattr(ShardTable, "sample_name", lambda table, sample_id: name)
+    _, line = audit_report.step_lines(Record(1, 1, 1, ((1,),)), world.data.table, world.data.lengths)
+    tokens = world.data.lengths.tokens[1]
+    shown = "/" + "long/" * 30 + "a-:fire:-[red]b.tar:key\\x1b[2J\\n"
+    assert line == f"row 1  {shown}  {tokens} tokens  trained"
+
+
+def test_the_tables_show_every_count_whole_at_80_columns(capsys, monkeypatch) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
+    names = ("a-catalogue-of-garments-and-other-things", ":fire:[red]", "c", "d", "e", "f")
+    sources = tuple(
+        SourceAudit(name, 3_000_000 + i, 41_000 + i, 2, 2.5, 7_500_000 + i, 0, 0, 1_234_560 + i, 0, 0)
+        for i, name in enumerate(names)
+    )
+    for table in audit_report.tables_of(Audit(1_500_000, 12_000_000, "", 0, 0, (), sources, ())):
+        plain_console().print(table)
+    text = capsys.readouterr().out
+    assert max(map(len, text.splitlines())) <= 80 and "…" not in text
+    assert ":fire:[red]" in text and "1,500,000 steps, 12,000,000 rows" in text
+    for i in range(len(names)):
+        assert all(f" {count:,} " in text for count in (3_000_000 + i, 41_000 + i, 7_500_000 + i, 1_234_560 + i))
+    (samples, *_) = (line for line in text.splitlines() if "samples" in line)
+    assert all(f"{3_000_000 + i:,}" in samples for i in range(3))
+
+
+def test_progress_reaches_the_end_of_the_ledger(world: World) -> None:
+    world.write(world.records())
+    told: list[tuple[int, int]] = []
+    world.audit(on_progress=lambda *bytes_: told.append(bytes_))
+    size_bytes = (world.folder / "ledger.bin").stat().st_size
+    assert told[-1] == (size_bytes, size_bytes) and told == sorted(told)
 
 
 def test_shards_that_moved_are_found_again_when_told(world: World, monkeypatch, tmp_path, capsys) -> None:
@@ -250,7 +290,7 @@ def test_wrong_folders_and_words_are_told_plainly(world: World, monkeypatch, tmp
 
 
 def test_samples_listed_by_a_run_are_read_from_its_folder(world: World) -> None:
-    quarantine = Quarantine(world.folder / "quarantine.jsonl", None, [])
+    quarantine = Quarantine(world.folder / "quarantine.jsonl", None)
     quarantine.add([entry_of(world.data.table, 7, "cut off", 3), entry_of(world.data.table, 9, "cut off", 3)])
     quarantine.close()
     assert audit_report.listed_in(world.folder) == {7, 9}

@@ -171,6 +171,15 @@ def test_the_command_groups_counts_and_ends_with_a_data_error(
     assert "1 samples in 1 shards: 0 problems, 0 notices" in out and "not looked at" not in out
 
 
+def test_the_command_prints_names_as_they_are(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with TarWriter(str(tmp_path / "a-:fire:-[red].tar"), mtime=0) as tar:
+        tar.write({"__key__": "k:smile:[bold]", "json": b"{"})
+    out = run_lint(capsys, monkeypatch, str(tmp_path / "*red*.tar"), "--name", "2")
+    assert "a-:fire:-[red].tar:k:smile:[bold]: " in out
+
+
 def test_the_command_takes_the_templates_of_a_configuration(
     config_file: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
