@@ -392,3 +392,16 @@ def test_the_command_prints_what_it_did_and_a_configuration_that_loads(
 @pytest.mark.parametrize("recipe", sorted((REPOSITORY / "launch/configs/imports").glob("*.yaml")), ids=lambda p: p.stem)
 def test_every_shipped_mapping_loads(recipe: Path) -> None:
     settings.load(recipe, [])
+
+
+def test_an_edit_in_the_middle_of_a_large_table_is_noticed(tmp_path: Path) -> None:
+    (tmp_path / "a.jpg").write_bytes(picture(0))
+    source = tmp_path / "rows.csv"
+    text = "image,title\n" + "".join(f"a.jpg,{number} {'x' * 30_000}\n" for number in range(100))
+    source.write_text(text)
+    run(source, tmp_path / "out", **QUESTION)
+    source.write_text(text.replace("50 x", "50 y"))
+    with pytest.raises(DataError, match="what differs: source_digest"):
+        run(source, tmp_path / "out", **QUESTION)
+    source.write_text(text)
+    assert run(source, tmp_path / "out", **QUESTION)["samples"] == 100
