@@ -13,13 +13,14 @@ from typing import Any
 
 from phi3v_dist.data.importers.records import BadRecord
 from phi3v_dist.data.importers.settings import ImportSettings, is_template
+from phi3v_dist.data.samples import DEFAULT_PROMPT
 from phi3v_dist.data.store import shown_words
 from phi3v_dist.data.templates import fill_template
 
 IMAGE_TAG = "<image>"
 IMAGE_COLUMNS = ("images", "image", "file_name")
 CONVERSATION_COLUMNS = ("messages", "conversations")
-CAPTION = {"prompt": "What is shown in this image?", "answer": "{{ text }}"}
+CAPTION = {"prompt": DEFAULT_PROMPT, "answer": "{{ text }}"}
 LLAVA_ROLES = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "system": "system"}
 CHAT_ROLES = {"system": "system", "developer": "system", "user": "user", "assistant": "assistant"}
 

@@ -5,8 +5,8 @@ what is wrong with it. Surprise: a source is read twice, once to look at every r
 so it must give the same rows in the same order each time; its digest says whether it still would.
 """
 
+import codecs
 import gzip
-import hashlib
 import io
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
@@ -16,6 +16,9 @@ from typing import Any
 import xxhash
 
 from phi3v_dist.errors import DataError
+
+PIECE_BYTES = 1 << 20
+FIRST_BYTES = 64  # in which UTF-16 shows
 
 
 class BadRecord(ValueError):
@@ -64,15 +67,28 @@ def digest_of(files: Iterable[Path]) -> str:
     """Of the names and all bytes of some files: any edit is noticed, what was copied is the same."""
     digest = xxhash.xxh3_64()
     for path in files:
+        digest.update(f"{path.name} {path.stat().st_size} ".encode(errors="surrogateescape"))
         with path.open("rb") as file:
-            contents = hashlib.file_digest(file, xxhash.xxh3_128).digest()  # type: ignore[arg-type]  # of the same form
-        digest.update(path.name.encode(errors="surrogateescape") + b"\0" + contents)
+            while piece := file.read(PIECE_BYTES):
+                digest.update(piece)
     return digest.hexdigest()
 
 
 def open_text(path: Path) -> io.TextIOWrapper:
-    """A text file, gzipped or not. Bytes that are no UTF-8 come as lone surrogates, so that one line stays one."""
+    """A text file, gzipped or not. Bytes that are no UTF-8 come as lone surrogates, so that one line stays one.
+
+    Raises:
+        DataError: it cannot be unpacked, or is UTF-16.
+    """
     binary: Any = (gzip.open if path.suffix == ".gz" else open)(path, "rb")
+    try:
+        first = binary.peek(FIRST_BYTES)[:FIRST_BYTES]
+    except (OSError, EOFError) as error:
+        binary.close()
+        raise damaged(path, error) from error
+    if first.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)) or b"\0" in first:
+        binary.close()
+        raise DataError(f"{path}: is UTF-16, or no text at all; save it as UTF-8")
     return io.TextIOWrapper(binary, encoding="utf-8-sig", errors="surrogateescape", newline="")
 
 
