@@ -18,15 +18,18 @@ from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
-from urllib.parse import urlsplit, urlunsplit
+from urllib.parse import urlsplit
 
 import fsspec
 from fsspec.asyn import sync
 
 from phi3v_dist.errors import DataError
+from phi3v_dist.printable import printable
 
 SCHEMES = ("http", "https", "s3", "gs")
 _BEGINNINGS = tuple(f"{scheme}://" for scheme in SCHEMES)
+_ADDRESS = re.compile(r"^(\s*[A-Za-z][A-Za-z0-9+.-]*://)(?:[^/?#]*@)?([^?#]*).*", re.DOTALL)
+_ADDRESS_IN_WORDS = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://\S+")
 PIECE_BYTES = 8 << 20  # of an object store: what one request asks for at most
 SMALLEST_PIECE_BYTES = 256 << 10
 REQUESTS_AT_ONCE = 16
@@ -101,11 +104,13 @@ def problem(address: str) -> str | None:
 
 
 def shown(address: str) -> str:
-    """The address for logs and files: without passwords and signatures."""
-    if not is_remote(address):
-        return address
-    parts = urlsplit(address)
-    return urlunsplit((parts.scheme, parts.netloc.rpartition("@")[2], parts.path, "", ""))
+    """The address for logs and files: without passwords and signatures, and without what does not show."""
+    return printable(_ADDRESS.sub(r"\1\2", address))
+
+
+def shown_words(words: str) -> str:
+    """Words that may hold addresses, for logs and files; an address ends at the next blank."""
+    return printable(_ADDRESS_IN_WORDS.sub(lambda found: shown(found[0]), words))
 
 
 def name_of(address: str) -> str:

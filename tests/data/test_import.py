@@ -249,6 +249,19 @@ def test_folders_of_pictures_with_captions_or_metadata(tmp_path: Path) -> None:
     assert answers(tmp_path / "table") == ["From the table"]
 
 
+@pytest.mark.parametrize("edited", ["a.jpg", "a.txt", "metadata.csv"])
+def test_an_edit_in_a_folder_of_pictures_is_noticed(tmp_path: Path, edited: str) -> None:
+    folder = write_pictures(tmp_path / "photos", ["a.jpg"])
+    (folder / "a.txt").write_text("A blue thing")
+    if edited == "metadata.csv":
+        (folder / edited).write_text("file_name,text\na.jpg,A blue thing\n")
+    run(folder, tmp_path / "out")
+    assert run(folder, tmp_path / "out")["samples"] == 1
+    (folder / edited).write_bytes((folder / edited).read_bytes().replace(b"blue", b"cyan"))  # as large as before
+    with pytest.raises(DataError, match="what differs: source_digest"):
+        run(folder, tmp_path / "out")
+
+
 def hugging_face_rows(num_rows: int = 4) -> datasets.Dataset:
     kinds = datasets.Features({"photo": datasets.Image(), "kind": datasets.ClassLabel(names=["HATS", "SHOES"])})
     rows = {
@@ -305,6 +318,16 @@ def test_a_data_set_of_the_hub_is_streamed_once_into_parts(tmp_path: Path, monke
     assert answers(tmp_path / "out") == ["HATS", "SHOES", "HATS", "SHOES", "HATS"]
     run("someone/hats", tmp_path / "out", **mapping)
     assert asked == [("someone/hats", None, "train", True)] * 2, "the third call needed no network"
+
+
+def test_a_part_of_a_hub_data_set_is_closed_by_its_bytes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from phi3v_dist.data.importers import hugging_face
+
+    monkeypatch.setattr(hugging_face, "BYTES_PER_PART", len(picture(0)) + 1)
+    monkeypatch.setattr(datasets, "load_dataset", lambda *_, **options: hugging_face_rows(5).to_iterable_dataset())
+    run("someone/hats", tmp_path / "out", images=["photo"], prompt="Kind?", answer="{{ kind }}")
+    assert len(answers(tmp_path / "out")) == 5
+    assert 2 <= len(list(tmp_path.rglob("part-*.parquet"))) <= 5
 
 
 def test_a_hub_that_cannot_be_reached_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -376,6 +399,15 @@ def test_a_header_is_enough_when_verification_is_off(tmp_path: Path) -> None:
         ("a.json", "[]", "holds no records"),
         ("a.parquet", "no", "cannot be read .*ArrowInvalid"),
         ("a.xlsx", "x", "unknown kind of file '.xlsx'; known are .csv"),
+        (
+            "a.csv",
+            'image,title\na.jpg,one\na.jpg,"two\na.jpg,three\n',
+            "line 3 opens a quote .* up to line 4.* correct it",
+        ),
+        ("a.csv", 'image,"title\na.jpg,one\n', "cannot be read, not even its header"),
+        ("a.csv", "image|title\na.jpg|one\n", "one column, 'image|title', .* bars. Columns are cut at commas"),
+        ("a.csv", "image\ttitle\na.jpg\tone\n", "seems to use tabs"),
+        ("a.csv", "i\0m\0,\0t\0\n\0", "is UTF-16, or no text at all; save it as UTF-8"),
         ("a.csv.gz", "x", "cannot be read .*BadGzipFile"),
     ],
 )
@@ -384,6 +416,13 @@ def test_a_file_that_is_no_source_says_why(tmp_path: Path, name: str, content: s
     with pytest.raises(DataError, match=message):
         run(tmp_path / name, tmp_path / "out", **QUESTION)
     assert not list((tmp_path / "out").glob("*.tar"))
+
+
+@pytest.mark.parametrize("encoding", ["utf-16-le", "utf-16-be"])
+def test_a_table_in_utf_16_is_refused_by_name(tmp_path: Path, encoding: str) -> None:
+    (tmp_path / "a.csv").write_bytes("\ufeffимя,фото\n".encode(encoding))
+    with pytest.raises(DataError, match="is UTF-16, or no text at all; save it as UTF-8"):
+        run(tmp_path / "a.csv", tmp_path / "out", **QUESTION)
 
 
 def test_a_list_of_records_may_be_longer_than_the_window(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -14,7 +14,7 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 from conftest import REPOSITORY, environment
-from loopback import HTML_AS_JPEG, LoopbackServer, status
+from loopback import HTML_AS_JPEG, Fault, LoopbackServer, status
 from PIL import Image
 from test_import import QUESTION, failures, picture, record, run, samples, write_json_lines
 
@@ -339,6 +339,26 @@ def test_the_burberry_recipe_on_a_table_of_its_columns(shop: LoopbackServer, tmp
     assert len(shop.log) == num_requests, "the second call fetched something again"
 
 
+def test_passwords_and_signatures_of_urls_are_not_written_down(shop: LoopbackServer, tmp_path: Path) -> None:
+    with_password = shop.url("/1.jpg").replace("//", "//user:secret@")
+    shop.script("/2.jpg?signature=secret", always=Fault(body=picture(2)))
+    words = "Is https://a.test/?q=1 a page?"
+    rows = [
+        {"image": with_password, "title": words, "page": "https://a.test/@shop/x.html"},
+        {"image": shop.url("/2.jpg?signature=secret"), "title": "signed"},
+        {"image": with_password.replace("1.jpg", "99.jpg?signature=secret"), "title": "is not there"},
+        {"image": "ftp://user:secret@a.test/a.jpg", "title": "cannot be fetched"},
+    ]
+    out = tmp_path / "out"
+    run(write_json_lines(tmp_path / "rows.jsonl", rows), out, **QUESTION)
+    kept = [record(sample) for sample in samples(out)]
+    assert [row["image"] for row in kept] == [shop.url("/1.jpg"), shop.url("/2.jpg")]
+    assert (kept[0]["title"], kept[0]["page"]) == (words, "https://a.test/@shop/x.html")
+    assert failures(out)[3].startswith(f"download: {shop.url('/99.jpg')}: HTTP 404")
+    written = [path for path in out.rglob("*") if path.is_file()]
+    assert len(written) > 8 and not [path for path in written if b"secret" in path.read_bytes()]
+
+
 def test_urls_and_files_may_be_mixed_in_any_order(shop: LoopbackServer, tmp_path: Path) -> None:
     rows_with_pictures(tmp_path, 3)
     images = [
@@ -392,3 +412,16 @@ def test_the_command_prints_what_it_did_and_a_configuration_that_loads(
 @pytest.mark.parametrize("recipe", sorted((REPOSITORY / "launch/configs/imports").glob("*.yaml")), ids=lambda p: p.stem)
 def test_every_shipped_mapping_loads(recipe: Path) -> None:
     settings.load(recipe, [])
+
+
+def test_an_edit_in_the_middle_of_a_large_table_is_noticed(tmp_path: Path) -> None:
+    (tmp_path / "a.jpg").write_bytes(picture(0))
+    source = tmp_path / "rows.csv"
+    text = "image,title\n" + "".join(f"a.jpg,{number} {'x' * 30_000}\n" for number in range(100))
+    source.write_text(text)
+    run(source, tmp_path / "out", **QUESTION)
+    source.write_text(text.replace("50 x", "50 y"))
+    with pytest.raises(DataError, match="what differs: source_digest"):
+        run(source, tmp_path / "out", **QUESTION)
+    source.write_text(text)
+    assert run(source, tmp_path / "out", **QUESTION)["samples"] == 100

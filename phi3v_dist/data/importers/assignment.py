@@ -16,11 +16,11 @@ import xxhash
 
 from phi3v_dist.data.importers.settings import ImportSettings
 from phi3v_dist.data.importers.survey import Survey
+from phi3v_dist.data.tar import BLOCK
 
 SPLITS = ("train", "validation", "test")
 SHARDS_PER_RANK = 4
 MIN_SAMPLES_PER_SHARD = 8
-TAR_BLOCK_BYTES = 512
 
 
 @dataclass(frozen=True)
@@ -48,7 +48,7 @@ def assign(survey: Survey, settings: ImportSettings) -> Assignment:
     shard = np.full(len(is_good), -1, np.int32)
     names: list[str] = []
     split = _splits(survey, settings)
-    sizes = survey.column("size_bytes") + TAR_BLOCK_BYTES * 2 * (1 + survey.column("num_pictures").astype(np.int64))
+    sizes = survey.column("size_bytes") + BLOCK * 2 * (1 + survey.column("num_pictures").astype(np.int64))
     for number, name in enumerate(SPLITS):
         members = np.flatnonzero(is_kept & (split == number))
         if len(members):

@@ -13,12 +13,14 @@ from typing import Any
 
 from phi3v_dist.data.importers.records import BadRecord
 from phi3v_dist.data.importers.settings import ImportSettings, is_template
+from phi3v_dist.data.samples import DEFAULT_PROMPT
+from phi3v_dist.data.store import shown_words
 from phi3v_dist.data.templates import fill_template
 
 IMAGE_TAG = "<image>"
 IMAGE_COLUMNS = ("images", "image", "file_name")
 CONVERSATION_COLUMNS = ("messages", "conversations")
-CAPTION = {"prompt": "What is shown in this image?", "answer": "{{ text }}"}
+CAPTION = {"prompt": DEFAULT_PROMPT, "answer": "{{ text }}"}
 LLAVA_ROLES = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "system": "system"}
 CHAT_ROLES = {"system": "system", "developer": "system", "user": "user", "assistant": "assistant"}
 
@@ -71,7 +73,7 @@ def _from_llava(turns: list[dict[str, Any]], listed: list[Reference]) -> tuple[l
     for turn in turns:
         role, words = LLAVA_ROLES.get(str(turn.get("from"))), turn.get("value")
         if role is None or not isinstance(words, str):
-            raise BadRecord("conversation", f"a turn needs `from` human or gpt and a text `value`: {str(turn)[:80]}")
+            raise BadRecord("conversation", f"a turn needs `from` human or gpt and a text `value`: {_brief(turn)}")
         if role != "user":
             messages.append(_turn(role, words))
             continue
@@ -201,5 +203,5 @@ def _image(number: int) -> dict[str, Any]:
 
 
 def _brief(value: Any) -> str:
-    shown = repr(value)
-    return shown if len(shown) <= 80 else f"{shown[:80]}…"
+    words = shown_words(repr(value))
+    return words if len(words) <= 80 else f"{words[:80]}…"

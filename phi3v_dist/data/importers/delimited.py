@@ -12,10 +12,16 @@ from phi3v_dist.data.importers.records import BadRecord, Row, damaged, open_text
 from phi3v_dist.errors import DataError
 
 MAX_FIELD_CHARACTERS = 1 << 24
+DELIMITERS = {"\t": "tabs", ",": "commas", ";": "semicolons", "|": "bars"}
+OF_ITS_QUOTES = ("unexpected end of data", "field larger than")  # how `csv.Error` begins when a quote is never closed
 
 
 def read_delimited(path: Path) -> Iterator[Row]:
-    """Rows of a comma-, semicolon- or (`.tsv`) tab-separated file. Raises DataError: it has no usable header."""
+    """Rows of a comma-, semicolon- or (`.tsv`) tab-separated file.
+
+    Raises:
+        DataError: it has no usable header, or opens a quote and never closes it, so that all the rest is one field.
+    """
     csv.field_size_limit(MAX_FIELD_CHARACTERS)
     with open_text(path) as file:
         try:
@@ -24,10 +30,11 @@ def read_delimited(path: Path) -> Iterator[Row]:
             semicolons = "," not in first and ";" in first
             delimiter = "\t" if ".tsv" in path.suffixes else ";" if semicolons else ","
             lines = csv.reader(file, delimiter=delimiter, strict=True)
-            header = _header(path, next(lines, []))
+            header = _header(path, next(lines, []), delimiter)
         except (csv.Error, OSError, EOFError) as error:
-            raise damaged(path, error) from error
+            raise damaged(path, error, ", not even its header") from error
         while True:
+            begin = lines.line_num + 1
             try:
                 values = next(lines)
                 if values:  # else an empty line
@@ -35,6 +42,8 @@ def read_delimited(path: Path) -> Iterator[Row]:
             except StopIteration:
                 return
             except csv.Error as error:
+                if str(error).startswith(OF_ITS_QUOTES):
+                    raise _unclosed(path, begin, lines.line_num) from error
                 yield BadRecord("broken row", f"line {lines.line_num}: {error}")
             except BadRecord as bad:
                 yield bad
@@ -42,11 +51,23 @@ def read_delimited(path: Path) -> Iterator[Row]:
                 raise damaged(path, error, f" after line {lines.line_num}") from error
 
 
-def _header(path: Path, names: list[str]) -> list[str]:
+def _unclosed(path: Path, begin: int, end: int) -> DataError:
+    return DataError(
+        f"{path}: line {begin} opens a quote that is never closed, up to line {end}, where reading "
+        'stopped; correct it (a quote inside a quoted field is written "")'
+    )
+
+
+def _header(path: Path, names: list[str], delimiter: str) -> list[str]:
     if not any(name.strip() for name in names):
         raise DataError(f"{path}: is empty; its first line should name the columns")
     if twice := sorted({name for name in names if names.count(name) > 1}):
         raise DataError(f"{path}: its first line names {', '.join(map(repr, twice))} more than once")
+    if len(names) == 1 and (others := [kind for mark, kind in DELIMITERS.items() if mark in names[0]]):
+        raise DataError(
+            f"{path}: its first line is one column, {names[0][:80]!r}, when cut at {DELIMITERS[delimiter]}; it "
+            f"seems to use {' and '.join(others)}. Columns are cut at commas or semicolons, and in .tsv files at tabs"
+        )
     return names
 
 

@@ -27,10 +27,11 @@ from typing import Any
 
 from anyio.from_thread import start_blocking_portal
 
-from phi3v_dist.data.importers.transfer import DownloadSettings, Transfers, Verify, partial_path, shown
+from phi3v_dist.data.importers.transfer import DownloadSettings, Transfers, Verify, partial_path
+from phi3v_dist.data.store import shown
 from phi3v_dist.errors import DataError
 
-__all__ = ["DownloadSettings", "Downloads", "Fetched", "shown"]
+__all__ = ["DownloadSettings", "Downloads", "Fetched"]
 
 _OUR_FOLDER = re.compile("[0-9a-f]{2}")
 _NOT_WHOLE = re.compile(r"[0-9a-f]{64}(\.failed|\.partial|\.failed\.partial)")

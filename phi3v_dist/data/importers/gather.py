@@ -16,6 +16,7 @@ from typing import NamedTuple, TypeVar
 from phi3v_dist.data.importers.conversation import Draft, Reference
 from phi3v_dist.data.importers.download import Downloads, Fetched
 from phi3v_dist.data.importers.records import BadRecord
+from phi3v_dist.data.store import shown
 
 WITHOUT_URLS_AT_ONCE = 64
 MAX_PICTURE_BYTES = 1 << 28
@@ -78,7 +79,7 @@ def read_pictures(references: Iterable[Reference], fetched: Iterable[Fetched], f
         elif URL.match(reference):
             answer = next(answers)
             if answer.path is None:
-                raise BadRecord("download", f"{reference}: {answer.reason}")
+                raise BadRecord("download", f"{shown(reference)}: {answer.reason}")
             pictures.append(answer.path.read_bytes())
         else:
             pictures.append(_read_file(reference, folder))
@@ -87,7 +88,7 @@ def read_pictures(references: Iterable[Reference], fetched: Iterable[Fetched], f
 
 def _read_file(reference: str, folder: Path) -> bytes:
     if SCHEME.match(reference):
-        raise BadRecord("no such picture", f"{reference}: pictures are fetched by http and https only")
+        raise BadRecord("no such picture", f"{shown(reference)}: pictures are fetched by http and https only")
     path = folder / reference
     try:
         if not path.is_file():

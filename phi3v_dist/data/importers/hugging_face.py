@@ -1,8 +1,8 @@
 """Data sets of Hugging Face → rows: folders of `save_to_disk`, and names of the hub.
 
 Surprise: pictures are never decoded by `datasets`; Image columns give the stored bytes. A data set of the hub is
-streamed once into Parquet parts under the import's own folder, and read from there: an interrupted import goes on at
-the next part, and nothing is downloaded twice.
+streamed into Parquet parts under the import's own folder, and read from there. An interrupted copy keeps its whole
+parts; the stream itself is read again from its beginning, since it can only skip rows: the network carries those twice.
 """
 
 import itertools
@@ -18,6 +18,7 @@ from phi3v_dist.data.importers.records import Row, Source, digest_of
 from phi3v_dist.errors import DataError
 
 ROWS_PER_PART = 512
+BYTES_PER_PART = 64 << 20  # of stored pictures and text; whichever comes first, as a part is in memory
 SAVED_MARKS = ("dataset_dict.json", "state.json")
 REACHING = (OSError, ValueError, RuntimeError, LookupError, ImportError, NotImplementedError)
 
@@ -90,13 +91,32 @@ def _copy(
     stream = datasets.load_dataset(name, config, split=split, revision=revision, streaming=True)
     rows = iter(_stored_pictures(stream).skip(done))
     schema = stream.features.arrow_schema if stream.features else None
-    while chunk := list(itertools.islice(rows, ROWS_PER_PART)):
+    while chunk := _next_part(rows):
         path = parts / f"part-{number:06d}.parquet"
         partial = path.with_name(f"{path.name}.partial")
         pyarrow.parquet.write_table(pyarrow.Table.from_pylist(chunk, schema=schema), partial)
         partial.rename(path)
         number, done = number + 1, done + len(chunk)
         progress(done)
+
+
+def _next_part(rows: Iterator[dict[str, Any]]) -> list[dict[str, Any]]:
+    chunk, num_bytes = [], 0
+    for row in itertools.islice(rows, ROWS_PER_PART):
+        chunk.append(row)
+        num_bytes += _num_bytes(row)
+        if num_bytes >= BYTES_PER_PART:
+            break
+    return chunk
+
+
+def _num_bytes(value: Any) -> int:
+    """Of what can be large."""
+    if isinstance(value, dict):
+        return sum(map(_num_bytes, value.values()))
+    if isinstance(value, list | tuple):
+        return sum(map(_num_bytes, value))
+    return len(value) if isinstance(value, str | bytes) else 0
 
 
 def _stored_pictures(rows: Any) -> Any:

@@ -7,6 +7,7 @@ Surprise: pictures are copied, never re-encoded, and named after what they are: 
 import io
 import json
 import math
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -21,12 +22,14 @@ from phi3v_dist.data.importers.records import BadRecord
 from phi3v_dist.data.pictures import IMAGE_FORMATS, PICTURE_ERRORS, decode_image, upright_size
 from phi3v_dist.data.processor import Phi3VProcessor
 from phi3v_dist.data.samples import read_messages
+from phi3v_dist.data.store import shown
 from phi3v_dist.errors import DataError
 
 SUFFIXES = {
     "JPEG": "jpg", "MPO": "jpg", "PNG": "png", "WEBP": "webp", "BMP": "bmp", "GIF": "gif", "TIFF": "tif", "PPM": "ppm",
 }  # fmt: skip
 NUM_CROPS = (4, 16)  # of Phi-3.5-vision's own file, and of Phi-3-vision's
+URL = re.compile(r"\s*https?://\S+\s*", re.IGNORECASE)  # all of a value; words that name one stay as they are
 AS_WRITTEN = SourceSettings(shards=["."])  # a source without templates: the sample's own `messages` count
 
 
@@ -97,11 +100,13 @@ def _named(content: Any, names: Sequence[str]) -> Any:
 
 
 def _plain(value: Any) -> Any:
-    """A column as JSON can hold it: dates and the like as text, no stored bytes, no NaN."""
+    """A column as JSON can hold it: dates and the like as text, no stored bytes, no NaN, no password in a URL."""
+    if isinstance(value, str):
+        return shown(value) if URL.fullmatch(value) else value
     if isinstance(value, dict):
         return {str(key): _plain(inner) for key, inner in value.items() if not isinstance(inner, bytes)}
     if isinstance(value, list | tuple):
         return [_plain(inner) for inner in value if not isinstance(inner, bytes)]
     if isinstance(value, float) and not math.isfinite(value):
         return None
-    return value if isinstance(value, str | int | float | bool | None) else str(value)
+    return value if isinstance(value, int | float | bool | None) else str(value)

@@ -5,6 +5,7 @@ what is wrong with it. Surprise: a source is read twice, once to look at every r
 so it must give the same rows in the same order each time; its digest says whether it still would.
 """
 
+import codecs
 import gzip
 import io
 from collections.abc import Callable, Iterable, Iterator
@@ -16,7 +17,8 @@ import xxhash
 
 from phi3v_dist.errors import DataError
 
-DIGEST_BYTES = 1 << 20  # read at each end of a file, to know it again
+PIECE_BYTES = 1 << 20
+FIRST_BYTES = 64  # in which UTF-16 shows
 
 
 class BadRecord(ValueError):
@@ -62,21 +64,31 @@ class Source:
 
 
 def digest_of(files: Iterable[Path]) -> str:
-    """Of the sizes and both ends of some files: what was edited is noticed, what was copied is the same."""
+    """Of the names and all bytes of some files: any edit is noticed, what was copied is the same."""
     digest = xxhash.xxh3_64()
     for path in files:
+        digest.update(f"{path.name} {path.stat().st_size} ".encode(errors="surrogateescape"))
         with path.open("rb") as file:
-            size_bytes = file.seek(0, io.SEEK_END)
-            file.seek(0)
-            digest.update(f"{path.name} {size_bytes} ".encode(errors="surrogateescape") + file.read(DIGEST_BYTES))
-            file.seek(max(0, size_bytes - DIGEST_BYTES))
-            digest.update(file.read())
+            while piece := file.read(PIECE_BYTES):
+                digest.update(piece)
     return digest.hexdigest()
 
 
 def open_text(path: Path) -> io.TextIOWrapper:
-    """A text file, gzipped or not. Bytes that are no UTF-8 come as lone surrogates, so that one line stays one."""
+    """A text file, gzipped or not. Bytes that are no UTF-8 come as lone surrogates, so that one line stays one.
+
+    Raises:
+        DataError: it cannot be unpacked, or is UTF-16.
+    """
     binary: Any = (gzip.open if path.suffix == ".gz" else open)(path, "rb")
+    try:
+        first = binary.peek(FIRST_BYTES)[:FIRST_BYTES]
+    except (OSError, EOFError) as error:
+        binary.close()
+        raise damaged(path, error) from error
+    if first.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)) or b"\0" in first:
+        binary.close()
+        raise DataError(f"{path}: is UTF-16, or no text at all; save it as UTF-8")
     return io.TextIOWrapper(binary, encoding="utf-8-sig", errors="surrogateescape", newline="")
 
 

@@ -7,7 +7,6 @@ believed. Lengths, packing, redirects and the time it takes all have limits, and
 
 import email.utils
 import os
-import re
 import time
 import zlib
 from collections.abc import AsyncIterator, Callable, Iterator
@@ -23,7 +22,7 @@ import httpx
 from anyio.to_thread import run_sync
 from pydantic import Field
 
-from phi3v_dist.printable import printable
+from phi3v_dist.data.store import shown_words
 
 SCHEMES = ("http", "https")
 MAX_LABEL = 63  # letters between two dots of a host name
@@ -68,7 +67,7 @@ class Failure(Exception):
 
     def __init__(self, reason: str, *, again: bool = False, wait_s: float = 0.0, permanent: bool = False):
         super().__init__(reason)
-        self.reason, self.again, self.wait_s, self.permanent = shown(reason), again, wait_s, permanent
+        self.reason, self.again, self.wait_s, self.permanent = shown_words(reason), again, wait_s, permanent
 
 
 @dataclass
@@ -88,11 +87,6 @@ class _Partial:
     def progress(self) -> str:
         expected = "" if self.expected_bytes is None else f" of {self.expected_bytes:,}"
         return f"{self.num_bytes:,}{expected} bytes came"
-
-
-def shown(text: str) -> str:
-    """A URL, or words around one, as they may be printed: no password, no control characters."""
-    return printable(re.sub(r"(?<=//)[^/?#]*@", "***@", text))
 
 
 def partial_path(path: Path) -> Path:
