@@ -11,6 +11,7 @@ import subprocess
 import sys
 import threading
 from collections import Counter
+from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from email.utils import format_datetime
 from pathlib import Path
@@ -90,7 +91,7 @@ HOPELESS = {  # fault of every request → (how many of the thousand, what the r
     "forbidden": (status(403), 10, "HTTP 403 Forbidden"),
     "page": (HTML_AS_JPEG, 30, "begin with b'<!DOCTYP'"),
     "broken": (status(500), 15, "HTTP 500"),
-    "silent": (STALL, 8, "nothing came for 1.5 s"),
+    "silent": (STALL, 8, "nothing came for 4.5 s"),
     "empty": (EMPTY, 10, "the server sent no bytes"),
     "announces less": (wrong_length(-500), 20, "not a picture"),
     "announces more": (Fault(length_error=500, ignore_range=True), 10, "bytes came"),
@@ -126,7 +127,7 @@ def test_a_thousand_urls_of_which_three_hundred_misbehave(server, tmp_path):
             server.script(name, *faults)
     assert len(expected_reasons) == 150 and len(list(shuffled)) == 700
 
-    downloads = Downloads(tmp_path / "cache", QUICK, verify=not_a_picture)
+    downloads = Downloads(tmp_path / "cache", replace(QUICK, timeout_s=4.5), verify=not_a_picture)
     urls = [server.url(name) for name in names]
     results = list(downloads.stream(urls))
     assert [fetched.url for fetched in results] == urls

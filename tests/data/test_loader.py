@@ -306,7 +306,9 @@ def test_a_row_may_hold_a_sample_twice(world: World) -> None:
     (step,) = islice(world.planner, 1)
     lengths = world.planner.lengths
     once = next(i for i in step.sample_ids if lengths.crops[i])
-    sizes = (int(2 * column[once]) for column in (lengths.tokens, lengths.label_tokens, lengths.crops))
+    sizes = (
+        int(2 * column[once]) for column in (lengths.tokens, lengths.tokens**2, lengths.label_tokens, lengths.crops)
+    )
     twice = replace(step, rows=(PlannedRow((once, once), *sizes),))  # where one epoch ends and the next begins
     ((batch, *_),) = world.steps(1, steps=[twice])
     assert len(batch.layout.lengths) == 2 and len(set(batch.layout.lengths)) == 1

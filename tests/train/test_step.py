@@ -12,7 +12,7 @@ from phi3v_dist.observe.metrics import step_row
 from phi3v_dist.parallel.topology import Topology
 from phi3v_dist.train.step import train_step
 
-ROWS = tuple(PlannedRow((i,), tokens=4, label_tokens=4, crops=0) for i in range(3))
+ROWS = tuple(PlannedRow((i,), tokens=4, squared_tokens=16, label_tokens=4, crops=0) for i in range(3))
 PLAN = PlannedStep(number=7, rows=ROWS, label_tokens=12, tokens=12, state={})
 
 
