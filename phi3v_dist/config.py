@@ -46,6 +46,9 @@ class RunSettings(Section):
     seed: int = Field(0, ge=0)
     """Order of the data and every other random choice."""
 
+    allow_changes: bool = False
+    """Go on with a run although settings that change its numbers are others than before."""
+
     @property
     def folder(self) -> Path:
         """The run folder: config, metrics, checkpoints, evaluations, export, report."""
@@ -216,9 +219,33 @@ class ParallelSettings(Section):
 
 
 class CheckpointSettings(Section):
-    every_steps: int = Field(200, ge=1)
+    every_steps: int | None = Field(None, ge=1)
+    """Steps between checkpoints; default: from what a save costs and `node_hours_between_failures` (Young, Daly)."""
+    node_hours_between_failures: float = Field(1000, gt=0)
+    """How long one node runs, on average, before something on it fails; n nodes fail n times as often."""
     keep: int = Field(3, ge=1)
     """Committed checkpoints kept; the newest that verifies is never deleted."""
+    write_mb_per_s: float | None = Field(400, gt=0)
+    """Most that one rank writes in the background, so that steps are not slowed; null: as fast as the disk."""
+    local: Path | None = None
+    """Folder on each node's own disk for fast copies; only every `shared_every`-th save then goes to the run folder."""
+    shared_every: int = Field(4, ge=1)
+    grace_s: float = Field(60, gt=0)
+    """Time between a notice (SIGTERM, SIGUSR1) and the kill; a save that would take longer is not begun."""
+
+
+class WatchSettings(Section):
+    """What is looked at while a run goes on, and when it is ended."""
+
+    hang_s: float = Field(30, gt=0)
+    """A rank that shows no progress for this long, and for `hang_factor` times the median of that phase, hangs."""
+    hang_factor: float = Field(10, ge=1)
+    first_s: float = Field(600, gt=0)
+    """The same for phases that have not been timed yet: the first step, loading weights."""
+    bad_steps: int = Field(10, ge=1)
+    """Steps in a row with a loss or gradient that is not finite, all of them skipped, after which the run stops."""
+    compare_every_steps: int = Field(100, ge=1)
+    """Steps between comparisons, over all ranks, of what every rank must hold alike."""
 
 
 class FieldSettings(Section):
@@ -279,6 +306,7 @@ class Settings(Section):
     train: TrainSettings = TrainSettings()
     parallel: ParallelSettings = ParallelSettings()
     checkpoint: CheckpointSettings = CheckpointSettings()
+    watch: WatchSettings = WatchSettings()
     eval: EvalSettings = EvalSettings()
     observe: ObserveSettings = ObserveSettings()
 

@@ -61,3 +61,17 @@ class DivergedError(Phi3VError):
 
     exit_code = 6
     kind = "diverged"
+
+
+class StuckError(Phi3VError):
+    """A rank made no progress for longer than its phase ever takes."""
+
+    exit_code = 7
+    kind = "hang"
+
+
+class CrashLoopError(Phi3VError):
+    """Several attempts in a row ended without a new step."""
+
+    exit_code = 8
+    kind = "crash loop"

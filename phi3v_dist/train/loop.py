@@ -38,7 +38,7 @@ def fit(run: Run) -> dict[str, float]:
         )
         accounts.require_few_bad(totals.quarantined, totals.samples)
         last = totals.step == run.num_steps
-        if last or totals.step % run.settings.checkpoint.every_steps == 0:
+        if last or totals.step % (run.settings.checkpoint.every_steps or 200) == 0:
             _save(run, totals, accounts.state(plan))
         if last:
             break
