@@ -44,8 +44,12 @@ from phi3v_dist.observe.tracker import AllOf, JsonlTracker, NoTracker, Tracker
 from phi3v_dist.observe.wandb_tracker import WandbTracker
 from phi3v_dist.parallel import zero
 from phi3v_dist.parallel.topology import Topology
+from phi3v_dist.survive.attempt import Attempt
 from phi3v_dist.survive.checkpoint import Checkpoints
 from phi3v_dist.survive.durable import write_durably
+from phi3v_dist.survive.interval import Interval
+from phi3v_dist.survive.requests import Requests
+from phi3v_dist.survive.saver import Saver
 from phi3v_dist.train.accounts import Accounts
 from phi3v_dist.train.optim import build_optimizer
 
@@ -107,11 +111,13 @@ class Run:
 
     settings: Settings
     topology: Topology
+    attempt: Attempt
+    requests: Requests
     train: Data
     planner: Planner
     num_steps: int
     engine: Any
-    checkpoints: Checkpoints
+    saver: Saver
     evaluator: Evaluator | None
     tracker: Tracker
     run_id: str
@@ -130,7 +136,7 @@ class Run:
         """Ledger and quarantine, from a checkpoint's state on; None: from the beginning."""
         return Accounts.open(
             self.folder, self.topology, self.train.table, self.train.lengths, self.planner,
-            self.settings.data.max_bad_frac, self.tracker.attempt, state,
+            self.settings.data.max_bad_frac, self.attempt.number, state,
         )  # fmt: skip
 
     def loader(self, state: dict[str, Any] | None) -> Loader:
@@ -191,7 +197,7 @@ def _too_many_unusable(data: Data, limit_frac: float) -> list[str]:
     ]
 
 
-def build(settings: Settings, topology: Topology) -> Run:
+def build(settings: Settings, topology: Topology, attempt: Attempt, requests: Requests) -> Run:
     """Put a run together. Rank 0 has looked at everything through `problems` before."""
     torch.manual_seed(settings.run.seed)
     topology.barrier()  # rank 0 may still be writing indexes
@@ -216,11 +222,10 @@ def build(settings: Settings, topology: Topology) -> Run:
         if settings.observe.wandb != "disabled":
             watch = settings.observe
             mirrors.append(WandbTracker(settings.run.folder, watch.wandb, watch.wandb_project, watch.wandb_entity))
-        tracker = AllOf(JsonlTracker(settings.run.folder), mirrors)
+        tracker = AllOf(JsonlTracker(settings.run.folder, attempt.number), mirrors)
     run = Run(
-        settings=settings, topology=topology, train=train, planner=planner, num_steps=num_steps, engine=engine,
-        checkpoints=Checkpoints(settings.run.folder / "checkpoints", settings.checkpoint.keep), evaluator=evaluator,
-        tracker=tracker, run_id=topology.broadcast(_run_id(settings.run.folder) if topology.is_main else ""),
+        settings=settings, topology=topology, attempt=attempt, requests=requests, train=train, planner=planner, num_steps=num_steps, engine=engine,
+        saver=_saver(settings, topology, attempt, requests, tracker), evaluator=evaluator, tracker=tracker, run_id=topology.broadcast(_run_id(settings.run.folder) if topology.is_main else ""),
         resolved=resolved, reference=_reference(settings.eval.reference),
     )  # fmt: skip
     if topology.is_main:
@@ -235,6 +240,15 @@ def build(settings: Settings, topology: Topology) -> Run:
         for line in describe(settings, train, num_steps, topology.world_size):
             log.info(line)
     return run
+
+
+def _saver(
+    settings: Settings, topology: Topology, attempt: Attempt, requests: Requests, tracker: Tracker
+) -> Saver:  # fmt: skip
+    choice = settings.checkpoint
+    checkpoints = Checkpoints(settings.run.folder / "checkpoints", choice.keep, attempt=attempt.number)
+    interval = Interval(choice, num_nodes=-(-topology.world_size // topology.local_world_size))
+    return Saver(topology, attempt, requests, checkpoints, interval, tracker, choice.grace_s)
 
 
 def plan(settings: Settings, train: Data) -> Planner:

@@ -115,6 +115,13 @@ class Topology:
             dist.all_reduce(tensor)
         return tensor.tolist()
 
+    def max(self, values: list[float]) -> list[float]:
+        """Element by element over all ranks."""
+        tensor = torch.tensor(values, dtype=torch.float64, device=self.device)
+        if self.world_size > 1:
+            dist.all_reduce(tensor, op=dist.ReduceOp.MAX)
+        return tensor.tolist()
+
     def broadcast(self, value: Any) -> Any:
         """Rank 0's value on every rank."""
         box = [value]

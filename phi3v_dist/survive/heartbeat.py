@@ -24,3 +24,7 @@ def enter(phase: str, step: int | None = None, what: str = "", lane: str = TRAIN
 
 def beat(what: str = "", lane: str = TRAIN) -> None:
     """Still in the same phase, and not stuck: call it once for each part of a long one."""
+
+
+def close(outcome: str, message: str = "") -> None:
+    """This process ends by itself: done, stopped or failed."""
