@@ -17,6 +17,8 @@ from phi3v_dist.survive.checkpoint import Checkpoints, Position, Saved
 from phi3v_dist.survive.interval import Interval
 from phi3v_dist.survive.requests import Asked, Requests
 
+MAX_FAILURES = 3  # saves in a row; after that too much would be at risk
+
 log = logging.getLogger(__name__)
 
 
@@ -35,15 +37,16 @@ class Saver:
     tracker: Tracker
     grace_s: float
     saved_step: int = 0  # of the newest save that was begun
+    _due: bool = False  # also when the one before was still being written
     _save_s: float = 0.0  # what the last one took
     _warned_slow: bool = False
 
     def edge(self, step: int) -> Asked:
         """What is wished of the run after this step. Raises LaunchError when a newer attempt has taken it over."""
         self._hear_of_last()
-        due = self.topology.is_main and self.interval.due(step)
+        self._due |= self.topology.is_main and self.interval.due(step)
         other = self.attempt.lost_to()
-        asked = self.requests.agreed(self.topology, due, self.checkpoints.busy, other is not None)
+        asked = self.requests.agreed(self.topology, self._due, self.checkpoints.busy, other is not None)
         if asked.lost:
             raise LaunchError(f"this run was taken over{f' by {other}' if other else ''}: this attempt ends, unsaved")
         if asked.save and asked.busy and not asked.stop and not self._warned_slow and self.topology.is_main:
@@ -59,6 +62,8 @@ class Saver:
         """Copy the state of this step and have it written while training goes on."""
         self.checkpoints.begin(engine, position)
         self.saved_step = position.step
+        self._due = False
+        self.interval.began(position.step)
         self.requests.saved()
 
     def fits(self, asked: Asked) -> bool:
@@ -90,4 +95,3 @@ class Saver:
                 log.warning("%s; training goes on, the next save is tried as usual", outcome)
 
 
-MAX_FAILURES = 3  # saves in a row; after that too much would be at risk

@@ -12,12 +12,14 @@ from typing import Any
 
 from phi3v_dist.data.plan import PlannedStep
 from phi3v_dist.observe.metrics import step_row
+from phi3v_dist.parallel.local_gradients import LocalGradients
 from phi3v_dist.run import Run
 from phi3v_dist.survive.checkpoint import Position
 from phi3v_dist.survive.durable import write_durably
 from phi3v_dist.survive.requests import Asked
 from phi3v_dist.train.accounts import Accounts, plan_state
 from phi3v_dist.train.optim import learning_rates
+from phi3v_dist.train.skipped import SkippedSteps
 from phi3v_dist.train.step import StepResult, train_step
 
 SUMMARY_NAME = "summary.json"
@@ -29,16 +31,21 @@ def fit(run: Run) -> dict[str, float] | None:
     """Train to the last step, from the newest checkpoint if there is one; returns the summary, None when stopped."""
     totals, state, accounts = _start(run)
     clock = Clock(totals.wall_s)
+    gradients = LocalGradients(run.engine.module, run.engine.device)
+    skipped = SkippedSteps(
+        run.settings.watch.bad_steps, run.train.table.sample_name, run.saver.checkpoints.newest, run.topology.is_main
+    )
     run.requests.training_begins()
     for plan, batches in run.loader(state) if totals.step < run.num_steps else ():
         rates = learning_rates(totals.step + 1, run.num_steps, run.settings.train)
-        result = train_step(run.engine, plan, batches, rates, run.topology)
+        result = train_step(run.engine, plan, batches, rates, run.topology, gradients)
         totals.add(result)
         totals.wall_s = clock.read_s()
-        accounts.record(plan, result.unused, result.quarantined, updated=result.label_tokens > 0)
+        accounts.record(plan, result.unused, result.quarantined, updated=result.skipped is None)
         run.tracker.log(
             step_row(result, run.settings.data.row_length_tokens, run.topology.world_size) | totals.row(run)
         )
+        skipped.look(result)
         accounts.require_few_bad(totals.quarantined, totals.samples)
         last = totals.step == run.num_steps
         asked = run.saver.edge(totals.step)
@@ -75,6 +82,7 @@ class Totals:
     tokens: int = 0
     samples: int = 0
     quarantined: int = 0
+    skipped: int = 0
     wall_s: float = 0.0
 
     def add(self, result: StepResult) -> None:
@@ -82,6 +90,7 @@ class Totals:
         self.tokens += result.tokens
         self.samples += result.samples
         self.quarantined += result.quarantined
+        self.skipped += result.skipped is not None
 
     def row(self, run: Run) -> dict[str, float]:
         return {
@@ -89,6 +98,7 @@ class Totals:
             "train/samples": self.samples,
             "train/epoch": self.samples / max(1, run.train.usable(run.settings.data.row_length_tokens)),
             "data/quarantined": self.quarantined,
+            "train/skipped": self.skipped,
             "run/wall_s": self.wall_s,
             "run/world_size": run.topology.world_size,
         }
