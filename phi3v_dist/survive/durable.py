@@ -8,9 +8,11 @@ from pathlib import Path
 
 
 def write_durably(path: Path, text: str) -> None:
-    """Write, flush, and only then give the name. Raises OSError."""
+    """Write, flush, and only then give the name. Raises OSError, also when the partial file is a link: one that
+    somebody planted there would lead the words out of their folder."""
     partial = path.with_name(f"{path.name}.partial")
-    with partial.open("w", encoding="utf-8") as file:
+    descriptor = os.open(partial, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW | os.O_CLOEXEC, 0o666)
+    with open(descriptor, "w", encoding="utf-8") as file:
         file.write(text)
         file.flush()
         os.fsync(file.fileno())
