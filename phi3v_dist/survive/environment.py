@@ -31,6 +31,7 @@ from phi3v_dist.survive.build_cache import leftover_locks
 
 PACKAGE = Path(__file__).parents[1]
 VERSIONS = ("torch", "deepspeed", "transformers", "phi3v-dist")  # those that change numbers or what ranks exchange
+ON_EACH_NODE = ("data.cache.path", "checkpoint.local")  # folders on a node's own disk may have a name of its own
 MOST_CLOCK_SKEW_S = 5.0
 CLOCK_ROUNDS = 3  # the smallest of some differences is the clocks'; the others hold the waiting of a busy machine
 SHOWN = 4  # names in a line, values of a setting
@@ -53,15 +54,15 @@ def require_alike(topology: Topology, resolved: dict[str, Any]) -> None:
     Raises:
         LaunchError: on every rank, with a table of what differs and where.
     """
-    ours = _facts(resolved)
+    of_all = {key: value for key, value in flattened(resolved).items() if key not in ON_EACH_NODE}
+    ours = _facts(of_all)
     everybody = topology.gather((topology.host, ours))
     differing = [name for name in ours if len({facts[name] for _, facts in everybody}) > 1]
     hosts = [host for host, _ in everybody]
     lines = [line for name in differing for line in _table(name, [facts[name] for _, facts in everybody], hosts)]
     if "settings" in differing:  # the digest says that they differ; which ones is worth a second look
-        trees = topology.gather(flattened(resolved))
-        keys = [key for key in dict.fromkeys(key for tree in trees for key in tree)]
-        for key in keys:
+        trees = topology.gather(of_all)
+        for key in dict.fromkeys(key for tree in trees for key in tree):
             values = [repr(tree.get(key)) for tree in trees]
             if len(set(values)) > 1:
                 lines += _table(f"  {key}", values, hosts)
@@ -78,12 +79,12 @@ def require_alike(topology: Topology, resolved: dict[str, Any]) -> None:
             log.warning("%s", message)
 
 
-def _facts(resolved: dict[str, Any]) -> dict[str, str]:
-    """What has to be the same on all ranks, as short texts."""
+def _facts(settings: dict[str, Any]) -> dict[str, str]:
+    """What has to be the same on all ranks, as short texts. settings: by dotted key."""
     facts = {"python": platform.python_version()} | versions(VERSIONS)
     facts["source files"] = digest_of_files(PACKAGE)
-    facts["settings"] = _digest(json.dumps(resolved, sort_keys=True).encode())
-    deepspeed = Path(resolved.get("parallel", {}).get("deepspeed", ""))
+    facts["settings"] = _digest(json.dumps(settings, sort_keys=True).encode())
+    deepspeed = Path(settings.get("parallel.deepspeed", ""))
     facts["DeepSpeed JSON"] = _digest(deepspeed.read_bytes()) if deepspeed.is_file() else "missing"
     facts["accelerator"] = torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
     facts["CUDA"] = str(torch.version.cuda)
