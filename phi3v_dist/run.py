@@ -8,10 +8,8 @@ exists.
 """
 
 import hashlib
-import importlib.metadata
 import json
 import logging
-import subprocess
 import uuid
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,7 +19,7 @@ import numpy as np
 import torch
 import yaml
 
-from phi3v_dist import config
+from phi3v_dist import config, continuing
 from phi3v_dist.config import Settings, SourceSettings
 from phi3v_dist.data import outcomes, quarantine, store
 from phi3v_dist.data.cache import ShardCache
@@ -44,6 +42,7 @@ from phi3v_dist.observe.tracker import AllOf, JsonlTracker, NoTracker, Tracker
 from phi3v_dist.observe.wandb_tracker import WandbTracker
 from phi3v_dist.parallel import zero
 from phi3v_dist.parallel.topology import Topology
+from phi3v_dist.survive import environment
 from phi3v_dist.survive.attempt import Attempt
 from phi3v_dist.survive.checkpoint import Checkpoints
 from phi3v_dist.survive.durable import write_durably
@@ -52,8 +51,6 @@ from phi3v_dist.survive.requests import Requests
 from phi3v_dist.survive.saver import Saver
 from phi3v_dist.train.accounts import Accounts
 from phi3v_dist.train.optim import build_optimizer
-
-PACKAGES = ("torch", "transformers", "deepspeed", "webdataset", "wandb", "phi3v-dist")
 
 STEPS_NAME = "steps.json"
 
@@ -159,6 +156,9 @@ def problems(settings: Settings, world_size: int) -> list[str]:
     for sources in filter(None, (settings.data.train, settings.data.validation)):
         found += _shard_problems(sources)
     found += model_build.problems(settings, Topology.from_environment().device)
+    found += environment.links_out(settings.run.folder) + continuing.problems(settings)
+    for line in continuing.warnings(settings):
+        log.warning("%s", line)
     try:
         _reference(settings.eval.reference)
     except (OSError, ValueError, TypeError, AttributeError) as error:
@@ -203,6 +203,9 @@ def build(settings: Settings, topology: Topology, attempt: Attempt, requests: Re
     topology.barrier()  # rank 0 may still be writing indexes
     start = topology.broadcast(model_build.pinned_start(settings) if topology.is_main else None)
     settings = settings.model_copy(update={"model": settings.model.model_copy(update={"init_from": start})})
+    resolved = config.dump(settings)
+    environment.require_alike(topology, resolved)
+    environment.require_writable(settings.run.folder, topology)
     train = Data.open_together(settings.data.train, settings, topology)
     planner = plan(settings, train)
     num_steps = topology.broadcast(count_steps(settings, planner) if topology.is_main else 0)
@@ -213,7 +216,6 @@ def build(settings: Settings, topology: Topology, attempt: Attempt, requests: Re
         validation = Data.open_together(settings.data.validation, settings, topology)
         sample_ids = fixed_order(validation.lengths, settings.data.row_length_tokens)
         evaluator = Evaluator(validation.decoder, sample_ids, settings.eval, topology)
-    resolved = config.dump(settings)
     tracker: Tracker = NoTracker()
     if topology.is_main:
         mirrors: list[Tracker] = [ConsoleTracker(num_steps, settings.observe.log_every_steps)]
@@ -327,19 +329,12 @@ def is_finished(settings: Settings) -> bool:
 def _write_config(run: Run, resolved: dict[str, Any]) -> None:
     """config.yaml: the resolved settings and what they ran with."""
     run.folder.mkdir(parents=True, exist_ok=True)
-    versions = {}
-    for package in PACKAGES:
-        try:
-            versions[package] = importlib.metadata.version(package)
-        except importlib.metadata.PackageNotFoundError:
-            versions[package] = "not installed"
-    git = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, cwd=Path(__file__).parent)
-    environment = {
-        "versions": versions,
-        "commit": git.stdout.strip() or "unknown",
+    ran_with = {
+        "versions": environment.versions(continuing.RECORDED),
+        "commit": environment.commit(),
         "world_size": run.topology.world_size,
     }
-    write_durably(run.folder / "config.yaml", yaml.safe_dump(resolved | {"environment": environment}, sort_keys=False))
+    write_durably(run.folder / "config.yaml", yaml.safe_dump(resolved | {"environment": ran_with}, sort_keys=False))
 
 
 def describe(settings: Settings, train: Data, num_steps: int, world_size: int) -> list[str]:

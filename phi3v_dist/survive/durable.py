@@ -10,7 +10,7 @@ from pathlib import Path
 
 def write_durably(path: Path, text: str) -> None:
     """Write, flush, and only then give the name. Raises OSError."""
-    partial = path.with_name(f"{path.name}.{secrets.token_hex(4)}.partial")  # two writers do not meet in it
+    partial = path.with_name(f"{path.name}.{secrets.token_hex(4)}.partial")  # no two writers, and no planted link
     with partial.open("x", encoding="utf-8") as file:
         file.write(text)
         file.flush()
