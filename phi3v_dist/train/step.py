@@ -140,9 +140,7 @@ def train_step(
     )  # fmt: skip
 
 
-def _timed(
-    batches: Iterable[Batch], seconds: dict[str, float], plan: PlannedStep, micro_steps: int
-) -> Iterator[Batch]:
+def _timed(batches: Iterable[Batch], seconds: dict[str, float], plan: PlannedStep, micro_steps: int) -> Iterator[Batch]:
     """Each Batch as it comes; what training waits for them is added to `seconds`."""
     iterator = iter(batches)
     for number in range(1, micro_steps + 1):

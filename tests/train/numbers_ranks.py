@@ -157,17 +157,13 @@ def run_rank(rank: int, world_size: int, folder: Path, trials: list[str], port: 
 
 def main() -> None:
     folder, trials = Path(sys.argv[1]), sys.argv[2:]
-    write_tiny(
-        folder / "model", ["A red coat costs 12."], clip=collective_ranks.CLIP, decoder=collective_ranks.DECODER
-    )
+    write_tiny(folder / "model", ["A red coat costs 12."], clip=collective_ranks.CLIP, decoder=collective_ranks.DECODER)
     for world_size in sorted({int(trial.split(":")[0]) for trial in trials}):
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
             port = int(probe.getsockname()[1])
         mine = [trial for trial in trials if trial.startswith(f"{world_size}:")]
-        mp.start_processes(
-            run_rank, (world_size, folder, mine, port), nprocs=world_size, start_method="fork"
-        )
+        mp.start_processes(run_rank, (world_size, folder, mine, port), nprocs=world_size, start_method="fork")
 
 
 if __name__ == "__main__":
