@@ -249,7 +249,9 @@ def _saver(
     settings: Settings, topology: Topology, attempt: Attempt, requests: Requests, tracker: Tracker
 ) -> Saver:  # fmt: skip
     choice = settings.checkpoint
-    checkpoints = Checkpoints(settings.run.folder / "checkpoints", choice.keep, attempt=attempt.number)
+    checkpoints = Checkpoints(
+        settings.run.folder / "checkpoints", choice.keep, attempt=attempt.number, write_mb_per_s=choice.write_mb_per_s
+    )
     interval = Interval(choice, num_nodes=-(-topology.world_size // topology.local_world_size))
     return Saver(topology, attempt, requests, checkpoints, interval, tracker, choice.grace_s)
 
