@@ -89,7 +89,7 @@ def show_labels(settings: Settings, train: run.Data, num_samples: int) -> None:
 
 def cli() -> None:
     """Entry point of the installed command."""
-    run_script(main)
+    run_script(main, private=False)  # it writes indexes beside shards, and those are meant to be shared
 
 
 if __name__ == "__main__":

@@ -178,7 +178,7 @@ def audit_run(arguments: argparse.Namespace) -> None:
 
 def cli() -> None:
     """Entry point of the installed command."""
-    run_script(main)
+    run_script(main, private=False)  # shards and models are meant to be shared
 
 
 if __name__ == "__main__":

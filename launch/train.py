@@ -4,15 +4,15 @@
     torchrun --nproc_per_node 8 launch/train.py --config …
     srun python launch/train.py --config …          (one task per rank)
 
-Started again with the same words, a run goes on from its last checkpoint; a finished one says so and ends.
+Started again with the same words, a run goes on from its last checkpoint; a finished one says so and ends. SIGTERM,
+SIGUSR1, Ctrl-C or `touch RUN/STOP` end it after the step in hand, saved; `touch RUN/SAVE` saves now.
 """
 
 import argparse
 import logging
 
-from phi3v_dist import config, run
 from phi3v_dist.cli import run_script
-from phi3v_dist.parallel.topology import Topology
+from phi3v_dist.survive.requests import Requests
 
 
 def main() -> None:
@@ -21,6 +21,10 @@ def main() -> None:
     parser.add_argument("--local_rank", help=argparse.SUPPRESS)  # some launchers add it; the environment has it too
     parser.add_argument("overrides", nargs="*", help="settings as key=value")
     arguments = parser.parse_args()
+    requests = Requests.listen()  # before the imports that take seconds: until then a signal is a crash
+    from phi3v_dist import config, run
+    from phi3v_dist.parallel.topology import Topology
+
     topology = Topology.from_environment()
     check = (lambda settings: run.problems(settings, topology.world_size)) if topology.is_main else None
     settings = config.load(arguments.config, arguments.overrides, check)
@@ -29,11 +33,17 @@ def main() -> None:
             "%s is finished; for more steps raise train.steps, for another run change run.name", settings.run.folder
         )
         return
+    from phi3v_dist.survive.attempt import Attempt
     from phi3v_dist.train.loop import fit
 
     topology.start(settings.parallel.timeout_s)
-    fit(run.build(settings, topology))
-    topology.stop()
+    attempt = Attempt.begin(settings.run.folder, topology)
+    try:
+        requests.opened(settings.run.folder, attempt)
+        fit(run.build(settings, topology, attempt, requests))
+        topology.stop()
+    finally:
+        attempt.end()
 
 
 def cli() -> None:

@@ -1,7 +1,8 @@
 """What every launch script shares: logging with the rank in front, and errors for people as text and exit code.
 
 What comes in: a script's `main`. What goes out: its exit code. Surprise: ranks other than 0 wait before they leave
-with an error, because a launcher kills the others at the first exit, and it is rank 0 that has the message.
+with an error, because a launcher kills the others at the first exit, and it is rank 0 that has the message. And what
+a run leaves on the disk is for its owner alone (umask 077), whatever the shell's own umask is.
 """
 
 import logging
@@ -14,15 +15,19 @@ from rich.console import Console
 
 from phi3v_dist.errors import Phi3VError
 from phi3v_dist.printable import printable
+from phi3v_dist.secrets import guard_process, redacted
+from phi3v_dist.survive.build_cache import own_build_folder
 
 LAST_WORD_S = 5.0  # enough for rank 0 to print
+OWNER_ONLY = 0o077
 
 
 class _OwnLines(logging.Formatter):
-    """No message, whatever name of a file or sample is in it, looks like a line of the log or moves the cursor."""
+    """No message, whatever name of a file or sample is in it, looks like a line of the log, moves the cursor or holds
+    a secret."""
 
     def formatMessage(self, record: logging.LogRecord) -> str:  # noqa: N802  # the library's name
-        record.message = printable(record.message, keep="\n\t").replace("\n", "\n    ")
+        record.message = printable(redacted(record.message), keep="\n\t").replace("\n", "\n    ")
         return super().formatMessage(record)
 
 
@@ -34,8 +39,16 @@ def plain_console(soft_wrap: bool = False) -> Console:
     return Console(markup=False, emoji=False, highlight=False, soft_wrap=soft_wrap)
 
 
-def run_script(main: Callable[[], None]) -> None:
-    """Run `main`; exit 0, or with the error's own code after its report on stderr."""
+def run_script(main: Callable[[], None], private: bool = True) -> None:
+    """Run `main`; exit 0, or with the error's own code after its report on stderr. The process is then ours: its
+    logging, streams, hooks and umask stay as they are set here.
+
+    private: no file that is made can be read by others; False where the outputs are meant to be shared.
+    """
+    if private:
+        os.umask(OWNER_ONLY)
+    guard_process()
+    own_build_folder()
     rank = int(os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0")))
     handler = logging.StreamHandler(sys.stdout)
     handler.setFormatter(_OwnLines(f"%(asctime)s [{rank}] %(message)s", datefmt="%H:%M:%S"))
@@ -46,7 +59,7 @@ def run_script(main: Callable[[], None]) -> None:
     except Phi3VError as error:
         if rank != 0:
             time.sleep(LAST_WORD_S)
-        print(error.report(), file=sys.stderr, flush=True)
+        print(redacted(error.report()), file=sys.stderr, flush=True)
         sys.exit(error.exit_code)
     except KeyboardInterrupt:
         sys.exit("interrupted")

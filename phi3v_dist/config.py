@@ -15,6 +15,7 @@ from omegaconf import OmegaConf
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, TypeAdapter, ValidationError, field_validator
 from pydantic_core import PydanticCustomError
 
+from phi3v_dist import secrets
 from phi3v_dist.config_file import describe, key_values, merge, validate
 from phi3v_dist.errors import ConfigError
 
@@ -354,13 +355,14 @@ def parse(kind: type[DataclassT], words: Sequence[str]) -> DataclassT:
 
 
 def dump(settings: Settings) -> dict[str, Any]:
-    """The resolved tree as plain data, for config.yaml and W&B."""
-    return settings.model_dump(mode="json")
+    """The resolved tree as plain data, for config.yaml and W&B; what is secret in it is redacted."""
+    tree: dict[str, Any] = secrets.redacted_tree(settings.model_dump(mode="json"))
+    return tree
 
 
 def _contradictions(settings: Settings) -> list[str]:
     """What pydantic cannot see: settings that are fine alone and not together."""
-    problems = []
+    problems = secrets.problems(settings.model_dump(mode="json"))
     train = settings.train
     if set(train.parts.model_dump().values()) == {"frozen"}:
         problems.append("`train.parts` freezes everything, so there is nothing to train")

@@ -140,3 +140,10 @@ def _known_keys(section: type[BaseModel], prefix: str = "") -> set[str]:
         if isinstance(inner, type) and issubclass(inner, BaseModel):
             keys |= _known_keys(inner, inside)
     return keys
+
+
+def flattened(tree: Any, key: str = "") -> dict[str, Any]:
+    """Plain data as `{dotted key: value}`; an empty list or section is a value."""
+    inner = tree.items() if isinstance(tree, dict) else enumerate(tree) if isinstance(tree, list) else ()
+    parts = {name: part for at, value in inner for name, part in flattened(value, f"{key}.{at}".lstrip(".")).items()}
+    return parts or {key: tree}

@@ -75,3 +75,10 @@ class CrashLoopError(Phi3VError):
 
     exit_code = 8
     kind = "crash loop"
+
+
+class OutOfMemoryError(Phi3VError):
+    """The accelerator's memory does not hold a step."""
+
+    exit_code = 9
+    kind = "memory"

@@ -8,10 +8,8 @@ exists.
 """
 
 import hashlib
-import importlib.metadata
 import json
 import logging
-import subprocess
 import uuid
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,7 +19,7 @@ import numpy as np
 import torch
 import yaml
 
-from phi3v_dist import config
+from phi3v_dist import config, continuing
 from phi3v_dist.config import Settings, SourceSettings
 from phi3v_dist.data import outcomes, quarantine, store
 from phi3v_dist.data.cache import ShardCache
@@ -44,12 +42,15 @@ from phi3v_dist.observe.tracker import AllOf, JsonlTracker, NoTracker, Tracker
 from phi3v_dist.observe.wandb_tracker import WandbTracker
 from phi3v_dist.parallel import zero
 from phi3v_dist.parallel.topology import Topology
+from phi3v_dist.survive import environment
+from phi3v_dist.survive.attempt import Attempt
 from phi3v_dist.survive.checkpoint import Checkpoints
 from phi3v_dist.survive.durable import write_durably
+from phi3v_dist.survive.interval import Interval
+from phi3v_dist.survive.requests import Requests
+from phi3v_dist.survive.saver import Saver
 from phi3v_dist.train.accounts import Accounts
 from phi3v_dist.train.optim import build_optimizer
-
-PACKAGES = ("torch", "transformers", "deepspeed", "webdataset", "wandb", "phi3v-dist")
 
 STEPS_NAME = "steps.json"
 
@@ -107,11 +108,13 @@ class Run:
 
     settings: Settings
     topology: Topology
+    attempt: Attempt
+    requests: Requests
     train: Data
     planner: Planner
     num_steps: int
     engine: Any
-    checkpoints: Checkpoints
+    saver: Saver
     evaluator: Evaluator | None
     tracker: Tracker
     run_id: str
@@ -130,7 +133,7 @@ class Run:
         """Ledger and quarantine, from a checkpoint's state on; None: from the beginning."""
         return Accounts.open(
             self.folder, self.topology, self.train.table, self.train.lengths, self.planner,
-            self.settings.data.max_bad_frac, self.tracker.attempt, state,
+            self.settings.data.max_bad_frac, self.attempt.number, state,
         )  # fmt: skip
 
     def loader(self, state: dict[str, Any] | None) -> Loader:
@@ -153,6 +156,9 @@ def problems(settings: Settings, world_size: int) -> list[str]:
     for sources in filter(None, (settings.data.train, settings.data.validation)):
         found += _shard_problems(sources)
     found += model_build.problems(settings, Topology.from_environment().device)
+    found += environment.links_out(settings.run.folder) + continuing.problems(settings)
+    for line in continuing.warnings(settings):
+        log.warning("%s", line)
     try:
         _reference(settings.eval.reference)
     except (OSError, ValueError, TypeError, AttributeError) as error:
@@ -191,12 +197,15 @@ def _too_many_unusable(data: Data, limit_frac: float) -> list[str]:
     ]
 
 
-def build(settings: Settings, topology: Topology) -> Run:
+def build(settings: Settings, topology: Topology, attempt: Attempt, requests: Requests) -> Run:
     """Put a run together. Rank 0 has looked at everything through `problems` before."""
     torch.manual_seed(settings.run.seed)
     topology.barrier()  # rank 0 may still be writing indexes
     start = topology.broadcast(model_build.pinned_start(settings) if topology.is_main else None)
     settings = settings.model_copy(update={"model": settings.model.model_copy(update={"init_from": start})})
+    resolved = config.dump(settings)
+    environment.require_alike(topology, resolved)
+    environment.require_writable(settings.run.folder, topology)
     train = Data.open_together(settings.data.train, settings, topology)
     planner = plan(settings, train)
     num_steps = topology.broadcast(count_steps(settings, planner) if topology.is_main else 0)
@@ -207,7 +216,6 @@ def build(settings: Settings, topology: Topology) -> Run:
         validation = Data.open_together(settings.data.validation, settings, topology)
         sample_ids = fixed_order(validation.lengths, settings.data.row_length_tokens)
         evaluator = Evaluator(validation.decoder, sample_ids, settings.eval, topology)
-    resolved = config.dump(settings)
     tracker: Tracker = NoTracker()
     if topology.is_main:
         mirrors: list[Tracker] = [ConsoleTracker(num_steps, settings.observe.log_every_steps)]
@@ -216,11 +224,10 @@ def build(settings: Settings, topology: Topology) -> Run:
         if settings.observe.wandb != "disabled":
             watch = settings.observe
             mirrors.append(WandbTracker(settings.run.folder, watch.wandb, watch.wandb_project, watch.wandb_entity))
-        tracker = AllOf(JsonlTracker(settings.run.folder), mirrors)
+        tracker = AllOf(JsonlTracker(settings.run.folder, attempt.number), mirrors)
     run = Run(
-        settings=settings, topology=topology, train=train, planner=planner, num_steps=num_steps, engine=engine,
-        checkpoints=Checkpoints(settings.run.folder / "checkpoints", settings.checkpoint.keep), evaluator=evaluator,
-        tracker=tracker, run_id=topology.broadcast(_run_id(settings.run.folder) if topology.is_main else ""),
+        settings=settings, topology=topology, attempt=attempt, requests=requests, train=train, planner=planner, num_steps=num_steps, engine=engine,
+        saver=_saver(settings, topology, attempt, requests, tracker), evaluator=evaluator, tracker=tracker, run_id=topology.broadcast(_run_id(settings.run.folder) if topology.is_main else ""),
         resolved=resolved, reference=_reference(settings.eval.reference),
     )  # fmt: skip
     if topology.is_main:
@@ -235,6 +242,15 @@ def build(settings: Settings, topology: Topology) -> Run:
         for line in describe(settings, train, num_steps, topology.world_size):
             log.info(line)
     return run
+
+
+def _saver(
+    settings: Settings, topology: Topology, attempt: Attempt, requests: Requests, tracker: Tracker
+) -> Saver:  # fmt: skip
+    choice = settings.checkpoint
+    checkpoints = Checkpoints(settings.run.folder / "checkpoints", choice.keep, attempt=attempt.number)
+    interval = Interval(choice, num_nodes=-(-topology.world_size // topology.local_world_size))
+    return Saver(topology, attempt, requests, checkpoints, interval, tracker, choice.grace_s)
 
 
 def plan(settings: Settings, train: Data) -> Planner:
@@ -313,19 +329,12 @@ def is_finished(settings: Settings) -> bool:
 def _write_config(run: Run, resolved: dict[str, Any]) -> None:
     """config.yaml: the resolved settings and what they ran with."""
     run.folder.mkdir(parents=True, exist_ok=True)
-    versions = {}
-    for package in PACKAGES:
-        try:
-            versions[package] = importlib.metadata.version(package)
-        except importlib.metadata.PackageNotFoundError:
-            versions[package] = "not installed"
-    git = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, cwd=Path(__file__).parent)
-    environment = {
-        "versions": versions,
-        "commit": git.stdout.strip() or "unknown",
+    ran_with = {
+        "versions": environment.versions(continuing.RECORDED),
+        "commit": environment.commit(),
         "world_size": run.topology.world_size,
     }
-    write_durably(run.folder / "config.yaml", yaml.safe_dump(resolved | {"environment": environment}, sort_keys=False))
+    write_durably(run.folder / "config.yaml", yaml.safe_dump(resolved | {"environment": ran_with}, sort_keys=False))
 
 
 def describe(settings: Settings, train: Data, num_steps: int, world_size: int) -> list[str]:

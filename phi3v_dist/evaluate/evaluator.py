@@ -12,7 +12,7 @@ training: scores are those that a user of the published processor gets.
 
 import logging
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -29,6 +29,7 @@ from phi3v_dist.evaluate.records import thumbnail, write_records
 from phi3v_dist.evaluate.score import AnswerScore, score_answer, summarize
 from phi3v_dist.model.phi3v import Phi3VForCausalLM
 from phi3v_dist.parallel.topology import Topology
+from phi3v_dist.survive import heartbeat
 
 MIN_PARTNERS = 2
 
@@ -47,12 +48,20 @@ class Evaluator:
     settings: EvalSettings
     topology: Topology
 
-    def run(self, model: Phi3VForCausalLM, folder: Path | None, num_samples: int | None = None) -> dict[str, float]:
+    def run(
+        self,
+        model: Phi3VForCausalLM,
+        folder: Path | None,
+        num_samples: int | None = None,
+        stop: Callable[[], bool] = lambda: False,
+    ) -> dict[str, float] | None:
         """Ask the first `num_samples` questions (None: all) and score the answers; all ranks call this together.
 
         Args:
             model: may be partitioned by ZeRO-3.
             folder: where rank 0 writes records; None: nowhere.
+            stop: asked before each batch, on this rank alone; once it says yes, nothing is written and None comes back
+                on every rank.
         """
         copy = local_copy(model)
         sample_ids = self.sample_ids[:num_samples]
@@ -61,13 +70,18 @@ class Evaluator:
         size = self.settings.batch_samples
         batches = [sample_ids[i : i + size] for i in range(0, len(sample_ids), size)]
         rows, loss_sum, label_tokens = [], 0.0, 0
-        for batch in batches[self.topology.rank :: self.topology.world_size]:
+        for number, batch in enumerate(batches[self.topology.rank :: self.topology.world_size]):
+            if stop():
+                break
+            heartbeat.enter("evaluate", number, self.decoder.table.sample_name(batch[0]))
             batch_rows, batch_loss, batch_labels = self._ask(copy, batch, partners)
             rows += batch_rows
             loss_sum += batch_loss
             label_tokens += batch_labels
         del copy
-        loss_sum, labels = self.topology.sum([loss_sum, float(label_tokens)])
+        loss_sum, labels, given_up = self.topology.sum([loss_sum, float(label_tokens), float(stop())])
+        if given_up:
+            return None
         rows = sorted((row for part in self.topology.gather(rows) for row in part), key=lambda r: place[r["sample_id"]])
         metrics = {"eval/skipped": float(len(sample_ids) - len(rows))}
         metrics |= {"eval/loss": loss_sum / labels} if labels else {}

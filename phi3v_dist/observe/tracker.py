@@ -27,8 +27,6 @@ Prediction = Mapping[str, Any]  # one line of eval/step-XXXXXX/predictions.jsonl
 class Tracker:
     """The seam between training and whoever watches it. A sink overrides the verbs that it has a use for."""
 
-    attempt = 1
-
     def start(self, config: Mapping[str, Any]) -> None:
         """Open the sink. `config` is the resolved settings, without secrets."""
 
@@ -49,15 +47,14 @@ class NoTracker(Tracker):
 class JsonlTracker(Tracker):
     """The record: append-only over all attempts, one line per row, on disk before the next step starts."""
 
-    def __init__(self, run_folder: Path):
+    def __init__(self, run_folder: Path, attempt: int):
         self.path = run_folder / RECORD_NAME
-        self.attempt = 1
+        self.attempt = attempt
         self._file: TextIO | None = None
 
     def start(self, config: Mapping[str, Any]) -> None:
         self.path.parent.mkdir(parents=True, exist_ok=True)
         _cut_torn_line(self.path)
-        self.attempt = 1 + max((int(row[ATTEMPT]) for row in _read_rows(self.path)), default=0)
         self._file = self.path.open("a", encoding="utf-8")
 
     def log(self, row: Row) -> None:
@@ -85,7 +82,6 @@ class AllOf(Tracker):
 
     def start(self, config: Mapping[str, Any]) -> None:
         self.record.start(config)
-        self.attempt = self.record.attempt
         self._mirror(lambda mirror: mirror.start(config))
 
     def log(self, row: Row) -> None:
@@ -129,6 +125,11 @@ def read_metrics(run_folder: Path) -> list[dict[str, Number]]:
             history = {earlier: kept for earlier, kept in history.items() if earlier <= step}
         history[step] = {**history.get(step, {}), **row}
     return [history[step] for step in sorted(history)]
+
+
+def last_attempt(run_folder: Path) -> int:
+    """The latest attempt in the record, 0 if there is none."""
+    return max((int(row[ATTEMPT]) for row in _read_rows(run_folder / RECORD_NAME)), default=0)
 
 
 def _read_rows(path: Path) -> Iterator[dict[str, Number]]:

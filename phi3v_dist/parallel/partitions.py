@@ -293,6 +293,32 @@ def set_partition(param: Any, whole: Tensor) -> None:
     param.ds_secondary_tensor = None  # hpZ made one of what was in memory before
 
 
+@torch.no_grad()
+def spoil_gradients(engine: Any) -> None:
+    """Have all ranks' next boundary `engine.step()` change nothing.
+
+    DeepSpeed leaves a step out when the norm of the gradients is not finite: no weight, moment or count of updates
+    moves, and `engine.optimizer.overflow` says so. That way is tested, so a step that is to be left out for another
+    reason takes it too. Call `clear_gradients` after the step.
+    """
+    zero = engine.optimizer
+    if zero.offload_optimizer:  # there the norms are taken as the gradients arrive
+        zero.norm_for_param_grads = {key: torch.full_like(n, math.nan) for key, n in zero.norm_for_param_grads.items()}
+    for gradients in zero.averaged_gradients.values():
+        for gradient in gradients:
+            gradient.fill_(math.nan)
+
+
+@torch.no_grad()
+def clear_gradients(engine: Any) -> None:
+    """After a step that was left out: a parameter without gradient in the next one keeps none of this one's."""
+    zero = engine.optimizer
+    zero.grad_partitions_flat_buffer.zero_()
+    for master in zero.fp32_partitioned_groups_flat:
+        if master.grad is not None:  # with an offloaded optimizer
+            master.grad.zero_()
+
+
 def official_name(name: str) -> str:
     """A parameter's name without what peft adds; names of adapters themselves stay."""
     return name.replace(WRAPPED, ".")

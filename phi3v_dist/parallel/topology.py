@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
 
+import psutil
 import torch
 import torch.distributed as dist
 
@@ -94,9 +95,18 @@ class Topology:
 
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
         backend = "nccl" if torch.cuda.is_available() else "gloo"
-        deepspeed.init_distributed(
-            backend, auto_mpi_discovery=False, verbose=False, timeout=timedelta(seconds=timeout_s)
-        )
+        try:
+            deepspeed.init_distributed(
+                backend, auto_mpi_discovery=False, verbose=False, timeout=timedelta(seconds=timeout_s)
+            )
+        except dist.DistNetworkError as error:
+            if "EADDRINUSE" not in str(error):
+                raise
+            port = int(os.environ["MASTER_PORT"])
+            raise LaunchError(
+                f"the ranks were to meet at port {port} of {self.host}, but {_holder(port)} listens there already: end "
+                "it if it is left from an earlier run, or set another MASTER_PORT (--master_port of the launcher)"
+            ) from error
 
     def stop(self) -> None:
         """Leave the process group."""
@@ -113,6 +123,13 @@ class Topology:
         tensor = torch.tensor(values, dtype=torch.float64, device=self.device)
         if self.world_size > 1:
             dist.all_reduce(tensor)
+        return tensor.tolist()
+
+    def max(self, values: list[float]) -> list[float]:
+        """Element by element over all ranks."""
+        tensor = torch.tensor(values, dtype=torch.float64, device=self.device)
+        if self.world_size > 1:
+            dist.all_reduce(tensor, op=dist.ReduceOp.MAX)
         return tensor.tolist()
 
     def broadcast(self, value: Any) -> Any:
@@ -173,3 +190,15 @@ def _port(world_size: int) -> int:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return int(probe.getsockname()[1])
+
+
+def _holder(port: int) -> str:
+    """Who listens at a port of this machine, as far as one may know; no command line, which may hold secrets."""
+    for connection in psutil.net_connections("tcp"):
+        if connection.status == psutil.CONN_LISTEN and connection.laddr.port == port and connection.pid:
+            try:
+                process = psutil.Process(connection.pid)
+                return f"process {process.pid} ({process.name()} of {process.username()})"
+            except psutil.Error:
+                break  # it has just ended, or is hidden
+    return "another process"

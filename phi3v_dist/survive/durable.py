@@ -4,13 +4,14 @@ Surprise: flushing a file is not enough. Its name is a part of its folder, which
 """
 
 import os
+import secrets
 from pathlib import Path
 
 
 def write_durably(path: Path, text: str) -> None:
     """Write, flush, and only then give the name. Raises OSError."""
-    partial = path.with_name(f"{path.name}.partial")
-    with partial.open("w", encoding="utf-8") as file:
+    partial = path.with_name(f"{path.name}.{secrets.token_hex(4)}.partial")  # no two writers, and no planted link
+    with partial.open("x", encoding="utf-8") as file:
         file.write(text)
         file.flush()
         os.fsync(file.fileno())

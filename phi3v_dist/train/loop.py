@@ -10,12 +10,16 @@ import time
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from phi3v_dist.data.plan import PlannedStep
 from phi3v_dist.observe.metrics import step_row
+from phi3v_dist.parallel.local_gradients import LocalGradients
 from phi3v_dist.run import Run
 from phi3v_dist.survive.checkpoint import Position
 from phi3v_dist.survive.durable import write_durably
+from phi3v_dist.survive.requests import Asked
 from phi3v_dist.train.accounts import Accounts, plan_state
 from phi3v_dist.train.optim import learning_rates
+from phi3v_dist.train.skipped import SkippedSteps
 from phi3v_dist.train.step import StepResult, train_step
 
 SUMMARY_NAME = "summary.json"
@@ -23,27 +27,37 @@ SUMMARY_NAME = "summary.json"
 log = logging.getLogger(__name__)
 
 
-def fit(run: Run) -> dict[str, float]:
-    """Train to the last step, from the newest checkpoint if there is one; returns the summary."""
+def fit(run: Run) -> dict[str, float] | None:
+    """Train to the last step, from the newest checkpoint if there is one; returns the summary, None when stopped."""
     totals, state, accounts = _start(run)
     clock = Clock(totals.wall_s)
+    gradients = LocalGradients(run.engine.module, run.engine.device)
+    skipped = SkippedSteps(
+        run.settings.watch.bad_steps, run.train.table.sample_name, run.saver.checkpoints.newest, run.topology.is_main
+    )
+    run.requests.training_begins()
     for plan, batches in run.loader(state) if totals.step < run.num_steps else ():
         rates = learning_rates(totals.step + 1, run.num_steps, run.settings.train)
-        result = train_step(run.engine, plan, batches, rates, run.topology)
+        result = train_step(run.engine, plan, batches, rates, run.topology, gradients)
         totals.add(result)
         totals.wall_s = clock.read_s()
-        accounts.record(plan, result.unused, result.quarantined, updated=result.label_tokens > 0)
+        accounts.record(plan, result.unused, result.quarantined, updated=result.skipped is None)
         run.tracker.log(
             step_row(result, run.settings.data.row_length_tokens, run.topology.world_size) | totals.row(run)
         )
+        skipped.look(result)
         accounts.require_few_bad(totals.quarantined, totals.samples)
         last = totals.step == run.num_steps
-        if last or totals.step % (run.settings.checkpoint.every_steps or 200) == 0:
+        asked = run.saver.edge(totals.step)
+        if asked.save or last:
             _save(run, totals, accounts.state(plan))
         if last:
             break
-        if run.settings.eval.every_steps and totals.step % run.settings.eval.every_steps == 0:
+        if not asked.stop and _evaluation_is_due(run, totals.step):
             _evaluate(run, totals.step, run.settings.eval.samples)
+            asked = run.saver.edge(totals.step)
+        if asked.stop:
+            return _stop(run, totals, accounts, plan, asked)
     accounts.require_few_bad(totals.quarantined, totals.samples, at_end=run.planner.end is not None)
     accounts.close()
     totals.wall_s = clock.read_s()
@@ -68,6 +82,7 @@ class Totals:
     tokens: int = 0
     samples: int = 0
     quarantined: int = 0
+    skipped: int = 0
     wall_s: float = 0.0
 
     def add(self, result: StepResult) -> None:
@@ -75,6 +90,7 @@ class Totals:
         self.tokens += result.tokens
         self.samples += result.samples
         self.quarantined += result.quarantined
+        self.skipped += result.skipped is not None
 
     def row(self, run: Run) -> dict[str, float]:
         return {
@@ -82,6 +98,7 @@ class Totals:
             "train/samples": self.samples,
             "train/epoch": self.samples / max(1, run.train.usable(run.settings.data.row_length_tokens)),
             "data/quarantined": self.quarantined,
+            "train/skipped": self.skipped,
             "run/wall_s": self.wall_s,
             "run/world_size": run.topology.world_size,
         }
@@ -90,11 +107,13 @@ class Totals:
 def _start(run: Run) -> tuple[Totals, dict[str, Any] | None, Accounts]:
     """Open the sinks and go back to the newest checkpoint: what was done, where the data goes on, and the books."""
     run.tracker.start(run.resolved)
-    newest = run.checkpoints.newest()
-    position = run.checkpoints.load(run.engine, newest) if newest else None
+    checkpoints = run.saver.checkpoints
+    newest = checkpoints.newest()
+    position = checkpoints.load(run.engine, newest) if newest else None
     accounts = run.accounts(position.loader if position else None)
     if position is None:
         return Totals(), None, accounts
+    run.saver.saved_step = position.step
     log.info("continuing from %s, step %d of %d", newest, position.step, run.num_steps)
     if position.config_digest != run.config_digest:
         log.warning("the settings are not those that %s was saved with; compare %s", newest, run.folder / "config.yaml")
@@ -102,22 +121,49 @@ def _start(run: Run) -> tuple[Totals, dict[str, Any] | None, Accounts]:
 
 
 def _save(run: Run, totals: Totals, data_state: dict[str, Any]) -> None:
-    began = time.perf_counter()
     position = Position(
-        step=totals.step, run_id=run.run_id, loader=data_state, attempt=run.tracker.attempt, seed=run.settings.run.seed,
+        step=totals.step, run_id=run.run_id, loader=data_state, attempt=run.attempt.number, seed=run.settings.run.seed,
         config_digest=run.config_digest, extra=asdict(totals),
     )  # fmt: skip
-    run.checkpoints.save(run.engine, position)
-    seconds = time.perf_counter() - began
-    run.tracker.log({"train/step": totals.step, "ckpt/save_s": seconds, "time/ckpt_s": seconds})
+    run.saver.begin(run.engine, position)
 
 
-def _evaluate(run: Run, step: int, num_samples: int | None) -> dict[str, float]:
+def _stop(run: Run, totals: Totals, accounts: Accounts, plan: PlannedStep, asked: Asked) -> None:
+    """A clean stop: this step saved, if there is time for it, and a marker that says so."""
+    run.saver.wait()
+    if run.saver.saved_step < totals.step:
+        if run.saver.fits(asked):
+            _save(run, totals, accounts.state(plan))
+            run.saver.wait()
+        else:
+            log.warning("no time to save step %d before the kill: step %d is", totals.step, run.saver.saved_step)
+    accounts.close()
+    _leave(run, totals)
+
+
+def _leave(run: Run, totals: Totals) -> None:
+    """Say that the run was stopped and not finished: what `stopped.json` means to a batch script."""
+    run.tracker.finish({"train/step": totals.step} | totals.row(run))
+    why = run.requests.why or "another rank was asked to"
+    run.requests.stopped(run.saver.saved_step, why)
+    log.info("stopped after step %d, saved (%s); the same command goes on", run.saver.saved_step, why)
+    run.topology.barrier()
+
+
+def _evaluation_is_due(run: Run, step: int) -> bool:
+    return bool(run.settings.eval.every_steps) and step % run.settings.eval.every_steps == 0
+
+
+def _evaluate(run: Run, step: int, num_samples: int | None) -> dict[str, float] | None:
+    """Scores of this step; None when the run was asked to stop meanwhile."""
     if run.evaluator is None:
         return {}
     began = time.perf_counter()
     folder = run.folder / "eval" / f"step-{step:06d}"
-    metrics = run.evaluator.run(run.engine.module, folder, num_samples)
+    metrics = run.evaluator.run(run.engine.module, folder, num_samples, run.requests.heard)
+    if metrics is None:
+        log.warning("the evaluation of step %d was given up: the run was asked to stop", step)
+        return None
     run.tracker.log({"train/step": step, "time/eval_s": time.perf_counter() - began} | metrics)
     if run.topology.is_main:
         rows = [json.loads(line) for line in (folder / "predictions.jsonl").read_text().splitlines()]
@@ -125,9 +171,12 @@ def _evaluate(run: Run, step: int, num_samples: int | None) -> dict[str, float]:
     return metrics
 
 
-def _finish(run: Run, totals: Totals) -> dict[str, float]:
+def _finish(run: Run, totals: Totals) -> dict[str, float] | None:
     """The last evaluation, and summary.json, whose presence says that the run is complete."""
     metrics = _evaluate(run, totals.step, run.settings.eval.final_samples)
+    run.saver.wait()
+    if metrics is None:
+        return _leave(run, totals)
     summary = {"train/step": totals.step} | totals.row(run) | metrics | run.reference
     run.tracker.finish(summary)
     if run.topology.is_main:

@@ -5,6 +5,9 @@ already summed over all ranks.
 Surprise: the loss is the sum over label tokens divided by the label tokens of the *whole* step. ZeRO-3 divides
 gradients by the world size, so each micro-step's sum is multiplied by world / planned tokens and nothing else is
 scaled; ranks, accumulation and packing then cannot change the result beyond the order of a sum.
+
+A step makes no update when it has no label token, or when a loss or gradient is not finite: all ranks then leave it out
+together, and weights, moments and counts of updates stay as they were, to the bit.
 """
 
 import math
@@ -17,21 +20,28 @@ import torch
 
 from phi3v_dist.data.batch import Batch, Filling
 from phi3v_dist.data.plan import PlannedStep
-from phi3v_dist.errors import DivergedError
+from phi3v_dist.errors import DataError, OutOfMemoryError
+from phi3v_dist.parallel import partitions
+from phi3v_dist.parallel.local_gradients import LocalGradients
 from phi3v_dist.parallel.topology import Topology
+from phi3v_dist.survive import heartbeat
+
+GIB = 2**30
+NO_LABELS = "it has no label token"
 
 
 @dataclass(frozen=True)
 class StepResult:
     """What one optimizer step did, over all ranks.
 
-    loss: mean over label tokens, in nats. grad_norm: before clipping.
-    label_tokens: really trained; fewer than planned when samples were quarantined. At 0 the loss is NaN and the weights
-        stay as they were.
+    loss: mean over label tokens, in nats; NaN when there is none. grad_norm: before clipping; infinite when skipped.
+    label_tokens: really trained; fewer than planned when samples were quarantined.
     tokens: of all rows, without filling. padding_frac: share of the rows' capacity left empty.
     seconds: by part of the step (data, fwd, bwd, opt), this rank's clock.
     data_wait_s: what training waited for data, mean over ranks.
     left_out: the quarantined samples, of this rank only.
+    skipped: why the step made no update; None: it made one.
+    not_finite_on: the ranks on which a loss or gradient that is not finite began; empty while all are finite.
     """
 
     step: int
@@ -48,6 +58,8 @@ class StepResult:
     seconds: dict[str, float] = field(default_factory=dict)
     data_wait_s: float = 0.0
     left_out: tuple[Filling, ...] = ()
+    skipped: str | None = None
+    not_finite_on: tuple[str, ...] = ()
 
     @property
     def unused(self) -> list[tuple[int, str]]:
@@ -56,70 +68,147 @@ class StepResult:
 
 
 def train_step(
-    engine: Any, plan: PlannedStep, batches: Iterable[Batch], rates: dict[str, float], topology: Topology
-) -> StepResult:
-    """Forward and backward of each Batch as it comes, then one update; none when every sample was quarantined.
+    engine: Any, plan: PlannedStep, batches: Iterable[Batch], rates: dict[str, float], topology: Topology,
+    gradients: LocalGradients | None = None,
+) -> StepResult:  # fmt: skip
+    """Forward and backward of each Batch as it comes, then one update, or none by all ranks.
+
+    Args:
+        gradients: says of a gradient that is not finite on which ranks it began; None: that is not known.
 
     Raises:
-        DivergedError: the loss is not finite; the weights are then unchanged.
+        OutOfMemoryError: the accelerator's memory is full.
+        DataError: this rank has fewer Batches than the step has micro-steps, or ranks work on different steps.
     """
     seconds = {"data": 0.0, "fwd": 0.0, "bwd": 0.0, "opt": 0.0}
     loss_sum = torch.zeros((), dtype=torch.float64, device=engine.device)  # read once, so that no micro-step waits
-    label_tokens = images = 0
+    label_tokens = images = num_batches = 0
     left_out: list[Filling] = []
+    micro_steps = engine.gradient_accumulation_steps()
     for group in engine.optimizer.param_groups:
         group["lr"] = rates[group["part"]]
-    for batch in _timed(batches, seconds):
+    batch: Batch | None = None
+    try:
+        for batch in _timed(batches, seconds, plan, micro_steps):
+            num_batches += 1
+            where = f"micro-step {num_batches} of {micro_steps}"
+            began = time.perf_counter()
+            asked = heartbeat.enter("forward", plan.number, where)
+            losses = engine(**batch.inputs(engine.device)).token_losses.sum()
+            if asked == "nan":
+                losses = losses * math.nan
+            forward = time.perf_counter()
+            if heartbeat.enter("backward", plan.number, where) == "nan":
+                losses.register_hook(lambda gradient: gradient * math.nan)
+            engine.backward(losses * (topology.world_size / plan.label_tokens), scale_wrt_gas=False)
+            loss_sum += losses.detach()
+            seconds["fwd"] += forward - began
+            seconds["bwd"] += time.perf_counter() - forward
+            label_tokens += batch.label_tokens
+            images += len(batch.image_sizes)
+            left_out += batch.quarantined
+            if num_batches < micro_steps:
+                engine.step()
+        if num_batches != micro_steps:
+            raise DataError(
+                f"rank {topology.rank} on {topology.host} has {num_batches} of the {micro_steps} batches of step "
+                f"{plan.number}, and all other ranks wait for it. This is a fault of the loader; started again, the "
+                "run goes on from its last checkpoint"
+            )
         began = time.perf_counter()
-        losses = engine(**batch.inputs(engine.device)).token_losses.sum()
-        forward = time.perf_counter()
-        engine.backward(losses * (topology.world_size / plan.label_tokens), scale_wrt_gas=False)
-        loss_sum += losses.detach()
-        seconds["fwd"] += forward - began
-        seconds["bwd"] += time.perf_counter() - forward
-        label_tokens += batch.label_tokens
-        images += len(batch.image_sizes)
-        left_out += batch.quarantined
-        if not engine.is_gradient_accumulation_boundary():
-            engine.step()
-    began = time.perf_counter()
-    loss, labels, pictures, quarantined, waited_s = topology.sum(
-        [loss_sum.item(), float(label_tokens), float(images), float(len(left_out)), seconds["data"]]
-    )
-    _update(engine, plan, loss, int(labels))
+        heartbeat.enter("optimizer", plan.number)
+        own_loss = loss_sum.item()
+        loss, labels, pictures, quarantined, waited_s, step_numbers = topology.sum(
+            [own_loss, float(label_tokens), float(images), float(len(left_out)), seconds["data"], float(plan.number)]
+        )
+        if step_numbers != plan.number * topology.world_size:
+            raise DataError(_steps_differ(topology, plan.number))
+        skipped = _update(engine, plan, loss, int(labels))
+    except torch.OutOfMemoryError as error:
+        raise OutOfMemoryError(_memory_report(error, plan, batch, topology, engine.device)) from error
+    own_gradients_finite = gradients.were_finite() if gradients else True
+    not_finite_on: tuple[str, ...] = ()
+    if skipped and skipped != NO_LABELS:
+        not_finite_on = _began_on(topology, math.isfinite(own_loss) and own_gradients_finite)
     seconds["opt"] = time.perf_counter() - began
     return StepResult(
         step=plan.number, loss=loss / labels if labels else math.nan, grad_norm=float(engine.get_global_grad_norm()),
         learning_rates=rates, label_tokens=int(labels), tokens=plan.tokens, images=int(pictures),
         samples=len(plan.sample_ids), quarantined=int(quarantined), sample_ids=plan.sample_ids, rows=len(plan.rows),
-        seconds=seconds, data_wait_s=waited_s / topology.world_size, left_out=tuple(left_out),
+        seconds=seconds, data_wait_s=waited_s / topology.world_size, left_out=tuple(left_out), skipped=skipped,
+        not_finite_on=not_finite_on,
     )  # fmt: skip
 
 
-def _timed(batches: Iterable[Batch], seconds: dict[str, float]) -> Iterator[Batch]:
+def _timed(
+    batches: Iterable[Batch], seconds: dict[str, float], plan: PlannedStep, micro_steps: int
+) -> Iterator[Batch]:
     """Each Batch as it comes; what training waits for them is added to `seconds`."""
-    began = time.perf_counter()
-    for batch in batches:
-        seconds["data"] += time.perf_counter() - began
-        yield batch
+    iterator = iter(batches)
+    for number in range(1, micro_steps + 1):
         began = time.perf_counter()
+        heartbeat.enter("data", plan.number, f"micro-step {number} of {micro_steps}")
+        batch = next(iterator, None)
+        seconds["data"] += time.perf_counter() - began
+        if batch is None:
+            return
+        yield batch
 
 
-def _update(engine: Any, plan: PlannedStep, loss_sum: float, label_tokens: int) -> None:
-    """The boundary step. Gradients were divided by the planned tokens; the loss scale makes up for quarantined ones.
+def _update(engine: Any, plan: PlannedStep, loss_sum: float, label_tokens: int) -> str | None:
+    """The boundary step; returns why no weight was changed, the same on every rank, or None.
 
-    Without a label token all gradients are 0. The engine must take its step all the same, on every rank; at a learning
-    rate of 0 neither gradients nor weight decay can change a weight.
+    Gradients were divided by the planned tokens; the loss scale makes up for quarantined ones.
     """
+    skipped = None
     if not math.isfinite(loss_sum):
-        raise DivergedError(
-            f"step {plan.number}: the loss is {loss_sum}. Samples of the step: {list(plan.sample_ids)[:20]}. "
-            "Lower `train.learning_rate` or raise `train.warmup_steps`, and start again from the last checkpoint"
-        )
-    if label_tokens == 0:
-        for group in engine.optimizer.param_groups:
-            group["lr"] = 0.0
+        skipped = f"its loss is {loss_sum}"
+    elif label_tokens == 0:
+        skipped = NO_LABELS
+    if skipped:
+        partitions.spoil_gradients(engine)
     elif label_tokens != plan.label_tokens:
         engine.optimizer.loss_scale = label_tokens / plan.label_tokens
     engine.step()
     engine.optimizer.loss_scale = 1.0
+    if engine.optimizer.overflow:
+        partitions.clear_gradients(engine)
+        return skipped or "its gradient is not finite, although its loss is"
+    return None
+
+
+def _began_on(topology: Topology, is_finite: bool) -> tuple[str, ...]:
+    """The ranks whose own loss or gradients are not finite."""
+    everyone = topology.gather((topology.host, is_finite))
+    found = tuple(f"rank {rank} on {host}" for rank, (host, fine) in enumerate(everyone) if not fine)
+    return found or ("no rank alone, only in the sum over all",)
+
+
+def _steps_differ(topology: Topology, number: int) -> str:
+    everyone = topology.gather((topology.host, number))
+    listed = ", ".join(f"rank {rank} on {host} at step {step}" for rank, (host, step) in enumerate(everyone))
+    return f"ranks work on different steps: {listed}. Started again, the run goes on from its last checkpoint"
+
+
+def _memory_report(
+    error: Exception, plan: PlannedStep, batch: Batch | None, topology: Topology, device: torch.device
+) -> list[str]:
+    """What filled the memory, and what to change."""
+    found = [f"rank {topology.rank} on {topology.host}, step {plan.number}: {str(error).splitlines()[0]}"]
+    if batch is not None:
+        found.append(
+            f"the batch of that moment: {batch.input_ids.numel():,} tokens in {len(batch.layout.lengths)} documents, "
+            f"{len(batch.pixel_values)} crops of {len(batch.image_sizes)} pictures"
+        )
+    if device.type == "cuda":
+        free, total = torch.cuda.mem_get_info(device)
+        found.append(
+            f"memory of {torch.cuda.get_device_name(device)}: {torch.cuda.memory_allocated(device) / GIB:.1f} GiB "
+            f"allocated, {torch.cuda.memory_reserved(device) / GIB:.1f} reserved, {free / GIB:.1f} free of "
+            f"{total / GIB:.1f} in all"
+        )
+    found.append(
+        "lower `data.row_length_tokens` (activations grow with it), then `model.vision_chunk_crops`; keep "
+        "`model.gradient_checkpointing` on, or use more ranks. Started again, the run goes on from its last checkpoint"
+    )
+    return found

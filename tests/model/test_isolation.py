@@ -100,4 +100,4 @@ def test_a_run_does_not_start_with_a_backend_that_leaks(config_file, monkeypatch
     found = run.problems(settings, world_size=1)
     assert len(found) == 1 and "`model.attention`: flash_attention_2 lets documents see each other" in found[0]
     with pytest.raises(ConfigError, match="see each other"):  # and on every rank, before a weight is read
-        run.build(settings, run.Topology())
+        run.build(settings, run.Topology(), Attempt(1, settings.run.folder), Requests())

@@ -6,11 +6,11 @@ from typing import Any
 
 import pytest
 
-from phi3v_dist.observe.tracker import AllOf, JsonlTracker, NoTracker, Tracker, read_metrics
+from phi3v_dist.observe.tracker import AllOf, JsonlTracker, NoTracker, Tracker, last_attempt, read_metrics
 
 
 def attempt(run: Path, steps: Sequence[int], loss: float) -> JsonlTracker:
-    tracker = JsonlTracker(run)
+    tracker = JsonlTracker(run, last_attempt(run) + 1)
     tracker.start({})
     for step in steps:
         tracker.log({"train/step": step, "train/loss": loss + step})
@@ -62,7 +62,7 @@ def test_an_evaluation_row_joins_the_training_row_of_its_step(tmp_path: Path) ->
 
 
 def test_a_loss_that_is_not_finite_is_strict_json_and_comes_back_as_nan(tmp_path: Path) -> None:
-    tracker = JsonlTracker(tmp_path)
+    tracker = JsonlTracker(tmp_path, 1)
     tracker.start({})
     tracker.log({"train/step": 1, "train/loss": math.inf})
     json.loads((tmp_path / "metrics.jsonl").read_text(), parse_constant=pytest.fail)
@@ -109,7 +109,7 @@ def test_a_mirror_that_raises_is_said_once_and_hurts_neither_the_run_nor_the_oth
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     listening = Listening()
-    tracker = AllOf(JsonlTracker(tmp_path), [Broken(), listening])
+    tracker = AllOf(JsonlTracker(tmp_path, 1), [Broken(), listening])
     tracker.start({})
     for step in (1, 2, 3):
         tracker.log({"train/step": step, "train/loss": 1.0})

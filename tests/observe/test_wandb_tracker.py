@@ -30,7 +30,7 @@ def fresh_client(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[No
 
 
 def train(run: Path, tracker: WandbTracker, steps: int = 5) -> AllOf:
-    sinks = AllOf(JsonlTracker(run), [tracker])
+    sinks = AllOf(JsonlTracker(run, 1), [tracker])
     sinks.start({"train": {"steps": steps}})
     for step in range(1, steps + 1):
         sinks.log({"train/step": step, "train/loss": 3.0 / step})

@@ -1,0 +1,115 @@
+"""Who made an attempt, and whether that process still lives.
+
+What comes in: facts about a process, from its attempt's `owner.json`. What goes out: a name for people, and why it is
+gone. Surprise: no clock is compared. An owner on this machine is alive if its process is; one elsewhere is alive if a
+counter that it renews moves while we watch.
+"""
+
+import contextlib
+import json
+import logging
+import os
+import secrets
+import socket
+import threading
+import time
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields
+from datetime import UTC, datetime
+from pathlib import Path
+
+import psutil
+
+from phi3v_dist.errors import LaunchError
+from phi3v_dist.survive.durable import write_durably
+
+OWNER_NAME, COUNTER_NAME = "owner.json", "alive"
+RENEW_S = 5.0
+WATCH_S = 3 * RENEW_S + 1  # how long a foreign counter may stand still before its owner counts as gone
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Owner:
+    """machine: this boot and process namespace, within which a pid means something. since: local time, for people."""
+
+    attempt: int
+    job: str
+    host: str
+    machine: str
+    pid: int
+    pid_started: float
+    since: str
+    token: str
+
+    @classmethod
+    def of_this_process(cls, attempt: int, env: Mapping[str, str] = os.environ) -> "Owner":
+        boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+        return cls(
+            attempt=attempt, job=env.get("SLURM_JOB_ID", ""), host=socket.gethostname(),
+            machine=f"{boot}/{os.stat('/proc/self/ns/pid').st_ino}", pid=os.getpid(),
+            pid_started=psutil.Process().create_time(),
+            since=datetime.now(UTC).astimezone().isoformat(timespec="seconds"), token=secrets.token_hex(8),
+        )  # fmt: skip
+
+    def __str__(self) -> str:
+        job = f"Slurm job {self.job}" if self.job else f"process {self.pid}"
+        return f"attempt {self.attempt}, {job} on {self.host} since {self.since}"
+
+    def why_gone(self, folder: Path, asker: "Owner") -> str | None:
+        """Why this owner of an attempt's folder is certainly gone; None when it is alive. May watch for `WATCH_S`."""
+        if self.machine == asker.machine:
+            try:
+                alive = abs(psutil.Process(self.pid).create_time() - self.pid_started) < 1
+            except psutil.NoSuchProcess:
+                alive = False
+            return None if alive else f"process {self.pid} is gone"
+        if self.job and self.job == asker.job:
+            return f"Slurm job {self.job} has been started again"
+        log.warning("waiting %.0f s to see whether %s is alive", WATCH_S, self)
+        before, deadline_s = _count(folder), time.monotonic() + WATCH_S
+        while time.monotonic() < deadline_s:
+            time.sleep(RENEW_S / 5)
+            if _count(folder) != before:
+                return None
+        return f"it has shown no life for {WATCH_S:.0f} s"
+
+
+def write_owner(folder: Path, owner: Owner, **facts: object) -> None:
+    """`facts`: whatever else a person would ask of this attempt."""
+    write_durably(folder / OWNER_NAME, json.dumps(asdict(owner) | facts, indent=1) + "\n")
+
+
+def read_owner(folder: Path) -> Owner | None:
+    """None when the file is not there (yet). Raises LaunchError when it cannot be understood."""
+    path = folder / OWNER_NAME
+    try:
+        facts = json.loads(path.read_text())
+        return Owner(**{field.name: facts[field.name] for field in fields(Owner)})
+    except FileNotFoundError:
+        return None
+    except (ValueError, TypeError, KeyError) as error:
+        raise LaunchError(f"{path} is damaged ({error!r}): if nobody trains there, remove {folder}") from error
+
+
+def show_life(folder: Path, ended: threading.Event) -> threading.Thread:
+    """Renew the counter until `ended`, from the thread that is returned."""
+
+    def renew() -> None:
+        count = 0
+        while not ended.wait(RENEW_S if count else 0):
+            count += 1
+            with contextlib.suppress(OSError):  # a full disk: the saves say so, and a moment later there is room again
+                (folder / COUNTER_NAME).write_text(str(count))
+
+    thread = threading.Thread(target=renew, name="alive", daemon=True)
+    thread.start()
+    return thread
+
+
+def _count(folder: Path) -> str:
+    try:
+        return (folder / COUNTER_NAME).read_text()
+    except OSError:
+        return ""

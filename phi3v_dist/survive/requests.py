@@ -1,0 +1,139 @@
+"""Notices and wishes from outside → one decision of all ranks at a step's edge.
+
+What comes in: SIGTERM, SIGUSR1 (preemption, time limit), SIGINT (Ctrl-C), the files `RUN/STOP` and `RUN/SAVE`. What goes
+out: `agreed()`, the same answer on every rank, so that all stop or save after the same step. A clean stop leaves
+`RUN/stopped.json` and exits 0.
+
+Surprise: a signal only sets a flag, except before the first step. Until then there is nothing to save, and the process
+may sit in a wait that no flag ends, so a thread that the signal wakes ends it there and then, also with 0.
+"""
+
+import json
+import logging
+import os
+import signal
+import sys
+import threading
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+from phi3v_dist.survive import heartbeat
+from phi3v_dist.survive.attempt import STOPPED_NAME, Attempt
+from phi3v_dist.survive.durable import write_durably
+
+NOTICES = (signal.SIGTERM, signal.SIGUSR1)  # somebody is going to kill this job
+STOP_NAME, SAVE_NAME = "STOP", "SAVE"
+LOOK_S = 1.0  # between looks for the files: a shared file system need not be asked at every step
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Asked:
+    """What any rank was asked for. notice_age_s: since the first notice of a kill, 0 if there was none."""
+
+    stop: bool = False
+    save: bool = False
+    busy: bool = False
+    lost: bool = False
+    notice_age_s: float = 0.0
+
+
+class Requests:
+    """What this process has been asked. Listen early: until then a signal kills."""
+
+    def __init__(self) -> None:
+        self.why = ""
+        self.folder: Path | None = None
+        self.attempt: Attempt | None = None
+        self._stop = self._save = False
+        self._noticed_s: float | None = None  # on this host's monotonic clock
+        self._looked_s = -LOOK_S
+        self._training = False
+
+    @classmethod
+    def listen(cls) -> "Requests":
+        """Take the signals over, from the main thread. Before the first step they end the process at once."""
+        requests = cls()
+        for number in (*NOTICES, signal.SIGINT):
+            signal.signal(number, requests._heard)
+        readable, writable = os.pipe()
+        os.set_blocking(writable, False)
+        signal.set_wakeup_fd(writable, warn_on_full_buffer=False)
+        threading.Thread(target=requests._leave_early, args=(readable,), name="signals", daemon=True).start()
+        return requests
+
+    def opened(self, folder: Path, attempt: Attempt) -> None:
+        """The run folder is ours: look for files in it, and give it back when a signal comes before the first step."""
+        self.folder, self.attempt = folder, attempt
+
+    def training_begins(self) -> None:
+        """From now on there is something to save: signals only set a flag."""
+        self._training = True
+
+    def heard(self) -> bool:
+        """Whether this rank alone has been asked to stop; for long work between two step edges."""
+        self._look()
+        return self._stop
+
+    def agreed(self, topology: Any, save: bool = False, busy: bool = False, lost: bool = False) -> Asked:
+        """Everyone's wishes as one. Collective, once for each step edge.
+
+        Args:
+            save: this rank would save now; busy: its last save is still being written; lost: the run is no longer ours.
+        """
+        self._look()
+        age_s = time.monotonic() - self._noticed_s if self._noticed_s is not None else 0.0
+        mine = [self._stop, self._save or save, busy, lost, age_s]
+        stop, wants_save, is_busy, is_lost, oldest_s = topology.max([float(value) for value in mine])
+        return Asked(stop > 0, wants_save > 0, is_busy > 0, is_lost > 0, oldest_s)
+
+    def saved(self) -> None:
+        """A save has been begun: nobody waits for one any more."""
+        self._save = False
+        self._remove(SAVE_NAME)
+
+    def stopped(self, step: int, why: str) -> None:
+        """Leave the marker of a clean stop."""
+        assert self.folder is not None and self.attempt is not None
+        if not self.attempt.is_main:
+            return
+        write_durably(self.folder / STOPPED_NAME, json.dumps({"step": step, "why": why}) + "\n")
+        self._remove(STOP_NAME)
+
+    def _heard(self, number: int, _: FrameType | None) -> None:
+        if number == signal.SIGINT and self._stop:
+            raise KeyboardInterrupt
+        if number in NOTICES and self._noticed_s is None:
+            self._noticed_s = time.monotonic()
+        self._stop, self.why = True, self.why or signal.Signals(number).name
+
+    def _look(self) -> None:
+        now = time.monotonic()
+        if self.folder is None or now - self._looked_s < LOOK_S:
+            return
+        self._looked_s = now
+        if (self.folder / STOP_NAME).exists():
+            self._stop, self.why = True, self.why or str(self.folder / STOP_NAME)
+        self._save = self._save or (self.folder / SAVE_NAME).exists()
+
+    def _remove(self, name: str) -> None:
+        if self.folder is not None:
+            (self.folder / name).unlink(missing_ok=True)
+
+    def _leave_early(self, readable: int) -> None:
+        """Woken by the operating system, also while the main thread sits in code that Python cannot interrupt."""
+        while number := os.read(readable, 1)[0]:
+            if self._training or number not in (*NOTICES, signal.SIGINT):
+                continue
+            why = signal.Signals(number).name
+            log.warning("%s before the first step: stopped, nothing to save", why)
+            if self.attempt is not None:
+                self.stopped(0, why)
+                self.attempt.end()
+            heartbeat.close("stopped", why)
+            sys.stdout.flush()
+            os._exit(0)

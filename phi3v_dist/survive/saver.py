@@ -1,0 +1,97 @@
+"""When a run is saved: the interval, the wishes of people and Slurm, and what the last save said, at each step's edge.
+
+What comes in: the step just done. What goes out: `Asked`, the same on every rank, and checkpoints begun in the
+background. Surprise: nothing here is decided by one rank alone. Its clock, its signal or its full disk is a vote; what
+all of them hear is the sum of the votes.
+"""
+
+import logging
+from dataclasses import dataclass, replace
+from typing import Any
+
+from phi3v_dist.errors import CheckpointError, LaunchError
+from phi3v_dist.observe.tracker import Tracker
+from phi3v_dist.parallel.topology import Topology
+from phi3v_dist.survive.attempt import Attempt
+from phi3v_dist.survive.checkpoint import Checkpoints, Position, Saved
+from phi3v_dist.survive.interval import Interval
+from phi3v_dist.survive.requests import Asked, Requests
+
+MAX_FAILURES = 3  # saves in a row; after that too much would be at risk
+
+log = logging.getLogger(__name__)
+
+
+@dataclass
+class Saver:
+    """Every method is collective over all ranks, except that only rank 0's interval counts.
+
+    grace_s: between a notice and the kill.
+    """
+
+    topology: Topology
+    attempt: Attempt
+    requests: Requests
+    checkpoints: Checkpoints
+    interval: Interval
+    tracker: Tracker
+    grace_s: float
+    saved_step: int = 0  # of the newest save that was begun
+    _due: bool = False  # also when the one before was still being written
+    _save_s: float = 0.0  # what the last one took
+    _warned_slow: bool = False
+
+    def edge(self, step: int) -> Asked:
+        """What is wished of the run after this step. Raises LaunchError when a newer attempt has taken it over."""
+        self._hear_of_last()
+        self._due |= self.topology.is_main and self.interval.due(step)
+        other = self.attempt.lost_to()
+        asked = self.requests.agreed(self.topology, self._due, self.checkpoints.busy, other is not None)
+        if asked.lost:
+            raise LaunchError(f"this run was taken over{f' by {other}' if other else ''}: this attempt ends, unsaved")
+        if asked.save and asked.busy and not asked.stop and not self._warned_slow and self.topology.is_main:
+            self._warned_slow = True
+            log.warning(
+                "step %d should be saved, but the save of step %d is still being written; it is saved when that is done. "
+                "A longer `checkpoint.every_steps` or a higher `checkpoint.write_mb_per_s` would suit this disk",
+                *(step, self.saved_step),
+            )
+        return replace(asked, save=asked.save and not asked.busy)
+
+    def begin(self, engine: Any, position: Position) -> None:
+        """Copy the state of this step and have it written while training goes on."""
+        self.checkpoints.begin(engine, position)
+        self.saved_step = position.step
+        self._due = False
+        self.interval.began(position.step)
+        self.requests.saved()
+
+    def fits(self, asked: Asked) -> bool:
+        """Whether a save can be done before the kill that was announced, going by how long the last one took."""
+        left_s = self.grace_s - asked.notice_age_s
+        return asked.notice_age_s == 0 or self.topology.max([self._save_s])[0] < left_s
+
+    def wait(self) -> None:
+        """Until the last save is on the disk, as fast as the disk takes it. Raises CheckpointError when it failed."""
+        self.checkpoints.wait()
+        self._hear_of_last(final=True)
+
+    def _hear_of_last(self, final: bool = False) -> None:
+        """Log what became of the last save; a failed one stops the run when it is the last, or the third in a row."""
+        outcome = self.checkpoints.result()
+        if isinstance(outcome, Saved):
+            self._save_s = outcome.blocked_s + outcome.write_s
+            self.interval.saved(outcome.step, outcome.blocked_s, outcome.write_s)
+            self.tracker.log(
+                {
+                    "train/step": outcome.step, "ckpt/save_s": outcome.write_s, "time/ckpt_s": outcome.blocked_s,
+                    "ckpt/size_gib": outcome.size_bytes / 2**30,
+                }
+            )  # fmt: skip
+        elif isinstance(outcome, CheckpointError):
+            if final or self.checkpoints.failures_in_a_row >= MAX_FAILURES:
+                raise outcome
+            if self.topology.is_main:
+                log.warning("%s; training goes on, the next save is tried as usual", outcome)
+
+

@@ -1,0 +1,174 @@
+"""Trains a tiny Phi-3-V under real ZeRO-3 while numbers go wrong, and notes what every rank saw.
+
+    python numbers_ranks.py FOLDER 2:skips:fp32 2:skips:bf16 …      leaves FOLDER/TRIAL.json
+
+A trial is ranks : what goes wrong : dtype. Surprise: model, rows and the way of starting ranks are those of
+../parallel/collective_ranks.py. Asserting is done by the tests that call this.
+"""
+
+import json
+import logging
+import math
+import os
+import socket
+import sys
+from itertools import islice
+from pathlib import Path
+
+import torch
+import torch.multiprocessing as mp
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "parallel"))
+import collective_ranks
+import xxhash
+
+from phi3v_dist.config import Settings
+from phi3v_dist.data.samples import BadSample
+from phi3v_dist.errors import Phi3VError
+from phi3v_dist.model.build import partitioned_model, proven_backend
+from phi3v_dist.model.tiny import write_tiny
+from phi3v_dist.parallel import zero
+from phi3v_dist.parallel.local_gradients import LocalGradients
+from phi3v_dist.parallel.partitions import Partitions
+from phi3v_dist.parallel.topology import Topology
+from phi3v_dist.survive import faults
+from phi3v_dist.train.optim import build_optimizer
+from phi3v_dist.train.step import train_step
+
+RATES, STEPS = collective_ranks.RATES, 8
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "offload": torch.bfloat16}
+# Step → what goes wrong in it, on which rank it begins
+SKIPPED = {2: "loss", 4: "gradients", 5: "inf", 7: "labels"}
+
+
+class Rows(collective_ranks.Mix):
+    """Two micro-steps a step, and an empty row; all samples of step 7 cannot be decoded."""
+
+    def example(self, sample_id, planned_tokens, out):
+        if sample_id // self.rows_per_step + 1 == 7 and len(self.kinds) == len(collective_ranks.EVERY):
+            raise BadSample("drawn", str(sample_id), "none of its step can be decoded")
+        return super().example(sample_id, planned_tokens, out)
+
+
+def build(folder: Path, topology: Topology, rows: Rows, dtype: str, threshold: int = 200):
+    """As run.py does it; tensors of up to `threshold` elements stay whole on every rank."""
+    settings = Settings.model_validate(
+        {"model": {"path": folder, "vision_chunk_crops": collective_ranks.CHUNK_CROPS,
+                   "dtype": "fp32" if dtype == "fp32" else "bf16"},
+         "data": {"train": [{"shards": "none"}]}, "train": {"steps": 1000, "rows_per_step": rows.rows_per_step},
+         "parallel": {"deepspeed": Path(__file__).parents[2] / "ds_configs" / "zero3.json"}}
+    )  # fmt: skip
+    ds_config = zero.resolve(settings, topology.world_size, DTYPES[dtype], collective_ranks.DECODER["hidden_size"])
+    ds_config["zero_optimization"]["stage3_param_persistence_threshold"] = threshold
+    if dtype == "offload":
+        ds_config["zero_optimization"]["offload_optimizer"] = {"device": "cpu", "pin_memory": False}
+    model = partitioned_model(settings, proven_backend(settings, topology.device), ds_config, show_progress=False)
+    return zero.initialize(model.train(), build_optimizer(model, settings.train), ds_config)
+
+
+def digests(engine) -> dict[str, str]:
+    """This rank's masters, moments, counts of updates, computing weights and learning rates."""
+    parts = Partitions(engine)
+    found = {}
+    for piece in parts.pieces():
+        for state, tensor in piece.states.items():
+            found[f"{state}/{piece.name}"] = xxhash.xxh3_64_hexdigest(tensor.contiguous().view(torch.uint8).numpy())
+    for name, parameter in engine.module.named_parameters():
+        own = parameter.ds_tensor[: max(0, min(parameter.ds_tensor.numel(), parameter.ds_numel))]
+        found[f"computing/{name}"] = xxhash.xxh3_64_hexdigest(own.detach().contiguous().view(torch.uint8).numpy())
+    settings = parts.settings()
+    return found | {"scalars": json.dumps(settings["optimizer_scalars"])}
+
+
+def set_fault(text: str) -> None:
+    os.environ[faults.VARIABLE] = text
+
+
+def run_skips(folder: Path, topology: Topology, dtype: str) -> dict:
+    """Steps of which some go wrong; and beside them, from the same start, the others alone."""
+    rows = Rows(collective_ranks.EVERY, 2 * topology.world_size - 1)
+    engine = build(folder, topology, rows, dtype)
+    overflowing: list[bool] = []  # as one layer's own backward would make them
+    engine.module.lm_head.weight.register_hook(lambda gradient: gradient * math.inf if overflowing else None)
+    gradients = LocalGradients(engine.module, engine.device)
+    set_fault("1:forward:2:nan,1:backward:4:nan")
+    notes: dict = {"steps": []}
+    for plan, batches in islice(rows.loader(topology.rank, topology.world_size, STEPS), STEPS):
+        overflowing[:] = [True] * (SKIPPED.get(plan.number) == "inf" and topology.rank == 0)
+        before = digests(engine)
+        result = train_step(engine, plan, batches, RATES, topology, gradients)
+        after = digests(engine)
+        counters = {name: getattr(engine, name) for name in ("global_steps", "skipped_steps", "micro_steps")}
+        notes["steps"].append(
+            {"loss": str(result.loss), "skipped": result.skipped, "not_finite_on": result.not_finite_on,
+             "changed": [name for name in after if before.get(name) != after[name]], "counters": counters}
+        )  # fmt: skip
+    notes["end"] = digests(engine)
+
+    set_fault("")
+    other = build(folder, topology, rows, dtype)
+    for plan, batches in islice(rows.loader(topology.rank, topology.world_size, STEPS), STEPS):
+        if plan.number in SKIPPED:
+            for _ in batches:
+                pass
+        else:
+            train_step(other, plan, batches, RATES, topology)
+    notes["end of the others alone"] = digests(other)
+    return notes
+
+
+def run_mismatch(folder: Path, topology: Topology, dtype: str) -> dict:
+    """A rank that gets one batch fewer in step 2, and says so instead of letting the others wait for ever."""
+    rows = Rows([(collective_ranks.TEXT, True)], 2 * topology.world_size)
+    engine = build(folder, topology, rows, dtype)
+    problem = ""
+    for plan, batches in islice(rows.loader(topology.rank, topology.world_size, 2), 2):
+        fewer = 1 if plan.number == 2 and topology.rank == 1 else 2
+        try:
+            train_step(engine, plan, islice(batches, fewer), RATES, topology)
+        except Phi3VError as error:
+            problem = error.report()
+            break
+        except RuntimeError as error:  # gloo's, when the other rank is gone
+            problem = f"gloo: {error}"[:300]
+    (folder / f"mismatch-{topology.rank}.txt").write_text(problem)
+    os._exit(0)  # the process group cannot be left in order any more
+
+
+TRIALS = {"skips": run_skips, "mismatch": run_mismatch}
+
+
+def run_rank(rank: int, world_size: int, folder: Path, trials: list[str], port: int) -> None:
+    logging.basicConfig(level=logging.ERROR)
+    os.environ.update(
+        RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world_size), LOCAL_WORLD_SIZE=str(world_size),
+        MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port),
+    )  # fmt: skip
+    topology = Topology.from_environment()
+    topology.start(collective_ranks.TIMEOUT_S)
+    for trial in trials:
+        _, name, dtype = trial.split(":")
+        set_fault("")
+        notes = topology.gather(TRIALS[name](folder / "model", topology, dtype))
+        if topology.is_main:
+            (folder / f"{trial}.json").write_text(json.dumps(notes))
+    topology.stop()
+
+
+def main() -> None:
+    folder, trials = Path(sys.argv[1]), sys.argv[2:]
+    write_tiny(
+        folder / "model", ["A red coat costs 12."], clip=collective_ranks.CLIP, decoder=collective_ranks.DECODER
+    )
+    for world_size in sorted({int(trial.split(":")[0]) for trial in trials}):
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            port = int(probe.getsockname()[1])
+        mine = [trial for trial in trials if trial.startswith(f"{world_size}:")]
+        mp.start_processes(
+            run_rank, (world_size, folder, mine, port), nprocs=world_size, start_method="fork"
+        )
+
+
+if __name__ == "__main__":
+    main()
