@@ -1,0 +1,215 @@
+"""A few bytes per rank in this node's shared memory: where it is, and how it ended.
+
+What comes in: the state of a rank's lanes. What goes out: the same, read by another process. Surprise: there is no
+lock between the two. Each part carries a number that is odd while it is being written, so a reader knows a torn read
+and reads again; a rank that is killed in the middle of a write must not block whoever looks for its body.
+"""
+
+import mmap
+import os
+import re
+import shutil
+import struct
+import tempfile
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from phi3v_dist.survive.processes import is_alive, mapped_files, namespace, start_ticks
+
+MAGIC = b"P3VBEAT1"
+WHAT_BYTES, MESSAGE_BYTES, HOST_BYTES, PHASE_BYTES = 200, 2048, 64, 16
+HEAD = struct.Struct(f"<8sIQQI{HOST_BYTES}s")  # magic, pid, its start in kernel ticks, its pid namespace, rank, host
+END = struct.Struct(f"<Q{PHASE_BYTES}sid{MESSAGE_BYTES}s")  # number, outcome, exit code, monotonic time, message
+LANE = struct.Struct(f"<Q{PHASE_BYTES}sqqQQdQd{WHAT_BYTES}s")  # number, then the fields of `Lane` in their order
+LANES = ("train", "save")
+END_AT = HEAD.size
+LANE_AT = {name: END_AT + END.size + i * LANE.size for i, name in enumerate(LANES)}
+SIZE_BYTES = END_AT + END.size + len(LANES) * LANE.size
+NO_STEP = -1
+TRIES = 50  # a torn read is over in microseconds, unless the writer was stopped or killed in it
+DEEPSPEED_BUFFERS = "deepspeed_allreduce_buffer_*"  # of its CPU all-reduce, named by user, address and port
+FOLDER = re.compile(r"phi3v-(\d+)-.+")
+
+
+@dataclass
+class Lane:
+    """One line of work of a rank.
+
+    step: as it was given; base_step: the optimizer step that it belongs to, and entries: phases entered within it, by
+        which ranks are compared.
+    beats: signs of life so far; since_s: monotonic time of the last one.
+    thread: `threading.get_ident` of who entered; bound_s: longer silence is a hang.
+    """
+
+    phase: str = ""
+    step: int | None = None
+    base_step: int | None = None
+    entries: int = 0
+    beats: int = 0
+    since_s: float = 0.0
+    thread: int = 0
+    bound_s: float = float("inf")
+    what: str = ""
+
+    @property
+    def position(self) -> tuple[int, int]:
+        """Greater is further."""
+        return NO_STEP if self.base_step is None else self.base_step, self.entries
+
+
+@dataclass(frozen=True)
+class Beats:
+    """What a rank's file says. outcome: empty while it has not said how it ended; ended_s: monotonic."""
+
+    pid: int
+    started: int
+    namespace: int
+    rank: int
+    host: str
+    outcome: str
+    exit_code: int
+    ended_s: float
+    message: str
+    lanes: dict[str, Lane]
+
+
+class BeatFile:
+    """The writing side, mapped into memory. One thread at a time for each lane."""
+
+    def __init__(self, memory: mmap.mmap):
+        self._memory = memory
+        self._numbers = dict.fromkeys((*LANES, "end"), 0)
+
+    @classmethod
+    def create(cls, folder: Path, rank: int, host: str) -> "BeatFile":
+        """For this process. Raises OSError."""
+        partial = beats_path(folder, rank).with_suffix(".new")
+        content = bytearray(SIZE_BYTES)
+        pid = os.getpid()
+        HEAD.pack_into(content, 0, MAGIC, pid, start_ticks(pid) or 0, namespace(), rank, _cut(host, HOST_BYTES))
+        partial.write_bytes(content)
+        with partial.open("r+b") as file:
+            memory = mmap.mmap(file.fileno(), SIZE_BYTES)
+        partial.rename(beats_path(folder, rank))
+        return cls(memory)
+
+    def write(self, name: str, lane: Lane) -> None:
+        at = LANE_AT[name]
+        number = self._begin(name, at)
+        LANE.pack_into(
+            self._memory, at, number, lane.phase.encode(), NO_STEP if lane.step is None else lane.step,
+            NO_STEP if lane.base_step is None else lane.base_step, lane.entries, lane.beats, lane.since_s, lane.thread,
+            lane.bound_s, _cut(lane.what, WHAT_BYTES),
+        )  # fmt: skip
+        self._finish(name, at)
+
+    def close(self, outcome: str, message: str, exit_code: int) -> None:
+        number = self._begin("end", END_AT)
+        END.pack_into(
+            self._memory, END_AT, number, outcome.encode(), exit_code, time.monotonic(), _cut(message, MESSAGE_BYTES)
+        )
+        self._finish("end", END_AT)
+
+    def _begin(self, name: str, at: int) -> int:
+        self._numbers[name] += 1
+        struct.pack_into("<Q", self._memory, at, self._numbers[name])
+        return self._numbers[name]
+
+    def _finish(self, name: str, at: int) -> None:
+        self._numbers[name] += 1
+        struct.pack_into("<Q", self._memory, at, self._numbers[name])
+
+
+def read_beats(path: Path) -> Beats | None:
+    """What a rank's file says; None when it is none of ours."""
+    content = b""
+    for _ in range(TRIES):
+        content = path.read_bytes()
+        again = path.read_bytes()
+        if len(content) != SIZE_BYTES or content[: len(MAGIC)] != MAGIC:
+            return None
+        numbers = [struct.unpack_from("<Q", content, at)[0] for at in (END_AT, *LANE_AT.values())]
+        if not any(number % 2 for number in numbers) and all(
+            struct.unpack_from("<Q", again, at)[0] == number
+            for at, number in zip((END_AT, *LANE_AT.values()), numbers, strict=True)
+        ):
+            break
+        time.sleep(0.0005)
+    _, pid, started, pid_namespace, rank, host = HEAD.unpack_from(content, 0)
+    _, outcome, exit_code, ended_s, message = END.unpack_from(content, END_AT)
+    lanes = {}
+    for name, at in LANE_AT.items():
+        _, phase, step, base_step, entries, beats, since_s, thread, bound_s, what = LANE.unpack_from(content, at)
+        lanes[name] = Lane(
+            _text(phase), None if step == NO_STEP else step, None if base_step == NO_STEP else base_step, entries,
+            beats, since_s, thread, bound_s, _text(what),
+        )  # fmt: skip
+    return Beats(
+        pid, started, pid_namespace, rank, _text(host), _text(outcome), exit_code, ended_s, _text(message), lanes
+    )  # fmt: skip
+
+
+def beats_path(folder: Path, rank: int) -> Path:
+    return folder / f"rank-{rank:05d}.beats"
+
+
+def stacks_path(folder: Path, rank: int) -> Path:
+    return folder / f"rank-{rank:05d}.stacks"
+
+
+def shared_memory() -> Path:
+    shared = Path("/dev/shm")
+    return shared if os.access(shared, os.W_OK) else Path(tempfile.gettempdir())
+
+
+def folder_of(run_id: str, attempt: int, host: str) -> Path:
+    """The folder of one attempt on this node, made if need be, for this user's eyes only."""
+    path = shared_memory() / f"phi3v-{os.getuid()}-{run_id}-{attempt:04d}-{host}"
+    path.mkdir(mode=0o700, exist_ok=True)
+    if path.is_symlink() or path.stat().st_uid != os.getuid() or path.stat().st_mode & 0o077:
+        raise PermissionError(f"{path} belongs to somebody else, or others may read it: remove it")
+    return path
+
+
+def remove_leftovers(keep: Path) -> int:
+    """Remove what processes of this user that are gone left in shared memory; returns how many folders and files."""
+    num_removed = 0
+    for folder in _own_folders():
+        found = [beats for beats in map(read_beats, folder.glob("rank-*.beats")) if beats]
+        if folder == keep or not found:
+            continue  # one without files may be about to get its first
+        if not any(beats.namespace != namespace() or is_alive(beats.pid, beats.started) for beats in found):
+            shutil.rmtree(folder, ignore_errors=True)
+            num_removed += 1
+    buffers = [path for path in shared_memory().glob(DEEPSPEED_BUFFERS) if path.stat().st_uid == os.getuid()]
+    if buffers:
+        mapped = mapped_files()
+        for path in buffers:
+            if str(path) not in mapped:
+                path.unlink(missing_ok=True)
+                num_removed += 1
+    return num_removed
+
+
+def remove_own(folder: Path) -> None:
+    """At the end of an attempt."""
+    shutil.rmtree(folder, ignore_errors=True)
+
+
+def _own_folders() -> Iterator[Path]:
+    for path in shared_memory().iterdir():
+        match = FOLDER.fullmatch(path.name)
+        if match and int(match[1]) == os.getuid() and path.is_dir() and not path.is_symlink():
+            yield path
+
+
+def _cut(text: str, size_bytes: int) -> bytes:
+    """UTF-8, at most so many bytes, never half a letter."""
+    content = text.encode("utf-8", "backslashreplace")
+    return content if len(content) <= size_bytes else content[:size_bytes].decode("utf-8", "ignore").encode()
+
+
+def _text(content: bytes) -> str:
+    return content.rstrip(b"\0").decode("utf-8", "replace")

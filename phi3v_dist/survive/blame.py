@@ -1,0 +1,85 @@
+"""Where every rank is → who keeps the others waiting, if anybody does.
+
+What comes in: `Actor`s, one for each lane of each rank of the whole job. What goes out: those to blame; none when the
+silence has a reason. Surprise: the first rank to be silent for too long is usually innocent. It sits in a collective
+operation and waits for one that is behind, and as long as that one is within its own bound, nothing hangs.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+TRAIN, SAVE = "train", "save"
+FOR_THE_WRITER = ("snapshot", "export", "finish")  # phases that may wait for a save in the background
+FROZEN = ("T", "t", "D")  # states of a process that does nothing
+
+
+@dataclass(frozen=True)
+class Actor:
+    """One line of work of one rank.
+
+    position: base step and phases entered within it; greater is further. silent_s: since its last sign of life.
+    state: of the process, one letter. waits: in a collective operation. place: innermost function.
+    """
+
+    rank: int
+    host: str
+    pid: int
+    lane: str
+    phase: str
+    step: int | None
+    what: str
+    position: tuple[int, int]
+    silent_s: float
+    bound_s: float
+    state: str = ""
+    kernel: str = ""
+    waits: bool = False
+    place: str = ""
+
+    @property
+    def overdue(self) -> bool:
+        return self.silent_s > self.bound_s
+
+    @property
+    def frozen(self) -> bool:
+        return self.state in FROZEN
+
+    @property
+    def order(self) -> tuple[int, bool, int]:
+        """By which actors are compared: the writer of a step comes before the training that waits for it."""
+        step, entries = self.position
+        return step, self.lane == TRAIN, entries
+
+    @property
+    def where(self) -> str:
+        step = "" if self.step is None else f", {'batch' if self.phase == 'evaluate' else 'step'} {self.step}"
+        return f"{self.phase}{step}"
+
+
+def judge(actors: Sequence[Actor]) -> list[Actor]:
+    """Those that hang by themselves; of ranks that only wait for each other, all that are furthest behind."""
+    overdue = [actor for actor in actors if actor.overdue and not _excused(actor, actors)]
+    frozen = [actor for actor in overdue if actor.frozen]
+    if frozen:
+        return frozen
+    suspects = [actor for actor in overdue if not actor.waits] or overdue
+    first = min((actor.order for actor in suspects), default=None)
+    return [actor for actor in suspects if actor.order == first]
+
+
+def _excused(actor: Actor, actors: Sequence[Actor]) -> bool:
+    """Whether it waits for one that is not further than itself and still within its bound."""
+    if actor.frozen and actor.state != "D":
+        return False
+    for other in actors:
+        if other is actor or other.overdue or not _can_wait_for(actor, other):
+            continue
+        if other.order < actor.order or (other.order == actor.order and actor.waits):
+            return True
+    return False
+
+
+def _can_wait_for(actor: Actor, other: Actor) -> bool:
+    if actor.lane == other.lane:
+        return True
+    return actor.lane == TRAIN and actor.phase in FOR_THE_WRITER

@@ -1,0 +1,325 @@
+"""One process per node that watches the ranks from outside and ends them together when one is dead or stuck.
+
+What comes in: the ranks' beat files in shared memory. What goes out: `node-HOST.json` and `stacks-HOST.txt` in the
+attempt's folder, a few plain lines on stderr, and no rank left behind. Surprise: it holds no clock but its own host's
+monotonic one, and knows other nodes only by their files. It imports neither torch nor numpy and takes about 15 MB.
+
+    python -m phi3v_dist.survive.watcher FOLDER ATTEMPT_FOLDER HOST ATTEMPT NUM_RANKS     (local rank 0 starts it)
+"""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+from phi3v_dist.printable import printable
+from phi3v_dist.survive import blame, processes, stacks, verdicts
+from phi3v_dist.survive.beat_file import (
+    Beats,
+    read_beats,
+    remove_leftovers,
+    remove_own,
+    stacks_path,
+)
+from phi3v_dist.survive.blame import Actor
+from phi3v_dist.survive.node_report import (
+    DIED,
+    ENDED,
+    FAILED,
+    HANG,
+    RUNNING,
+    SUSPECT,
+    NodeReport,
+    RankReport,
+    Verdict,
+    read_report,
+    report_path,
+    stacks_text_path,
+)
+
+TICK_S = 0.25
+OTHERS_S = 1.0  # between looks at the files of other nodes
+MEMORY_S = 1.0  # between looks at the ranks' memory
+ANSWER_S = 5.0  # how long a suspicion waits for the other nodes
+SURFACE_S = 1.0  # for the error of a peer to be printed before it is ended too
+LAST_WORDS_S = 6.0  # a rank that said that it failed may take this long to print why (cli.LAST_WORD_S)
+GAP_S = 5.0  # this process itself did not run for so long: the whole machine was asleep, nobody hangs
+FIRST_RANK_S = 600.0
+RECHECK = 0.1  # of the silence so far, before ranks that have an excuse are looked at again
+
+
+def start(folder: Path, attempt_folder: Path, host: str, attempt: int, num_ranks: int) -> "subprocess.Popen[bytes]":
+    """Watch `num_ranks` ranks of this node in a process of its own. It ends when they have."""
+    words = [str(folder), str(attempt_folder), host, str(attempt), str(num_ranks)]
+    command = [sys.executable, "-m", "phi3v_dist.survive.watcher", *words]
+    return subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, start_new_session=True)
+
+
+@dataclass
+class _Rank:
+    """A rank as it is seen from outside. beats_seen, since_s: by lane, the last sign of life and when it was seen."""
+
+    beats: Beats
+    alive: bool = True
+    outcome: str = ""
+    peak_bytes: int = 0
+    kills: dict[str, int] = field(default_factory=dict)
+    beats_seen: dict[str, int] = field(default_factory=dict)
+    since_s: dict[str, float] = field(default_factory=dict)
+
+
+class Watcher:
+    def __init__(self, folder: Path, attempt_folder: Path, host: str, attempt: int, num_ranks: int):
+        self.folder, self.attempt_folder, self.host = folder, attempt_folder, host
+        self.attempt, self.num_ranks = attempt, num_ranks
+        self.ranks: dict[int, _Rank] = {}
+        self.status = RUNNING
+        self.verdict: Verdict | None = None
+        self.actors: list[Actor] = []
+        self.round, self.seen = 0, dict[str, int]()
+        self.now_s = time.monotonic()
+        self._next_s = dict.fromkeys(("memory", "others", "suspicion"), 0.0)
+        self._reported: object = None
+
+    def run(self) -> None:
+        """Until all ranks have ended."""
+        began_s = self.now_s
+        while True:
+            time.sleep(TICK_S)
+            self._read_clock()
+            self._look()
+            self._report()
+            running = [rank for rank in self.ranks.values() if rank.alive]
+            all_came = len(self.ranks) >= self.num_ranks
+            if not running and (all_came or self.verdict or self.now_s - began_s > FIRST_RANK_S):
+                break
+            if not self._find_dead() and not self._find_failed() and not self._hear_others():
+                self._find_stuck()
+        if self.verdict is None:
+            self._find_dead() or self._find_failed()
+        self.status = self.verdict.kind if self.verdict else ENDED
+        self._report()
+        remove_own(self.folder)
+
+    def _read_clock(self) -> None:
+        """Time in which this process did not run is nobody's silence."""
+        before_s, self.now_s = self.now_s, time.monotonic()
+        gap_s = self.now_s - before_s
+        if gap_s > GAP_S:
+            for rank in self.ranks.values():
+                rank.since_s = {lane: since_s + gap_s for lane, since_s in rank.since_s.items()}
+
+    def _is_time(self, what: str, every_s: float) -> bool:
+        if self.now_s < self._next_s[what]:
+            return False
+        self._next_s[what] = self.now_s + every_s
+        return True
+
+    def _look(self) -> None:
+        """Read every rank's file, and the kernel's word on whether it lives."""
+        for path in self.folder.glob("rank-*.beats"):
+            beats = read_beats(path)
+            if beats is not None and beats.host == self.host:
+                rank = self.ranks.setdefault(beats.rank, _Rank(beats))
+                rank.beats = beats
+        look_at_memory = self._is_time("memory", MEMORY_S)
+        for rank in self.ranks.values():
+            pid = rank.beats.pid
+            if rank.alive and (look_at_memory or not rank.kills):
+                rank.peak_bytes = max(rank.peak_bytes, processes.peak_memory_bytes(pid))
+                rank.kills = rank.kills or processes.out_of_memory_kills(pid)
+            for name, lane in rank.beats.lanes.items():
+                if lane.beats != rank.beats_seen.get(name):
+                    rank.beats_seen[name], rank.since_s[name] = lane.beats, self.now_s
+            rank.alive = rank.alive and processes.is_alive(pid, rank.beats.started)
+            rank.outcome = rank.outcome or rank.beats.outcome
+
+    def _find_dead(self) -> bool:
+        """A process that is gone without a last word. The others are given a second to say what they saw of it."""
+        dead = [rank for rank in self.ranks.values() if not rank.alive and not rank.outcome]
+        for rank in dead:
+            rank.outcome = DIED
+        if not dead or self.verdict:
+            return bool(dead)
+        failed = self._failed()
+        if failed and failed[0].beats.exit_code > 1 or failed and self.now_s - failed[0].beats.ended_s > LAST_WORDS_S:
+            return False  # that one came first, and the launcher has ended the rest
+        of_memory = any(processes.kills_again(rank.kills) for rank in dead)
+        actors = [self._actor(rank, blame.TRAIN) for rank in dead]
+        peaks = [rank.peak_bytes for rank in dead]
+        self._conclude(verdicts.of_death(actors, peaks, of_memory), SURFACE_S)
+        return True
+
+    def _failed(self) -> list[_Rank]:
+        failed = [rank for rank in self.ranks.values() if rank.beats.outcome == FAILED]
+        return sorted(failed, key=lambda rank: (rank.beats.exit_code <= 1, rank.beats.ended_s))
+
+    def _find_failed(self) -> bool:
+        """A rank that has said why it ends; those that do not end with it are ended."""
+        failed = self._failed()
+        if not failed or self.verdict:
+            return bool(failed)
+        waited_s = self.now_s - min(rank.beats.ended_s for rank in failed)
+        if waited_s < LAST_WORDS_S and any(rank.alive for rank in failed):
+            return True
+        actors = [self._actor(failed[0], blame.TRAIN)]
+        self._conclude(verdicts.of_failure(actors[0], failed[0].beats.message), SURFACE_S)
+        return True
+
+    def _hear_others(self) -> bool:
+        """Answer other nodes' suspicions; end with them when one has a verdict."""
+        if not self._is_time("others", OTHERS_S):
+            return self.verdict is not None
+        reports = self._others()
+        for report in reports:
+            if report.verdict and not self.verdict:
+                if report.verdict.kind == HANG:
+                    self._dump_stacks()
+                self._conclude(report.verdict, 0 if report.verdict.kind == HANG else SURFACE_S, elsewhere=report.host)
+                return True
+        asked = {report.host: report.round for report in reports if report.status == SUSPECT}
+        if any(self.seen.get(host) != number for host, number in asked.items()):
+            self._dump_stacks()
+            self.seen |= asked
+            self._report()
+        return self.verdict is not None
+
+    def _find_stuck(self) -> None:
+        silent = [actor for rank in self.ranks.values() for actor in self._actors_of(rank) if actor.overdue]
+        if not silent or not self._is_time("suspicion", RECHECK * max(actor.silent_s for actor in silent)):
+            return
+        self._dump_stacks()
+        everyone = self.actors + self._ask_others()
+        if self.verdict:
+            return
+        guilty = blame.judge(everyone)
+        if guilty:
+            absent = [host for host in self._missing() if host]
+            where = stacks_text_path(self.attempt_folder, self.host)
+            self._conclude(verdicts.of_hang(guilty, everyone, absent, where), 0)
+
+    def _ask_others(self) -> list[Actor]:
+        """Where the ranks of the other nodes are; they are given 5 s to say so."""
+        hosts = [report.host for report in self._others() if report.status in (RUNNING, SUSPECT)]
+        if not hosts:
+            return []
+        self.round += 1
+        self.status = SUSPECT
+        self._report()
+        deadline_s = time.monotonic() + ANSWER_S
+        while self.now_s < deadline_s and self.verdict is None and self._missing():
+            time.sleep(TICK_S)
+            self.now_s = time.monotonic()
+            self._hear_others()
+        self.status = self.verdict.kind if self.verdict else RUNNING
+        answers = [report for report in self._others() if report.seen.get(self.host) == self.round]
+        return [actor for report in answers for actor in report.actors]
+
+    def _missing(self) -> list[str]:
+        """Nodes that have not answered the present suspicion."""
+        return [
+            report.host
+            for report in self._others()
+            if report.status in (RUNNING, SUSPECT) and report.seen.get(self.host) != self.round
+        ]
+
+    def _others(self) -> list[NodeReport]:
+        ours = report_path(self.attempt_folder, self.host)
+        paths = [path for path in self.attempt_folder.glob("node-*.json") if path != ours]
+        return [report for report in map(read_report, paths) if report]
+
+    def _dump_stacks(self) -> None:
+        """Ask all ranks for their stacks; keep the text, and what it says about each."""
+        running = [rank for rank in self.ranks.values() if rank.alive]
+        paths = {rank.beats.pid: stacks_path(self.folder, rank.beats.rank) for rank in running}
+        texts = stacks.ask(paths)
+        self.actors, parts = [], []
+        for rank in sorted(running, key=lambda rank: rank.beats.rank):
+            threads = stacks.parse(texts[rank.beats.pid])
+            for actor in self._actors_of(rank):
+                thread = rank.beats.lanes[actor.lane].thread
+                self.actors.append(
+                    replace(
+                        actor, state=processes.state(actor.pid), kernel=processes.waits_in(actor.pid),
+                        waits=stacks.waits_for_others(threads, thread), place=stacks.place(threads, thread),
+                    )
+                )  # fmt: skip
+            parts.append(verdicts.stack_text(self._actor(rank, blame.TRAIN), texts[rank.beats.pid]))
+        try:
+            stacks_text_path(self.attempt_folder, self.host).write_text("\n".join(parts), encoding="utf-8")
+        except OSError as error:
+            _say([f"watcher on {self.host}: the stacks could not be written: {error}"])
+
+    def _actors_of(self, rank: _Rank) -> list[Actor]:
+        """The lanes of a running rank that can hang."""
+        if not rank.alive or rank.outcome:
+            return []
+        return [self._actor(rank, name) for name, lane in rank.beats.lanes.items() if lane.phase not in ("", "idle")]
+
+    def _actor(self, rank: _Rank, name: str) -> Actor:
+        lane, beats = rank.beats.lanes[name], rank.beats
+        return Actor(
+            rank=beats.rank, host=self.host, pid=beats.pid, lane=name, phase=lane.phase, step=lane.step,
+            what=printable(lane.what), position=lane.position, silent_s=round(self.now_s - rank.since_s[name], 1),
+            bound_s=lane.bound_s,
+        )  # fmt: skip
+
+    def _conclude(self, verdict: Verdict, grace_s: float, elsewhere: str = "") -> None:
+        """Say it, write it, and end all ranks of this node."""
+        self.verdict, self.status = verdict, verdict.kind
+        _say([f"(node {elsewhere} says:)", *verdict.lines] if elsewhere else verdict.lines)
+        self._report()
+        deadline_s = time.monotonic() + grace_s
+        while time.monotonic() < deadline_s and any(rank.alive for rank in self.ranks.values()):
+            time.sleep(TICK_S / 5)
+            self.now_s = time.monotonic()
+            self._look()
+        for rank in self.ranks.values():
+            said_s = self.now_s - rank.beats.ended_s
+            if rank.alive and not (rank.beats.outcome and said_s < LAST_WORDS_S):
+                rank.outcome = rank.outcome or "ended"
+                os.kill(rank.beats.pid, signal.SIGKILL)
+
+    def _report(self) -> None:
+        """Write the file of this node, when it says something new."""
+        ranks = [
+            RankReport(
+                rank=rank.beats.rank, pid=rank.beats.pid, started=rank.beats.started, outcome=rank.outcome,
+                exit_code=rank.beats.exit_code, message=rank.beats.message,
+                where=self._actor(rank, blame.TRAIN).where, what=printable(rank.beats.lanes[blame.TRAIN].what),
+                peak_bytes=rank.peak_bytes,
+            )
+            for _, rank in sorted(self.ranks.items())
+        ]  # fmt: skip
+        news = (self.status, [(rank.pid, rank.outcome) for rank in ranks], self.round, dict(self.seen))
+        if news == self._reported:
+            return
+        self._reported = news
+        report = NodeReport(
+            self.host, self.attempt, self.status, ranks, self.actors, self.verdict, self.round, dict(self.seen)
+        )
+        try:
+            report.write(self.attempt_folder)
+        except OSError as error:
+            _say([f"watcher on {self.host}: its report could not be written: {error}"])
+
+
+def _say(lines: list[str]) -> None:
+    print("\n".join(lines), file=sys.stderr, flush=True)
+
+
+def main() -> None:
+    folder, attempt_folder, host, attempt, num_ranks = sys.argv[1:]
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP):
+        signal.signal(number, signal.SIG_IGN)  # meant for the ranks; it ends when they do
+    removed = remove_leftovers(Path(folder))
+    if removed:
+        _say([f"watcher on {host}: removed {removed} things that dead processes had left in shared memory"])
+    Watcher(Path(folder), Path(attempt_folder), host, int(attempt), int(num_ranks)).run()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,48 @@
+"""One rank of a small gloo loop that reports where it is, and, as local rank 0, has itself watched.
+
+    python watched_ranks.py FOLDER ATTEMPT_FOLDER HOST RANK WORLD_SIZE PORT STEPS HANG_S [LOCAL_RANK LOCAL_SIZE]
+
+Faults come through PHI3V_FAULT, as everywhere; `skip` in WATCHED_RANKS makes rank 1 leave a collective out at step 5.
+"""
+
+import os
+import sys
+import time
+from datetime import timedelta
+from pathlib import Path
+
+from phi3v_dist.survive import heartbeat, watcher
+
+folder, attempt_folder, host, rank, world_size, port, steps, hang_s, *local = sys.argv[1:]
+local_rank, local_size = map(int, local or (rank, world_size))
+os.environ |= {"RANK": rank, "WORLD_SIZE": world_size, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+heartbeat.open(Path(folder), int(rank), host, heartbeat.Bounds(float(hang_s), 10, 60))
+if local_rank == 0:
+    watcher.start(Path(folder), Path(attempt_folder), host, 1, local_size)
+
+import torch  # noqa: E402
+import torch.distributed as dist  # noqa: E402
+
+how = os.environ.get("WATCHED_RANKS", "")
+torch.set_num_threads(1)
+try:
+    dist.init_process_group("gloo", timeout=timedelta(seconds=120))
+    for step in range(1, int(steps) + 1):
+        heartbeat.enter("data", step, f"shard-000.tar:{step:05d}")
+        if how == "slow" and rank == "1" and step == 6:
+            for part in range(6):  # longer than the others' bound, with signs of life
+                time.sleep(float(hang_s) / 2)
+                heartbeat.beat(f"part {part}")
+        heartbeat.enter("forward", step)
+        if not (how == "skip" and rank == "1" and step == 5):
+            dist.all_reduce(torch.ones(4))
+        heartbeat.enter("backward", step)
+        dist.all_reduce(torch.ones(4))
+        heartbeat.enter("optimizer", step)
+        time.sleep(0.02)
+        heartbeat.enter("write", step, f"step-{step:08d}", lane=heartbeat.SAVE)
+        heartbeat.enter("idle", lane=heartbeat.SAVE)
+except RuntimeError as error:
+    heartbeat.close(heartbeat.FAILED, str(error), 1)
+    raise
+heartbeat.close(heartbeat.DONE)
