@@ -219,8 +219,11 @@ def build(settings: Settings, topology: Topology) -> Run:
         tracker = AllOf(JsonlTracker(settings.run.folder), mirrors)
     run = Run(
         settings=settings, topology=topology, train=train, planner=planner, num_steps=num_steps, engine=engine,
-        checkpoints=Checkpoints(settings.run.folder / "checkpoints", settings.checkpoint.keep), evaluator=evaluator,
-        tracker=tracker, run_id=topology.broadcast(_run_id(settings.run.folder) if topology.is_main else ""),
+        checkpoints=Checkpoints(
+            settings.run.folder / "checkpoints", settings.checkpoint.keep,
+            write_mb_per_s=settings.checkpoint.write_mb_per_s,
+        ),
+        evaluator=evaluator, tracker=tracker, run_id=topology.broadcast(_run_id(settings.run.folder) if topology.is_main else ""),
         resolved=resolved, reference=_reference(settings.eval.reference),
     )  # fmt: skip
     if topology.is_main:

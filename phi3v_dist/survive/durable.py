@@ -1,6 +1,7 @@
 """A small file → on the disk, whole or not at all, also after a power cut.
 
-Surprise: flushing a file is not enough. Its name is a part of its folder, which is flushed by itself.
+Surprise: flushing a file is not enough. Its name is a part of its folder, which is flushed by itself. No link is
+followed: what is written or read here lies where its name says.
 """
 
 import os
@@ -10,7 +11,8 @@ from pathlib import Path
 def write_durably(path: Path, text: str) -> None:
     """Write, flush, and only then give the name. Raises OSError."""
     partial = path.with_name(f"{path.name}.partial")
-    with partial.open("w", encoding="utf-8") as file:
+    partial.unlink(missing_ok=True)  # of a killed attempt; or a link, which is not to be followed
+    with partial.open("x", encoding="utf-8") as file:
         file.write(text)
         file.flush()
         os.fsync(file.fileno())
@@ -25,3 +27,8 @@ def fsync_folder(folder: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def no_links(path: str, flags: int) -> int:
+    """An `opener` for `open`, which then fails at a link."""
+    return os.open(path, flags | os.O_NOFOLLOW, 0o666)  # as `open` does it; the umask decides

@@ -90,6 +90,7 @@ class Totals:
 def _start(run: Run) -> tuple[Totals, dict[str, Any] | None, Accounts]:
     """Open the sinks and go back to the newest checkpoint: what was done, where the data goes on, and the books."""
     run.tracker.start(run.resolved)
+    run.checkpoints.prepare(run.engine)
     newest = run.checkpoints.newest()
     position = run.checkpoints.load(run.engine, newest) if newest else None
     accounts = run.accounts(position.loader if position else None)
