@@ -42,6 +42,7 @@ def main() -> None:
     attempt = Attempt.begin(settings.run.folder, topology)
     try:
         requests.opened(settings.run.folder, attempt)
+        watched(settings, topology, attempt)
         fit(run.build(settings, topology, attempt, requests))
         topology.stop()
     finally:
