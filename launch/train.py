@@ -33,7 +33,7 @@ def main() -> None:
             "%s is finished; for more steps raise train.steps, for another run change run.name", settings.run.folder
         )
         return
-    from phi3v_dist.survive import environment
+    from phi3v_dist.survive import environment, heartbeat, watcher
     from phi3v_dist.survive.attempt import Attempt
     from phi3v_dist.train.loop import fit
 
@@ -42,11 +42,12 @@ def main() -> None:
     attempt = Attempt.begin(settings.run.folder, topology)
     try:
         requests.opened(settings.run.folder, attempt)
-        watched(settings, topology, attempt)
-        fit(run.build(settings, topology, attempt, requests))
+        watcher.attach(attempt.folder, topology, settings.watch)
+        summary = fit(run.build(settings, topology, attempt, requests))
         topology.stop()
     finally:
         attempt.end()
+    heartbeat.close(heartbeat.STOPPED if summary is None else heartbeat.DONE)
 
 
 def cli() -> None:

@@ -16,6 +16,7 @@ from rich.console import Console
 from phi3v_dist.errors import Phi3VError
 from phi3v_dist.printable import printable
 from phi3v_dist.secrets import guard_process, redacted
+from phi3v_dist.survive import heartbeat
 from phi3v_dist.survive.build_cache import own_build_folder
 
 LAST_WORD_S = 5.0  # enough for rank 0 to print
@@ -56,10 +57,16 @@ def run_script(main: Callable[[], None], private: bool = True) -> None:
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
     try:
         main()
+        heartbeat.close(heartbeat.DONE)
     except Phi3VError as error:
+        heartbeat.close(heartbeat.FAILED, redacted(error.report()), error.exit_code)
         if rank != 0:
             time.sleep(LAST_WORD_S)
         print(redacted(error.report()), file=sys.stderr, flush=True)
         sys.exit(error.exit_code)
     except KeyboardInterrupt:
+        heartbeat.close(heartbeat.FAILED, "interrupted", 1)
         sys.exit("interrupted")
+    except Exception as error:
+        heartbeat.close(heartbeat.FAILED, redacted(f"{type(error).__name__}: {error}"), 1)
+        raise

@@ -26,6 +26,7 @@ from phi3v_dist.data.samples import BadSample, read_messages
 from phi3v_dist.data.shards import ShardTable
 from phi3v_dist.data.sidecar import Columns, load_sidecar, save_sidecar
 from phi3v_dist.errors import DataError
+from phi3v_dist.survive import heartbeat
 
 LENGTHS_FORMAT = "3"
 COLUMNS = ExampleLength._fields
@@ -82,6 +83,7 @@ def _gather(
             if sidecar is not None:
                 found = sidecar[0], {int(number): why for number, why in json.loads(sidecar[1]["bad"]).items()}
             else:
+                heartbeat.read_on(table.shard_name(shard))
                 if on_shard:
                     on_shard(table.shard_name(shard))
                 measured, shard_bad, damaged = _measure_shard(table, shard, processor, fetcher, num_threads)

@@ -23,6 +23,7 @@ import cv2
 import torch
 
 from phi3v_dist.errors import DataError
+from phi3v_dist.survive import heartbeat
 
 DECODE_LIMIT_S = 600.0  # for one sample; the longest a fetch may take with all its retries is well below
 POLL_S = 1.0
@@ -73,7 +74,8 @@ class DecodePool:
         os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # a sample's few texts are not worth more threads
         self._name_of = name_of
         self._tasks: queue.SimpleQueue[_Task | None] = queue.SimpleQueue()
-        self._running: dict[int, _Task] = {}  # by thread
+        self._running: dict[int, _Task] = {}  # by thread, oldest first
+        self._num_done = 0  # about; threads do not wait for each other to count
         started = threading.Barrier(num_workers + 1)
         num_threads = torch.get_num_threads()
         self._threads = [
@@ -114,12 +116,23 @@ class DecodePool:
             DataError: a sample of this row, or of an earlier one, takes longer than DECODE_LIMIT_S.
         """
         polls: Counter[int] = Counter()
+        num_done = self._num_done
         while not future.done():
             try:
                 future.exception(timeout=POLL_S)  # waits, and unlike `result` raises only when the time is up
             except TimeoutError:
+                num_done = self._tell_watcher(num_done)
                 self._refuse_stuck(polls)
         return future.result()
+
+    def _tell_watcher(self, num_done: int) -> int:
+        """Whether samples still come, and which has been at it for longest; the number that have come."""
+        if self._num_done != num_done:
+            heartbeat.read_on()
+        oldest = next(iter(list(self._running.values())), None)
+        if oldest is not None:
+            heartbeat.waits_for(self._name_of(oldest.sample_id))
+        return self._num_done
 
     def _refuse_stuck(self, polls: "Counter[int]") -> None:
         """Counts looks, not seconds: a whole job that was suspended for an hour is not stuck."""
@@ -143,6 +156,7 @@ class DecodePool:
             self._running[me] = task
             task.run()
             del self._running[me], task
+            self._num_done += 1
 
 
 def _place(thread_id: int) -> str:

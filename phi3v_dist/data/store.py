@@ -25,6 +25,7 @@ from fsspec.asyn import sync
 
 from phi3v_dist.errors import DataError
 from phi3v_dist.printable import printable
+from phi3v_dist.survive import heartbeat
 
 SCHEMES = ("http", "https", "s3", "gs")
 _BEGINNINGS = tuple(f"{scheme}://" for scheme in SCHEMES)
@@ -58,7 +59,7 @@ class Patience:
 
     attempts: int = 6
     first_wait_s: float = 0.5
-    silence_s: float = 30.0
+    silence_s: float = 20.0  # below `watch.hang_s`, so that a try that failed is seen before the rank counts as stuck
     slowest_bytes_per_s: float = 65536.0
 
 
@@ -257,6 +258,7 @@ async def _stream(filesystem: Any, address: str, begin: int, end: int, take: Sin
             if skip:
                 data, skip = data[skip:], max(0, skip - len(data))
             if data:
+                heartbeat.read_on()
                 take(data[:left])
                 left -= len(data[:left])
             if not left:
@@ -292,6 +294,7 @@ def _patiently(address: str, ask: Callable[[], Any], size_bytes: int = 0, progre
             if hopeless := _hopeless(error, scheme):
                 raise StoreError(f"{shown(address)}: {hopeless}") from None  # the cause may hold an address's secret
             reason = type(error).__name__ if isinstance(error, TimeoutError) else _first_line(error)
+        heartbeat.read_on(f"{shown(address)}, tried again")  # patience has its own limit, and says more
         now = progress()
         tries, had = (1 if now > had else tries + 1), now
         wait_s = patience.first_wait_s * 2 ** (tries - 1) * random.uniform(0.5, 1)  # so that ranks do not come at once

@@ -24,6 +24,7 @@ from phi3v_dist.model.adapters import merged_parameters
 from phi3v_dist.model.attention import Layout
 from phi3v_dist.model.cache import KeyValueCache
 from phi3v_dist.model.phi3v import Phi3VForCausalLM
+from phi3v_dist.survive import heartbeat
 
 
 @dataclass(frozen=True)
@@ -144,5 +145,6 @@ def generate(
             if not going:
                 break
             rows.keep(going)
+            heartbeat.beat()
             hidden = rows.decode(torch.tensor([chosen[row] for row in going]))
     return [Answer(tuple(ids), stop) for ids, stop in zip(rows.answers, stopped, strict=True)]

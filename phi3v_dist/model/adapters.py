@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from phi3v_dist.config import LoraSettings, TrainSettings
 from phi3v_dist.errors import ConfigError
 from phi3v_dist.parallel.partitions import gathered, official_name
+from phi3v_dist.survive import heartbeat
 
 if TYPE_CHECKING:
     from peft import LoraConfig
@@ -99,6 +100,7 @@ def merged_parameters(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
     for name, parameter in parameters.items():
         if is_adapter(name):
             continue
+        heartbeat.beat(name)  # gathered one by one
         module = name.removesuffix(".weight")
         up, down = parameters.get(module + UP), parameters.get(module + DOWN)
         with gathered([p for p in (parameter, up, down) if p is not None]), torch.no_grad():

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from phi3v_dist.errors import CheckpointError
 from phi3v_dist.parallel.partitions import full_shape, is_partitioned, set_partition
+from phi3v_dist.survive import heartbeat
 from phi3v_dist.survive.durable import fsync_folder, write_durably
 from phi3v_dist.survive.tensor_file import TORCH_DTYPES, Specs, blocks, size_bytes
 
@@ -147,6 +148,7 @@ def load_weights(model: nn.Module, weights: Weights, show_progress: bool = False
     parameters = dict(model.named_parameters())
     check_names({name: full_shape(parameter) for name, parameter in parameters.items()}, weights)
     for name in track(parameters, f"reading {weights.where}", disable=not show_progress, transient=True):
+        heartbeat.beat(name)
         if is_partitioned(parameters[name]):
             set_partition(parameters[name], weights.get(name))
         else:

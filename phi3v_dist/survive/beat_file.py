@@ -5,6 +5,7 @@ lock between the two. Each part carries a number that is odd while it is being w
 and reads again; a rank that is killed in the middle of a write must not block whoever looks for its body.
 """
 
+import hashlib
 import mmap
 import os
 import re
@@ -164,9 +165,12 @@ def shared_memory() -> Path:
     return shared if os.access(shared, os.W_OK) else Path(tempfile.gettempdir())
 
 
-def folder_of(run_id: str, attempt: int, host: str) -> Path:
-    """The folder of one attempt on this node, made if need be, for this user's eyes only."""
-    path = shared_memory() / f"phi3v-{os.getuid()}-{run_id}-{attempt:04d}-{host}"
+def folder_of(attempt_folder: Path, host: str) -> Path:
+    """The folder of one attempt (`RUN/attempts/NNNN`) on this node, made if need be, for this user's eyes only."""
+    run = attempt_folder.resolve().parents[1]
+    digest = hashlib.sha256(str(run).encode()).hexdigest()[:8]
+    name = f"phi3v-{os.getuid()}-{run.name[:40]}-{digest}-{attempt_folder.name}-{host}"
+    path = shared_memory() / name
     path.mkdir(mode=0o700, exist_ok=True)
     if path.is_symlink() or path.stat().st_uid != os.getuid() or path.stat().st_mode & 0o077:
         raise PermissionError(f"{path} belongs to somebody else, or others may read it: remove it")

@@ -10,6 +10,7 @@ A phase hangs when nothing is heard for `hang_s`, and for `hang_factor` times th
 that phase; this process computes the bound, and the watcher only reads it.
 """
 
+import contextlib
 import faulthandler
 import json
 import os
@@ -18,6 +19,7 @@ import statistics
 import threading
 import time
 from collections import defaultdict, deque
+from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TextIO
@@ -30,6 +32,7 @@ PHASES = ("start", "load", "data", "forward", "backward", "optimizer", "snapshot
 SAVE_PHASES = ("write", "commit", "prune", "idle")
 DONE, STOPPED, FAILED = "done", "stopped", "failed"  # outcomes
 NEVER_HANGS, FOREVER_S = "idle", 1e9
+READING = ("start", "load", "data", "evaluate")  # phases in which the main thread may wait for data
 NUMBERED_APART = ("evaluate", "export")  # their steps are numbers of batches or files, not of optimizer steps
 REMEMBERED = 65  # intervals per phase, whose median says what is usual
 LAST_WORD_VARIABLE = "PHI3V_LAST_WORD"  # a file for the supervisor, since launchers swallow exit codes
@@ -63,9 +66,9 @@ class _Heart:
             lane.bound_s = self._bound_s(phase)
             self.file.write(name, lane)
 
-    def beat(self, name: str, what: str, phase: str | None) -> None:
+    def beat(self, name: str, what: str, only_in: Collection[str] = ()) -> None:
         with self.locks[name]:
-            if phase is not None and phase != self.lanes[name].phase:
+            if only_in and self.lanes[name].phase not in only_in:
                 return
             lane = self._sign_of_life(name)
             lane.what = what or lane.what
@@ -119,19 +122,22 @@ def enter(phase: str, step: int | None = None, what: str = "", lane: str = TRAIN
     return faults.fire(phase, step)
 
 
-def beat(what: str = "", lane: str = TRAIN, phase: str | None = None) -> None:
-    """Still in the same phase, and not stuck: call it once for each part of a long one.
-
-    phase: counts only while the lane is in it; for threads that work for the one that waits.
-    """
+def beat(what: str = "", lane: str = TRAIN) -> None:
+    """Still in the same phase, and not stuck: call it once for each part of a long one."""
     if _heart is not None:
-        _heart.beat(lane, what, phase)
+        _heart.beat(lane, what)
 
 
-def describe(what: str, lane: str = TRAIN) -> None:
+def read_on(what: str = "") -> None:
+    """Bytes have come, or a sample: a sign of life of a training thread that waits for data. From any thread."""
+    if _heart is not None:
+        _heart.beat(TRAIN, what, only_in=READING)
+
+
+def waits_for(what: str) -> None:
     """Say what this process waits for. No sign of life: it may wait for ever."""
     if _heart is not None:
-        _heart.describe(lane, what)
+        _heart.describe(TRAIN, what)
 
 
 def close(outcome: str, message: str = "", exit_code: int = 0) -> None:
@@ -140,9 +146,14 @@ def close(outcome: str, message: str = "", exit_code: int = 0) -> None:
     A process that ends without it has crashed.
     """
     global _heart
-    path = os.environ.get(LAST_WORD_VARIABLE)
-    if path and not Path(path).exists():
-        Path(path).write_text(json.dumps({"outcome": outcome, "message": message, "exit_code": exit_code}))
+    _tell_supervisor(outcome, message, exit_code)
     if _heart is not None:
         _heart.file.close(outcome, message, exit_code)
         _heart = None
+
+
+def _tell_supervisor(outcome: str, message: str, exit_code: int) -> None:
+    path = os.environ.get(LAST_WORD_VARIABLE)
+    if path and os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0")) == "0" and not Path(path).exists():
+        with contextlib.suppress(OSError):  # the supervisor then goes by the exit code alone
+            Path(path).write_text(json.dumps({"outcome": outcome, "message": message, "exit_code": exit_code}))

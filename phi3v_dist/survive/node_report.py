@@ -50,7 +50,6 @@ class NodeReport:
     """round: counts this node's suspicions; seen: the last round of each other node that `actors` answer."""
 
     host: str
-    attempt: int
     status: str
     ranks: list[RankReport]
     actors: list[Actor] = field(default_factory=list)

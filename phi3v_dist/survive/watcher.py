@@ -4,7 +4,7 @@ What comes in: the ranks' beat files in shared memory. What goes out: `node-HOST
 attempt's folder, a few plain lines on stderr, and no rank left behind. Surprise: it holds no clock but its own host's
 monotonic one, and knows other nodes only by their files. It imports neither torch nor numpy and takes about 15 MB.
 
-    python -m phi3v_dist.survive.watcher FOLDER ATTEMPT_FOLDER HOST ATTEMPT NUM_RANKS     (local rank 0 starts it)
+    python -m phi3v_dist.survive.watcher FOLDER ATTEMPT_FOLDER HOST NUM_RANKS     (local rank 0 starts it)
 """
 
 import os
@@ -14,11 +14,13 @@ import sys
 import time
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from phi3v_dist.printable import printable
-from phi3v_dist.survive import blame, processes, stacks, verdicts
+from phi3v_dist.survive import blame, heartbeat, processes, stacks, verdicts
 from phi3v_dist.survive.beat_file import (
     Beats,
+    folder_of,
     read_beats,
     remove_leftovers,
     remove_own,
@@ -40,6 +42,10 @@ from phi3v_dist.survive.node_report import (
     stacks_text_path,
 )
 
+if TYPE_CHECKING:
+    import phi3v_dist.parallel.topology  # loads torch
+    from phi3v_dist.config import WatchSettings
+
 TICK_S = 0.25
 OTHERS_S = 1.0  # between looks at the files of other nodes
 MEMORY_S = 1.0  # between looks at the ranks' memory
@@ -51,9 +57,18 @@ FIRST_RANK_S = 600.0
 RECHECK = 0.1  # of the silence so far, before ranks that have an excuse are looked at again
 
 
-def start(folder: Path, attempt_folder: Path, host: str, attempt: int, num_ranks: int) -> "subprocess.Popen[bytes]":
+def attach(attempt_folder: Path, topology: "phi3v_dist.parallel.topology.Topology", watch: "WatchSettings") -> None:
+    """Have this rank watched from now on. Every rank calls it; local rank 0 starts the watcher of its node."""
+    folder = folder_of(attempt_folder, topology.host)
+    bounds = heartbeat.Bounds(watch.hang_s, watch.hang_factor, watch.first_s)
+    heartbeat.open(folder, topology.rank, topology.host, bounds)
+    if topology.local_rank == 0:
+        start(folder, attempt_folder, topology.host, topology.local_world_size)
+
+
+def start(folder: Path, attempt_folder: Path, host: str, num_ranks: int) -> "subprocess.Popen[bytes]":
     """Watch `num_ranks` ranks of this node in a process of its own. It ends when they have."""
-    words = [str(folder), str(attempt_folder), host, str(attempt), str(num_ranks)]
+    words = [str(folder), str(attempt_folder), host, str(num_ranks)]
     command = [sys.executable, "-m", "phi3v_dist.survive.watcher", *words]
     return subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, start_new_session=True)
 
@@ -72,9 +87,9 @@ class _Rank:
 
 
 class Watcher:
-    def __init__(self, folder: Path, attempt_folder: Path, host: str, attempt: int, num_ranks: int):
+    def __init__(self, folder: Path, attempt_folder: Path, host: str, num_ranks: int):
         self.folder, self.attempt_folder, self.host = folder, attempt_folder, host
-        self.attempt, self.num_ranks = attempt, num_ranks
+        self.num_ranks = num_ranks
         self.ranks: dict[int, _Rank] = {}
         self.status = RUNNING
         self.verdict: Verdict | None = None
@@ -298,9 +313,7 @@ class Watcher:
         if news == self._reported:
             return
         self._reported = news
-        report = NodeReport(
-            self.host, self.attempt, self.status, ranks, self.actors, self.verdict, self.round, dict(self.seen)
-        )
+        report = NodeReport(self.host, self.status, ranks, self.actors, self.verdict, self.round, dict(self.seen))
         try:
             report.write(self.attempt_folder)
         except OSError as error:
@@ -312,13 +325,13 @@ def _say(lines: list[str]) -> None:
 
 
 def main() -> None:
-    folder, attempt_folder, host, attempt, num_ranks = sys.argv[1:]
+    folder, attempt_folder, host, num_ranks = sys.argv[1:]
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP):
         signal.signal(number, signal.SIG_IGN)  # meant for the ranks; it ends when they do
     removed = remove_leftovers(Path(folder))
     if removed:
         _say([f"watcher on {host}: removed {removed} things that dead processes had left in shared memory"])
-    Watcher(Path(folder), Path(attempt_folder), host, int(attempt), int(num_ranks)).run()
+    Watcher(Path(folder), Path(attempt_folder), host, int(num_ranks)).run()
 
 
 if __name__ == "__main__":

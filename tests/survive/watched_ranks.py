@@ -2,7 +2,7 @@
 
     python watched_ranks.py FOLDER ATTEMPT_FOLDER HOST RANK WORLD_SIZE PORT STEPS HANG_S [LOCAL_RANK LOCAL_SIZE]
 
-Faults come through PHI3V_FAULT, as everywhere; `skip` in WATCHED_RANKS makes rank 1 leave a collective out at step 5.
+Faults come through PHI3V_FAULT, as everywhere. WATCHED_RANKS=skip has rank 1 go another way at step 5; with `slow` it
 """
 
 import os
@@ -18,7 +18,7 @@ local_rank, local_size = map(int, local or (rank, world_size))
 os.environ |= {"RANK": rank, "WORLD_SIZE": world_size, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
 heartbeat.open(Path(folder), int(rank), host, heartbeat.Bounds(float(hang_s), 10, 60))
 if local_rank == 0:
-    watcher.start(Path(folder), Path(attempt_folder), host, 1, local_size)
+    watcher.start(Path(folder), Path(attempt_folder), host, local_size)
 
 import torch  # noqa: E402
 import torch.distributed as dist  # noqa: E402
@@ -34,8 +34,10 @@ try:
                 time.sleep(float(hang_s) / 2)
                 heartbeat.beat(f"part {part}")
         heartbeat.enter("forward", step)
-        if not (how == "skip" and rank == "1" and step == 5):
-            dist.all_reduce(torch.ones(4))
+        if how == "skip" and rank == "1" and step == 5:
+            heartbeat.enter("evaluate", 0)
+            dist.recv(torch.ones(4), src=0)
+        dist.all_reduce(torch.ones(4))
         heartbeat.enter("backward", step)
         dist.all_reduce(torch.ones(4))
         heartbeat.enter("optimizer", step)
