@@ -139,7 +139,7 @@ def show_goodput(settings: Settings, costs: Costs) -> None:
         ("a save holds training up for", costs.blocked_s),
         ("and is written in", costs.write_s),
         ("from a failure to the next step", costs.restart_s),
-        ("a node fails about every", saves.node_hours_between_failures * 3600),
+        ("a node fails about every", saves.node_hours_between_failures * 3600.0),
     ):
         console.print(f"{what:>32}  {about(seconds)}")
     chosen = "chosen" if saves.every_steps is None else f"{saves.every_steps} steps"
