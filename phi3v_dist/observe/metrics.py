@@ -58,7 +58,9 @@ _TRAINING = (
     Metric("train/label_token_frac", "frac", None, "share of tokens that carry a label", "Label tokens"),
     Metric("perf/tokens_per_s_per_gpu", "tokens/s", "up", "tokens trained per second, per process", "Throughput"),
     Metric("perf/images_per_s_per_gpu", "images/s", "up", "pictures trained per second, per process", "Images"),
-    Metric("perf/straggler_ratio", "ratio", "down", "slowest rank's own time a step over the median rank's", "Slowest rank"),
+    Metric(
+        "perf/straggler_ratio", "ratio", "down", "slowest rank's own time a step over the median rank's", "Slowest rank"
+    ),
     Metric("time/step_s", "s", "down", "wall time of one optimizer step", "Step time"),
     Metric("time/data_s", "s", "down", "waiting for the loader", "Step time"),
     Metric("time/fwd_s", "s", "down", "forward passes of the step", "Step time"),
