@@ -62,7 +62,8 @@ class Saver:
         return replace(asked, save=asked.save and not asked.busy)
 
     def begin(self, engine: Any, position: Position) -> None:
-        """Copy the state of this step and have it written while training goes on."""
+        """Copy the state of this step and have it written while training goes on, after the save before."""
+        self._heard(self.checkpoints.wait())
         self.checkpoints.begin(engine, position)
         self.saved_step = position.step
         self._due = False

@@ -57,7 +57,8 @@ def fit(run: Run) -> dict[str, float] | None:
             _evaluate(run, totals.step, run.settings.eval.samples)
             asked = run.saver.edge(totals.step)
         if asked.stop:
-            return _stop(run, totals, accounts, plan, asked)
+            _stop(run, totals, accounts, plan, asked)
+            return None
     accounts.require_few_bad(totals.quarantined, totals.samples, at_end=run.planner.end is not None)
     accounts.close()
     totals.wall_s = clock.read_s()
@@ -152,7 +153,8 @@ def _leave(run: Run, totals: Totals) -> None:
 
 
 def _evaluation_is_due(run: Run, step: int) -> bool:
-    return bool(run.settings.eval.every_steps) and step % run.settings.eval.every_steps == 0
+    every_steps = run.settings.eval.every_steps
+    return every_steps is not None and step % every_steps == 0
 
 
 def _evaluate(run: Run, step: int, num_samples: int | None) -> dict[str, float] | None:
@@ -177,7 +179,8 @@ def _finish(run: Run, totals: Totals) -> dict[str, float] | None:
     metrics = _evaluate(run, totals.step, run.settings.eval.final_samples)
     run.saver.wait()
     if metrics is None:
-        return _leave(run, totals)
+        _leave(run, totals)
+        return None
     summary = {"train/step": totals.step} | totals.row(run) | metrics | run.reference
     run.tracker.finish(summary)
     if run.topology.is_main:

@@ -26,7 +26,7 @@ def test_a_finished_run_leaves_everything_a_person_needs(reference):
     assert {"eval/loss", "eval/field_em/colour", "eval/parse_fail_pct", "eval/stop_pct"} <= set(summary)
     resolved = yaml.safe_load((reference / "config.yaml").read_text())
     assert resolved["train"]["steps"] == 10 and resolved["environment"]["versions"]["deepspeed"]
-    assert [path.name for path in sorted((reference / "checkpoints").iterdir())] == [
+    assert [path.name for path in sorted((reference / "checkpoints").glob("step-*"))] == [
         "step-00000004", "step-00000008", "step-00000010",
     ]  # fmt: skip
     predictions = (reference / "eval" / "step-000010" / "predictions.jsonl").read_text().splitlines()
