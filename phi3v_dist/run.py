@@ -223,7 +223,8 @@ def build(settings: Settings, topology: Topology) -> Run:
             settings.run.folder / "checkpoints", settings.checkpoint.keep,
             write_mb_per_s=settings.checkpoint.write_mb_per_s,
         ),
-        evaluator=evaluator, tracker=tracker, run_id=topology.broadcast(_run_id(settings.run.folder) if topology.is_main else ""),
+        evaluator=evaluator, tracker=tracker,
+        run_id=topology.broadcast(_run_id(settings.run.folder) if topology.is_main else ""),
         resolved=resolved, reference=_reference(settings.eval.reference),
     )  # fmt: skip
     if topology.is_main:
