@@ -17,6 +17,10 @@ SLOWEST_RANK_TIMEOUT_S = 3600  # how long ranks that have written their share wa
 T = TypeVar("T")
 
 
+class LostRankError(CheckpointError):
+    """Another rank is gone, so nothing more can be agreed on."""
+
+
 class Ranks:
     """All ranks of the job, as those see them who save and load. One process without a group is a job of one."""
 
@@ -46,7 +50,7 @@ class Ranks:
             self._group = dist.new_group(backend="gloo", timeout=timedelta(seconds=SLOWEST_RANK_TIMEOUT_S))
 
     def everyone(self, value: T) -> list[T]:
-        """Every rank's value, on every rank. Raises CheckpointError when a rank is gone."""
+        """Every rank's value, on every rank. Raises LostRankError when a rank is gone."""
         if self.world_size == 1:
             return [value]
         self.meet()
@@ -54,5 +58,6 @@ class Ranks:
         try:
             dist.all_gather_object(values, value, group=self._group)
         except RuntimeError as error:
-            raise CheckpointError(f"{self.name} lost another rank: {' '.join(str(error).split())}") from error
+            what = " ".join(str(error).split()).split(". ")[0]
+            raise LostRankError(f"{self.name} lost another rank while a checkpoint was agreed on: {what}") from error
         return values

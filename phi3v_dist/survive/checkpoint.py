@@ -58,7 +58,7 @@ class Checkpoints:
         self.folder = folder
         self._ranks = Ranks()
         self._fence = Fence(folder, attempt)
-        self._writer = Writer(self._fence, self._ranks, keep, write_mb_per_s, keep_also)
+        self.writer = Writer(self._fence, self._ranks, keep, write_mb_per_s, keep_also)
         self._memory = HostMemory()
         self._partitions: Partitions | None = None
         self._claimed = False
@@ -87,11 +87,11 @@ class Checkpoints:
     @property
     def busy(self) -> bool:
         """Whether this rank still works on a save; others may be done."""
-        return self._writer.busy
+        return self.writer.busy
 
     @property
     def failures_in_a_row(self) -> int:
-        return self._writer.failures_in_a_row
+        return self.writer.failures_in_a_row
 
     def begin(self, engine: Any, position: Position) -> None:
         """Copy this rank's share right after an optimizer step, and write it while training goes on.
@@ -107,20 +107,21 @@ class Checkpoints:
         assert self._partitions is not None
         self._partitions.require_between_steps()
         share = snapshot.take(self._partitions, position, self._memory, self._ranks.rank, self._ranks.world_size)
-        self._writer.begin(share, blocked_s=time.perf_counter() - began)
+        self.writer.begin(share, blocked_s=time.perf_counter() - began)
 
     def poll(self) -> Saved | CheckpointError | None:
         """What became of the last save, told once; None while it goes on, or when nothing is new.
 
         Raises:
             FencedError: a newer attempt has started, so this job must end.
+            LostRankError: another rank is gone.
             CheckpointError: the third failure in a row.
         """
-        return self._writer.poll()
+        return self.writer.poll()
 
     def wait(self, timeout_s: float | None = None) -> Saved | CheckpointError | None:
         """As `poll`, once the save is done or the time is over; meanwhile it is written without a limit of rate."""
-        return self._writer.wait(timeout_s)
+        return self.writer.wait(timeout_s)
 
     def save(self, engine: Any, position: Position) -> Path:
         """Write a checkpoint and wait for it. A CheckpointError leaves the older ones untouched."""
@@ -164,7 +165,7 @@ class Checkpoints:
         """
         assert not self.busy, "the save in flight must end before a checkpoint is loaded"
         heartbeat.enter("load", step_of(path), path.name)
-        problems = [] if self._writer.sound.get(path) else self._damage(path)
+        problems = [] if self.writer.sound.get(path) else self._damage(path)
         if problems:
             raise DamagedError([f"cannot load {path}: {problem}" for problem in problems])
         reader = TensorReader(path)
@@ -192,7 +193,7 @@ class Checkpoints:
         """Every rank hashes its share of the files; all get the same answer."""
         shares = self._ranks.everyone(damage(path, self._ranks.rank, self._ranks.world_size))
         problems = list(dict.fromkeys(problem for share in shares for problem in share))
-        self._writer.sound[path] = not problems
+        self.writer.sound[path] = not problems
         return problems
 
     def _agreed(self, task: Callable[[], None]) -> None:

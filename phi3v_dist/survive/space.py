@@ -47,7 +47,7 @@ def num_further(rooms: list[Room], freed_bytes: int) -> int:
     return left // needed
 
 
-def size(num_bytes: float) -> str:
+def size(num_bytes: int) -> str:
     """As people read it."""
     for unit, factor in (("GB", 1e9), ("MB", 1e6)):
         if num_bytes >= factor:

@@ -17,7 +17,7 @@ from typing import Any, Generic, TypeVar
 
 from phi3v_dist.errors import CheckpointError
 from phi3v_dist.survive import heartbeat, retention, space
-from phi3v_dist.survive.agreement import Ranks
+from phi3v_dist.survive.agreement import LostRankError, Ranks
 from phi3v_dist.survive.fence import Fence, FencedError
 from phi3v_dist.survive.manifest import commit, rank_file_name
 from phi3v_dist.survive.pace import Pace
@@ -92,6 +92,7 @@ class Writer:
 
         Raises:
             FencedError: a newer attempt has started.
+            LostRankError: another rank is gone.
             CheckpointError: the third failure in a row.
         """
         if self.busy or self._outcome is None:
@@ -103,7 +104,7 @@ class Writer:
         if not isinstance(outcome, CheckpointError):
             raise outcome  # a mistake in the program, or an injected fault
         self.failures_in_a_row += 1
-        if isinstance(outcome, FencedError):
+        if isinstance(outcome, FencedError | LostRankError):
             raise outcome
         if self.failures_in_a_row >= MOST_FAILURES:
             raise CheckpointError([f"{self.failures_in_a_row} saves in a row failed, the last one:", *outcome.problems])
@@ -171,14 +172,15 @@ class Writer:
             heartbeat.beat(path.name, heartbeat.SAVE)
             self._pace.spend(num_bytes)
 
-        heartbeat.enter("write", snapshot.step, path.name, heartbeat.SAVE)
         try:
+            heartbeat.enter("write", snapshot.step, path.name, heartbeat.SAVE)
             return write_rank_file(path, snapshot.tensors, snapshot.metadata, require_finite, on_block)
         except OSError as error:
-            if error.errno not in space.FULL:
-                raise
-            needed, free = rank_file_bytes(snapshot.tensors, snapshot.metadata), space.free_bytes(temporary)
-            raise OSError(error.errno, f"{space.no_space(temporary, needed, free)} ({error})", str(path)) from error
+            what = f"writing {path}: {error.strerror}"
+            if error.errno in space.FULL:
+                needed = rank_file_bytes(snapshot.tensors, snapshot.metadata)
+                what += f"; {space.no_space(temporary, needed, space.free_bytes(self._fence.folder))}"
+            raise OSError(error.errno, what) from error
 
     def _commit(self, snapshot: Snapshot, temporary: Path, final: Path, manifest: dict[str, Any]) -> None:
         heartbeat.enter("commit", snapshot.step, final.name, heartbeat.SAVE)

@@ -173,7 +173,22 @@ def run_train(folder: Path) -> dict:
         notes[f"{dtype} with a save"] = [before, train(engine, STEPS)]
         Checkpoints(folder / dtype, keep=1).load(engine, path)
         notes[f"{dtype} rolled back"] = train(engine, STEPS)
+        notes[f"{dtype} beside a save"] = beside_a_save(engine, folder / f"{dtype} beside", path)
     return notes | weights_only(folder) | refusals(engine, folder)
+
+
+def beside_a_save(engine, folder: Path, path: Path) -> dict:
+    """A save begun at the same point as the one in `path`, held to a rate at which only its header is written until
+    somebody waits for it; training goes on meanwhile."""
+    checkpoints = Checkpoints(folder, keep=1, write_mb_per_s=1e-5)
+    checkpoints.load(engine, path)
+    checkpoints.begin(engine, position(STEPS))
+    losses = train(engine, STEPS)
+    still_busy = checkpoints.busy and checkpoints.poll() is None
+    saved = checkpoints.wait()
+    return {
+        "losses": losses, "was busy": everyone(still_busy), "saved": [saved.path.name, saved.step, saved.size_bytes]
+    }  # fmt: skip
 
 
 def weights_only(folder: Path) -> dict:

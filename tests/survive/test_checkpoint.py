@@ -67,6 +67,19 @@ def test_saving_does_not_change_the_run(runs, dtype):
     assert trained[f"{dtype} with a save"] == trained[f"{dtype} uninterrupted"]
 
 
+@both_dtypes
+def test_a_save_beside_training_holds_the_step_it_was_begun_at_bit_for_bit(runs, dtype):
+    seen = notes(runs, "train-2")[f"{dtype} beside a save"]
+    assert seen["was busy"] == [True, True], "the writer must still have had everything to write"
+    assert seen["losses"] == notes(runs, "train-2")[f"{dtype} uninterrupted"][1]
+    at_once, beside = (runs / "train-2" / name / STEP for name in (dtype, f"{dtype} beside"))
+    files = sorted(path.name for path in at_once.iterdir())
+    for name in files:
+        assert (beside / name).read_bytes() == (at_once / name).read_bytes(), name
+    size_bytes = sum((at_once / name).stat().st_size for name in files if name != "manifest.json")
+    assert seen["saved"] == [STEP, 3, size_bytes]
+
+
 @pytest.mark.parametrize("when", ["fp32 rolled back", "bf16 rolled back", "bf16 rolled back inside a window"])
 def test_a_live_engine_rolled_back_repeats_its_losses(runs, when):
     trained = notes(runs, "train-2")
