@@ -86,14 +86,16 @@ def poisson(mean_between_failures_s: float, total_s: float, seed: int) -> list[f
 
 
 def simulate(
-    failure_times_s: Sequence[float], costs: Costs, total_s: float, interval_s: float, every_steps: int | None = None
-) -> Goodput:
+    failure_times_s: Sequence[float], costs: Costs, total_s: float, interval_s: float, every_steps: int | None = None,
+    restarts_s: Sequence[float] = (),
+) -> Goodput:  # fmt: skip
     """A run of `total_s` seconds of wall time that is launched at 0 and again after each failure.
 
     Args:
         failure_times_s: since the first launch, in order; one may come while the run restarts from the one before.
         interval_s: from the beginning of one save to that of the next, rounded up to whole steps and to the end of the
             write before. every_steps: given, this is the interval.
+        restarts_s: of the first launches, where each is known; `costs.restart_s` of the others.
     """
     period_s = costs.step_s + costs.between_s
     wanted = math.ceil((interval_s - costs.blocked_s) / period_s - ROUNDING) if every_steps is None else every_steps
@@ -103,8 +105,9 @@ def simulate(
     kept = num_lost = 0
     blocked_s = restart_s = 0.0
     for number, (begin_s, end_s) in enumerate(zip(borders_s, borders_s[1:], strict=False)):
-        restart_s += min(costs.restart_s, end_s - begin_s)
-        running_s = max(0.0, end_s - begin_s - costs.restart_s)
+        starting_s = min(restarts_s[number] if number < len(restarts_s) else costs.restart_s, end_s - begin_s)
+        restart_s += starting_s
+        running_s = end_s - begin_s - starting_s
         num_cycles = math.floor(running_s / cycle_s + ROUNDING)
         rest_s = max(0.0, running_s - num_cycles * cycle_s)
         done = num_cycles * num_steps + min(num_steps, math.floor(rest_s / period_s + ROUNDING))

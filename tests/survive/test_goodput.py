@@ -105,6 +105,11 @@ def test_a_failure_during_the_restart_begins_it_again() -> None:
     assert simulate([1000.0], CHEAP, 1200.0, 0.0, every_steps=1000).useful_s == 100.0
 
 
+def test_restarts_may_differ() -> None:
+    found = simulate([1000.0, 2000.0], CHEAP, 3000.0, 0.0, every_steps=1000, restarts_s=[950.0, 1200.0])
+    assert found.restart_s == 950.0 + 1000.0 + 100.0 and found.useful_s == 900.0
+
+
 def test_a_save_waits_for_the_write_before_it() -> None:
     slow = Costs(step_s=10.0, blocked_s=0.0, write_s=95.0, restart_s=0.0)
     assert simulate([294.0], slow, 295.0, 0.0, every_steps=1).useful_s == 100.0, "saved at 100 and 200, no more"
