@@ -82,3 +82,10 @@ class OutOfMemoryError(Phi3VError):
 
     exit_code = 9
     kind = "memory"
+
+
+class CorruptedError(Phi3VError):
+    """Numbers in memory changed by themselves."""
+
+    exit_code = 10
+    kind = "silent corruption"

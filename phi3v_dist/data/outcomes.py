@@ -5,6 +5,7 @@ Surprise: nothing is decided here. The policy was applied when the lengths were 
 the same two rules: length 0, or longer than a row.
 """
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -15,6 +16,7 @@ from phi3v_dist.data.shards import ShardTable
 from phi3v_dist.printable import printable
 
 CUT = {"drop": "cut", "fewer_crops": "cut into fewer crops", "truncate_text": "with text cut"}
+NAMES_SHOWN = 5
 STILL = {"drop": "", "fewer_crops": " with any number of crops", "truncate_text": ", texts cut or not"}
 
 
@@ -51,6 +53,13 @@ def names(outcome: Outcome, table: ShardTable, lengths: Lengths, num_samples: in
         about = printable(lengths.bad.get(sample_id, "")) or f"{full_tokens:,} tokens{after}"
         lines.append(f"{table.sample_name(sample_id)}: {about}")
     return lines
+
+
+def listed(sample_ids: Sequence[int], sample_name: Callable[[int], str]) -> str:
+    """The first of some samples by `shard:key`, and how many more there are."""
+    shown = ", ".join(printable(sample_name(sample_id)) for sample_id in sample_ids[:NAMES_SHOWN])
+    rest = len(sample_ids) - NAMES_SHOWN
+    return f"{shown} and {rest} more" if rest > 0 else shown
 
 
 def _some(*outcomes: Outcome) -> list[Outcome]:

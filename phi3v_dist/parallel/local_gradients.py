@@ -1,7 +1,7 @@
 """This rank's own gradients, as they are made → whether all were finite, before ZeRO-3 mixes them with those of others.
 
 Surprise: after the reduction every rank holds the same NaN, so where it began can only be seen here. The sum of each
-gradient is added to one number on the device, which nobody waits for until the end of the step.
+gradient is added to one number on the device, which is read only when the step turned out bad.
 """
 
 import torch
@@ -17,11 +17,13 @@ class LocalGradients:
             parameter.register_hook(self._add) for parameter in module.parameters() if parameter.requires_grad
         ]
 
-    def were_finite(self) -> bool:
-        """Since it was last asked. A sum of finite gradients that overflows counts as not finite."""
-        is_finite = bool(torch.isfinite(self._total))
+    def begin(self) -> None:
+        """A new step begins."""
         self._total.zero_()
-        return is_finite
+
+    def were_finite(self) -> bool:
+        """Since the step began; waits for the device. A sum of finite gradients that overflows is not finite."""
+        return bool(torch.isfinite(self._total))
 
     def close(self) -> None:
         for hook in self._hooks:

@@ -27,6 +27,7 @@ TESTED_DEEPSPEED = "0.19.8"
 COUNTERS = ("global_steps", "global_samples", "skipped_steps", "micro_steps")
 LOSS_SCALE_NUMBERS = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")
 
+CAST_BLOCK = 2**24  # elements compared at a time
 WRAPPED = ".base_layer."  # where peft puts a module that got an adapter
 
 # (tensor name, state, start, length) → those elements of the flattened tensor
@@ -322,6 +323,56 @@ def clear_gradients(engine: Any) -> None:
     for master in zero.fp32_partitioned_groups_flat:
         if master.grad is not None:  # with an offloaded optimizer
             master.grad.zero_()
+
+
+@torch.no_grad()
+def replicated(engine: Any) -> dict[str, Tensor]:
+    """What every rank must hold alike: parameters that stay gathered between steps, and buffers.
+
+    After a skipped step no parameter is gathered, on any rank.
+    """
+    parameters = {official_name(name): param for name, param in engine.module.named_parameters()}
+    gathered = {name: p.detach() for name, p in parameters.items() if p.ds_persist and p.ds_status.name == "AVAILABLE"}
+    return gathered | {name: buffer.detach() for name, buffer in engine.module.named_buffers()}
+
+
+@torch.no_grad()
+def own_share(engine: Any, name: str) -> tuple[int, Tensor]:
+    """Start and elements of a parameter that this rank owns, in the type of computation."""
+    param = next(param for known, param in engine.module.named_parameters() if official_name(known) == name)
+    return _owned(param)[0], _own_elements(param)
+
+
+@torch.no_grad()
+def cast_differences(engine: Any) -> list[str]:
+    """Trained tensors of which this rank's computing copy is not the cast of its master, bit by bit.
+
+    A bit of a master below the precision of the type of computation does not show here.
+    """
+    zero = engine.optimizer
+    names = {id(param): official_name(name) for name, param in engine.module.named_parameters()}
+    found = []
+    for sub_group, params in enumerate(zero.fp16_groups):
+        master, computing = zero.fp32_partitioned_groups_flat[sub_group], zero.fp16_partitioned_groups_flat[sub_group]
+        if _is_cast(master, computing):
+            continue
+        offset = 0
+        for param in params:
+            length = _owned(param)[1]
+            if not _is_cast(master.narrow(0, offset, length), computing.narrow(0, offset, length)):
+                found.append(names[id(param)])
+            offset += param.partition_numel()
+    return found
+
+
+def _is_cast(master: Tensor, computing: Tensor) -> bool:
+    """In pieces, since a sub-group may have a billion elements; on the master's device, which may be the CPU."""
+    same = torch.ones((), dtype=torch.bool, device=master.device)
+    for begin in range(0, master.numel(), CAST_BLOCK):
+        wanted = master.detach()[begin : begin + CAST_BLOCK].to(computing.dtype)
+        present = computing.detach()[begin : begin + CAST_BLOCK].to(master.device)
+        same &= (wanted.view(torch.uint8) == present.view(torch.uint8)).all()
+    return bool(same)
 
 
 def official_name(name: str) -> str:

@@ -5,13 +5,12 @@ neither begins nor ends a stretch of bad steps. The length of a stretch is not s
 """
 
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 
+from phi3v_dist.data.outcomes import listed
 from phi3v_dist.errors import DivergedError
 from phi3v_dist.train.step import StepResult
-
-NAMES_SHOWN = 5
 
 log = logging.getLogger(__name__)
 
@@ -59,10 +58,3 @@ class SkippedSteps:
             "whatever the samples are, leave its node out. Then start again"
         )
         return [head, *map(self._line, self._stretch)]
-
-
-def listed(sample_ids: Sequence[int], sample_name: Callable[[int], str]) -> str:
-    """The first names, and how many there are."""
-    shown = ", ".join(map(sample_name, sample_ids[:NAMES_SHOWN]))
-    rest = len(sample_ids) - NAMES_SHOWN
-    return f"{shown} and {rest} more" if rest > 0 else shown

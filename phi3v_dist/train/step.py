@@ -12,11 +12,12 @@ together, and weights, moments and counts of updates stay as they were, to the b
 
 import math
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from phi3v_dist.data.batch import Batch, Filling
 from phi3v_dist.data.plan import PlannedStep
@@ -24,6 +25,7 @@ from phi3v_dist.errors import DataError, OutOfMemoryError
 from phi3v_dist.parallel import partitions
 from phi3v_dist.parallel.local_gradients import LocalGradients
 from phi3v_dist.parallel.topology import Topology
+from phi3v_dist.parallel.waits import WAITS
 from phi3v_dist.survive import heartbeat
 
 GIB = 2**30
@@ -83,77 +85,86 @@ def train_step(
         OutOfMemoryError: the accelerator's memory is full.
         DataError: this rank has fewer Batches than the step has micro-steps, or ranks work on different steps.
     """
-    seconds = {"data": 0.0, "fwd": 0.0, "bwd": 0.0, "opt": 0.0}
-    loss_sum = torch.zeros((), dtype=torch.float64, device=engine.device)  # read once, so that no micro-step waits
-    label_tokens = images = num_batches = 0
-    left_out: list[Filling] = []
-    micro_steps = engine.gradient_accumulation_steps()
     for group in engine.optimizer.param_groups:
         group["lr"] = rates[group["part"]]
-    batch: Batch | None = None
+    if gradients:
+        gradients.begin()
+    own = _Own(torch.zeros((), dtype=torch.float64, device=engine.device))
+    WAITS.take_s()
     try:
-        for batch in _timed(batches, seconds, plan, micro_steps):
-            num_batches += 1
-            where = f"micro-step {num_batches} of {micro_steps}"
-            began = time.perf_counter()
-            asked = heartbeat.enter("forward", plan.number, where)
-            losses = engine(**batch.inputs(engine.device)).token_losses.sum()
-            if asked == "nan":
-                losses = losses * math.nan
-            forward = time.perf_counter()
-            if heartbeat.enter("backward", plan.number, where) == "nan":
-                losses.register_hook(lambda gradient: gradient * math.nan)
-            engine.backward(losses * (topology.world_size / plan.label_tokens), scale_wrt_gas=False)
-            loss_sum += losses.detach()
-            seconds["fwd"] += forward - began
-            seconds["bwd"] += time.perf_counter() - forward
-            label_tokens += batch.label_tokens
-            images += len(batch.image_sizes)
-            left_out += batch.quarantined
-            if num_batches < micro_steps:
-                engine.step()
-        if num_batches != micro_steps:
-            raise DataError(
-                f"rank {topology.rank} on {topology.host} has {num_batches} of the {micro_steps} batches of step "
-                f"{plan.number}, and all other ranks wait for it. This is a fault of the loader; started again, the "
-                "run goes on from its last checkpoint"
-            )
+        _micro_steps(engine, plan, batches, topology, own)
         began = time.perf_counter()
         heartbeat.enter("optimizer", plan.number)
-        own_loss = loss_sum.item()
-        loss, labels, pictures, quarantined, waited_s, step_numbers = topology.sum(
-            [own_loss, float(label_tokens), float(images), float(len(left_out)), seconds["data"], float(plan.number)]
-        )
-        if step_numbers != plan.number * topology.world_size:
+        own_loss = own.loss_sum.item()
+        with WAITS.waiting():
+            loss, labels, pictures, quarantined, waited_s, numbers = topology.sum(
+                [own_loss, float(own.label_tokens), float(own.images), float(len(own.left_out)), own.seconds["data"],
+                 float(plan.number)]
+            )  # fmt: skip
+        if numbers != plan.number * topology.world_size:
             raise DataError(_steps_differ(topology, plan.number))
         skipped = _update(engine, plan, loss, int(labels))
     except torch.OutOfMemoryError as error:
-        raise OutOfMemoryError(_memory_report(error, plan, batch, topology, engine.device)) from error
-    own_gradients_finite = gradients.were_finite() if gradients else True
+        raise OutOfMemoryError(_memory_report(error, plan, own.batch, topology, engine.device)) from error
     not_finite_on: tuple[str, ...] = ()
     if skipped and skipped != NO_LABELS:
-        not_finite_on = _began_on(topology, math.isfinite(own_loss) and own_gradients_finite)
-    seconds["opt"] = time.perf_counter() - began
+        is_finite = math.isfinite(own_loss) and (gradients is None or gradients.were_finite())
+        not_finite_on = _began_on(topology, is_finite)
+    grad_norm = 0.0 if skipped == NO_LABELS else float(engine.get_global_grad_norm())
+    own.seconds["opt"] = time.perf_counter() - began
     return StepResult(
-        step=plan.number, loss=loss / labels if labels else math.nan, grad_norm=0.0 if skipped == NO_LABELS else float(engine.get_global_grad_norm()),
-        learning_rates=rates, label_tokens=int(labels), tokens=plan.tokens, images=int(pictures),
-        samples=len(plan.sample_ids), quarantined=int(quarantined), sample_ids=plan.sample_ids, rows=len(plan.rows),
-        seconds=seconds, data_wait_s=waited_s / topology.world_size, left_out=tuple(left_out), skipped=skipped,
-        not_finite_on=not_finite_on,
+        step=plan.number, loss=loss / labels if labels else math.nan, grad_norm=grad_norm, learning_rates=rates,
+        label_tokens=int(labels), tokens=plan.tokens, images=int(pictures), samples=len(plan.sample_ids),
+        quarantined=int(quarantined), sample_ids=plan.sample_ids, rows=len(plan.rows), seconds=own.seconds,
+        data_wait_s=waited_s / topology.world_size, left_out=tuple(own.left_out), skipped=skipped,
+        not_finite_on=not_finite_on, own_s=sum(own.seconds.values()) - WAITS.take_s(),
     )  # fmt: skip
 
 
-def _timed(batches: Iterable[Batch], seconds: dict[str, float], plan: PlannedStep, micro_steps: int) -> Iterator[Batch]:
-    """Each Batch as it comes; what training waits for them is added to `seconds`."""
-    iterator = iter(batches)
+@dataclass
+class _Own:
+    """What this rank alone has done of a step so far. loss_sum: fp64, on the device; read once, at the end."""
+
+    loss_sum: Tensor
+    label_tokens: int = 0
+    images: int = 0
+    left_out: list[Filling] = field(default_factory=list)
+    batch: Batch | None = None
+    seconds: dict[str, float] = field(default_factory=lambda: {"data": 0.0, "fwd": 0.0, "bwd": 0.0, "opt": 0.0})
+
+
+def _micro_steps(engine: Any, plan: PlannedStep, batches: Iterable[Batch], topology: Topology, own: _Own) -> None:
+    """Forward and backward of each Batch. Raises DataError, before the others wait, when there are too few of them."""
+    iterator, micro_steps = iter(batches), engine.gradient_accumulation_steps()
     for number in range(1, micro_steps + 1):
+        where = f"micro-step {number} of {micro_steps}"
         began = time.perf_counter()
-        heartbeat.enter("data", plan.number, f"micro-step {number} of {micro_steps}")
-        batch = next(iterator, None)
-        seconds["data"] += time.perf_counter() - began
+        heartbeat.enter("data", plan.number, where)
+        own.batch = batch = next(iterator, None)
         if batch is None:
-            return
-        yield batch
+            raise DataError(
+                f"rank {topology.rank} on {topology.host} has {number - 1} of the {micro_steps} batches of step "
+                f"{plan.number}, and all other ranks wait for it. This is a fault of the loader; started again, the "
+                "run goes on from its last checkpoint"
+            )
+        loaded = time.perf_counter()
+        asked = heartbeat.enter("forward", plan.number, where)
+        losses = engine(**batch.inputs(engine.device)).token_losses.sum()
+        if asked == "nan":
+            losses = losses * math.nan
+        forward = time.perf_counter()
+        if heartbeat.enter("backward", plan.number, where) == "nan":
+            losses.register_hook(lambda gradient: gradient * math.nan)
+        engine.backward(losses * (topology.world_size / plan.label_tokens), scale_wrt_gas=False)
+        own.loss_sum += losses.detach()
+        own.seconds["data"] += loaded - began
+        own.seconds["fwd"] += forward - loaded
+        own.seconds["bwd"] += time.perf_counter() - forward
+        own.label_tokens += batch.label_tokens
+        own.images += len(batch.image_sizes)
+        own.left_out += batch.quarantined
+        if number < micro_steps:
+            engine.step()
 
 
 def _update(engine: Any, plan: PlannedStep, loss_sum: float, label_tokens: int) -> str | None:

@@ -11,7 +11,9 @@ import logging
 import math
 import os
 import socket
+import statistics
 import sys
+import time
 from itertools import islice
 from pathlib import Path
 
@@ -24,18 +26,19 @@ import xxhash
 
 from phi3v_dist.config import Settings
 from phi3v_dist.data.samples import BadSample
-from phi3v_dist.errors import Phi3VError
+from phi3v_dist.errors import CorruptedError, Phi3VError
 from phi3v_dist.model.build import partitioned_model, proven_backend
 from phi3v_dist.model.tiny import write_tiny
 from phi3v_dist.parallel import zero
 from phi3v_dist.parallel.local_gradients import LocalGradients
 from phi3v_dist.parallel.partitions import Partitions
 from phi3v_dist.parallel.topology import Topology
-from phi3v_dist.survive import faults
+from phi3v_dist.survive import faults, replicas
 from phi3v_dist.train.optim import build_optimizer
 from phi3v_dist.train.step import train_step
 
 RATES, STEPS = collective_ranks.RATES, 6
+CLEAN_STEPS = 20
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "offload": torch.bfloat16}
 # Step → what goes wrong in it
 SKIPPED = {2: "loss", 3: "gradients", 4: "inf", 5: "labels"}
@@ -135,7 +138,61 @@ def run_mismatch(folder: Path, topology: Topology, dtype: str) -> dict:
     os._exit(0)  # the process group cannot be left in order any more
 
 
-TRIALS = {"skips": run_skips, "mismatch": run_mismatch}
+def flip(tensor: torch.Tensor, element: int) -> None:
+    """One bit, the highest of the exponent: it shows in every type."""
+    integers = {2: torch.int16, 4: torch.int32, 8: torch.int64}[tensor.element_size()]
+    bits = tensor.detach().view(-1)[element : element + 1].view(integers)
+    bits ^= 1 << (8 * tensor.element_size() - 3)
+
+
+def run_flips(folder: Path, topology: Topology, dtype: str) -> dict:
+    """Clean steps with a comparison after each; then one bit at a time is flipped on one rank, and flipped back."""
+    rows = Rows([(collective_ranks.ONE, True), (collective_ranks.TEXT, True)], topology.world_size)
+    engine = build(folder, topology, rows, dtype)
+    set_fault("1:forward:3:nan")  # a skipped step leaves nothing gathered
+    seconds, step_seconds = [], []
+    for plan, batches in islice(rows.loader(topology.rank, topology.world_size, CLEAN_STEPS), CLEAN_STEPS):
+        began = time.perf_counter()
+        train_step(engine, plan, batches, RATES, topology)
+        compared = time.perf_counter()
+        replicas.compare(engine, topology)
+        seconds.append(time.perf_counter() - compared)
+        step_seconds.append(compared - began)
+    notes: dict = {"compare_s": statistics.median(seconds), "step_s": statistics.median(step_seconds), "found": {}}
+    name = "model.norm.weight"
+    whole = next(param for known, param in engine.module.named_parameters() if known == name)
+    owned = engine.module.lm_head.weight
+    sub_group, offset, _ = engine.optimizer.grad_position[owned.ds_id]
+    group = engine.optimizer.param_groups[0]
+    buffer = next(engine.module.buffers())
+    for what, rank, tensor in (
+        ("gathered", 1, whole.data),
+        ("master", topology.world_size - 1, engine.optimizer.fp32_partitioned_groups_flat[sub_group][offset:]),
+        ("computing", 0, owned.ds_tensor),
+        ("buffer", 1, buffer),
+    ):
+        if topology.rank == rank:
+            flip(tensor, 3)
+        notes["found"][what] = compared_error(engine, topology)
+        if topology.rank == rank:
+            flip(tensor, 3)
+    rate = group["lr"]
+    group["lr"] = rate * 2 if topology.rank == 1 else rate
+    notes["found"]["learning rate"] = compared_error(engine, topology)
+    group["lr"] = rate
+    notes["found"]["nothing"] = compared_error(engine, topology)
+    return notes
+
+
+def compared_error(engine, topology: Topology) -> str:
+    try:
+        replicas.compare(engine, topology)
+    except CorruptedError as error:
+        return error.report()
+    return ""
+
+
+TRIALS = {"flips": run_flips, "skips": run_skips, "mismatch": run_mismatch}
 
 
 def run_rank(rank: int, world_size: int, folder: Path, trials: list[str], port: int) -> None:
