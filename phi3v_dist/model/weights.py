@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from phi3v_dist.errors import CheckpointError
 from phi3v_dist.parallel.partitions import full_shape, is_partitioned, set_partition
+from phi3v_dist.survive import heartbeat
 from phi3v_dist.survive.durable import fsync_folder, write_durably
 from phi3v_dist.survive.tensor_file import TORCH_DTYPES, Specs, blocks, size_bytes
 
@@ -193,6 +194,7 @@ def write_safetensors(folder: Path, weights: Weights, shard_size_bytes: int = SH
     for number, names in enumerate(shards, start=1):
         single = len(shards) == 1
         file_name = "model.safetensors" if single else f"model-{number:05d}-of-{len(shards):05d}.safetensors"
+        heartbeat.beat(file_name)
         with (folder / file_name).open("wb") as file:
             for block in blocks({name: specs[name] for name in names}, weights.get, {"format": "pt"}):
                 file.write(block)
