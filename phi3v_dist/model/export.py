@@ -28,6 +28,7 @@ from phi3v_dist.model.origin import LONGROPE_KEY, ORIGIN_NAME, read_origin
 from phi3v_dist.model.phi3v import Phi3VForCausalLM
 from phi3v_dist.model.sources import TrainedWeights
 from phi3v_dist.model.weights import OfficialFolder, Weights, write_safetensors
+from phi3v_dist.survive import heartbeat
 from phi3v_dist.survive.durable import fsync_folder, write_durably
 
 COPIED = (
@@ -67,6 +68,7 @@ def export(weights: TrainedWeights, settings: Settings, out: Path, merge: bool =
         partial.mkdir(parents=True)
     except OSError as error:
         raise CheckpointError(f"{partial}: cannot be made: {error.strerror}; choose another --out") from error
+    _enter(0, "tokenizer and settings")
     if adapter_only:
         assert isinstance(weights.base, OfficialFolder)  # as _require_a_form has seen
         base = weights.base.folder
@@ -75,15 +77,24 @@ def export(weights: TrainedWeights, settings: Settings, out: Path, merge: bool =
         base = settings.model.path
         _copy_files(base, partial, settings.data.num_crops)
         with returned_when_freed():
+            _enter(1, "weights")
             write_safetensors(partial, weights)
+            _enter(2, "reading back")
             _verify(partial, weights, settings.model.longrope)
+    _enter(3, "card")
     write_durably(partial / "README.md", model_card(origin, settings, base))
     write_durably(partial / ORIGIN_NAME, json.dumps(origin, indent=2) + "\n")
     fsync_folder(partial)
+    _enter(4, "name")
     partial.rename(out)
     fsync_folder(out.parent)
     what = "adapters for peft" if adapter_only else f"{len(weights.names)} tensors, ready for from_pretrained"
     log.info("%s: %s of %s", out, what, weights.where)
+
+
+def _enter(part: int, what: str) -> None:
+    """Say where the export is; its parts are counted in the place of steps."""
+    heartbeat.enter("export", part, what)
 
 
 def _require_a_form(weights: TrainedWeights, merge: bool) -> None:
@@ -132,6 +143,7 @@ def _verify(folder: Path, weights: Weights, longrope: str) -> None:
     written = OfficialFolder(folder)
     problems = [f"{name}: missing" for name in weights.names if name not in written.names]
     for name in written.names:
+        heartbeat.beat(name)
         tensor, wanted = written.get(name), weights.get(name)
         if not torch.isfinite(tensor).all():
             problems.append(f"{name}: holds numbers that are not finite; the run had diverged, export an earlier step")

@@ -195,6 +195,7 @@ def write_safetensors(folder: Path, weights: Weights, shard_size_bytes: int = SH
     for number, names in enumerate(shards, start=1):
         single = len(shards) == 1
         file_name = "model.safetensors" if single else f"model-{number:05d}-of-{len(shards):05d}.safetensors"
+        heartbeat.beat(file_name)
         with (folder / file_name).open("wb") as file:
             for block in blocks({name: specs[name] for name in names}, weights.get, {"format": "pt"}):
                 file.write(block)

@@ -72,8 +72,8 @@ def require_alike(topology: Topology, resolved: dict[str, Any]) -> None:
             + "\n".join([f"{', '.join(differing)} must be the same on all of them, and found was", *lines])
             + "\nInstall and copy the same everywhere, or leave these hosts out"
         )
-    _warn_of_devices(topology)
-    _warn_of_clocks(topology)
+    warn_of_devices(topology)
+    warn_of_clocks(topology)
     if topology.local_rank == 0:
         for message in leftover_locks():
             log.warning("%s", message)
@@ -147,7 +147,7 @@ def _few(what: str, names: Sequence[str]) -> str:
     return f"{len(names)} {what}s: {', '.join(names[:SHOWN])}{' …' if len(names) > SHOWN else ''}"
 
 
-def _warn_of_devices(topology: Topology) -> None:
+def warn_of_devices(topology: Topology) -> None:
     """Nodes with other numbers of devices are allowed; often one of them has lost a device."""
     counts = topology.gather(str(torch.cuda.device_count()) if torch.cuda.is_available() else "0")
     hosts = topology.gather(topology.host)
@@ -156,7 +156,7 @@ def _warn_of_devices(topology: Topology) -> None:
         log.warning("the nodes do not see the same number of devices; is one of them broken?\n%s", table)
 
 
-def _warn_of_clocks(topology: Topology, clock: Callable[[], float] = time.time) -> float:
+def warn_of_clocks(topology: Topology, clock: Callable[[], float] = time.time) -> float:
     """Differences of the hosts' clocks are said, since logs are read side by side; nothing here depends on them.
 
     Returns the largest difference, in seconds.

@@ -1,7 +1,10 @@
 """What an export refuses, and what its folder holds. Checkpoints are real files; launch tests make them by training."""
 
+import contextlib
 import json
+import os
 import shutil
+import signal
 import subprocess
 import sys
 
@@ -219,6 +222,43 @@ def test_a_folder_whose_model_answers_otherwise_never_gets_its_name(trained, run
     with pytest.raises(CheckpointError, match="its logits differ by"):
         export_step(run, trained, tmp_path / "out")
     assert len(models) == 2 and not (tmp_path / "out").exists()
+
+
+@pytest.mark.fault(7)
+def test_an_export_killed_anywhere_has_no_name_and_the_next_one_is_whole(trained, run, tmp_path, monkeypatch):
+    """A child of this process is killed as it begins each part, and once in the middle of the weights' bytes."""
+    out = tmp_path / "out"
+    write_checkpoint(run, 3, trained)
+    for part in range(5):
+        assert killed_in_export(run, trained, out, f"0:export:{part}:kill9") == signal.SIGKILL, part
+        assert not out.exists() and (tmp_path / "out.partial").is_dir(), part
+    real = module.write_safetensors
+
+    def half(folder, weights):
+        real(folder, weights)
+        os.truncate(folder / "model.safetensors", 100_000)
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(module, "write_safetensors", half)
+        assert killed_in_export(run, trained, out, "") == signal.SIGKILL
+    assert not out.exists() and (tmp_path / "out.partial" / "model.safetensors").stat().st_size == 100_000
+
+    export_step(run, trained, out)
+    written = load_file(out / "model.safetensors")
+    assert all(torch.equal(written[name], tensor) for name, tensor in trained.items())
+    assert not (tmp_path / "out.partial").exists()
+
+
+def killed_in_export(run, trained, out, fault) -> int:
+    """The signal that ended a child process in its export; 0 when none did."""
+    child = os.fork()
+    if child == 0:
+        os.environ["PHI3V_FAULT"] = fault
+        with contextlib.suppress(BaseException):
+            export_step(run, trained, out)
+        os._exit(0)
+    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) * -1
 
 
 def test_the_streamed_model_is_the_model(trained, run, tmp_path):

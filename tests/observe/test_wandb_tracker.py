@@ -1,14 +1,19 @@
 import json
+import signal
+import socket
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 import wandb
 from synthetic_run import write_run
 
+from phi3v_dist.observe import wandb_tracker
 from phi3v_dist.observe.tracker import AllOf, JsonlTracker, read_metrics
 from phi3v_dist.observe.wandb_tracker import WandbTracker
 
@@ -48,6 +53,7 @@ def records(folder: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in output.splitlines()]
 
 
+@pytest.mark.fault(92)
 def test_an_offline_run_holds_the_rows_and_the_pictures_and_no_secret_of_the_command_line(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -79,17 +85,30 @@ def test_an_offline_run_holds_the_rows_and_the_pictures_and_no_secret_of_the_com
     assert b"canary-4711" not in stored
 
 
-def test_a_second_attempt_continues_the_same_run(tmp_path: Path) -> None:
-    train(tmp_path, WandbTracker(tmp_path), steps=1).finish({})
-    train(tmp_path, WandbTracker(tmp_path), steps=1).finish({})
+@pytest.mark.fault(91)
+def test_a_second_attempt_continues_the_same_run_and_shows_what_was_trained_again(tmp_path: Path) -> None:
+    """The first attempt dies after step 5, the second goes on from the checkpoint of step 3."""
+    train(tmp_path, WandbTracker(tmp_path), steps=5).finish({})
+    sinks = AllOf(JsonlTracker(tmp_path), [WandbTracker(tmp_path)])
+    sinks.start({})
+    for step in (4, 5, 6):
+        sinks.log({"train/step": step, "train/loss": 1.0})
+    sinks.finish({})
+
     run_id = (tmp_path / "wandb-id").read_text()
-    assert [run_id in folder.name for folder in offline_runs(tmp_path)] == [True, True]
+    folders = offline_runs(tmp_path)
+    assert [run_id in folder.name for folder in folders] == [True, True]
+    rows = [[r["history"]["item"] for r in records(folder) if r["type"] == "history"] for folder in folders]
+    assert [[row["train/step"] for row in part] for part in rows] == [[1, 2, 3, 4, 5], [4, 5, 6]], "each one rises"
+    assert [{row["run/attempt"] for row in part} for part in rows] == [{1}, {2}], "so the rewind can be seen"
 
 
 @pytest.mark.parametrize(
     ("key", "reason"),
-    [(DUMMY_KEY, "http://127.0.0.1:9 cannot be reached"), (None, "no API key")],
-    ids=["server", "key"],
+    [
+        pytest.param(DUMMY_KEY, "http://127.0.0.1:9 cannot be reached", marks=pytest.mark.fault(89), id="server"),
+        pytest.param(None, "no API key", marks=pytest.mark.fault(88), id="key"),
+    ],
 )
 def test_online_without_a_server_or_a_key_is_offline_with_one_warning(
     key: str | None, reason: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
@@ -101,6 +120,45 @@ def test_online_without_a_server_or_a_key_is_offline_with_one_warning(
     assert folder.name.startswith("offline-run-")
     (warning,) = [record.getMessage() for record in caplog.records if record.name.startswith("phi3v_dist")]
     assert reason in warning and "logging offline" in warning
+    command = warning.splitlines()[-1]
+    assert command.startswith("wandb sync ") and list(Path("/").glob(command.split()[-1][1:])) == [folder]
+
+
+@pytest.mark.fault(89)
+def test_a_server_that_accepts_and_says_nothing_costs_seconds(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as server:  # the kernel accepts, and nobody answers
+        monkeypatch.setenv("WANDB_BASE_URL", f"http://127.0.0.1:{server.getsockname()[1]}")
+        monkeypatch.setenv("WANDB_API_KEY", DUMMY_KEY)
+        begin = time.monotonic()
+        sinks = train(tmp_path, WandbTracker(tmp_path, mode="online"))
+        took_s = time.monotonic() - begin
+        sinks.finish({})
+    assert "logging offline" in caplog.text and DUMMY_KEY not in caplog.text
+    assert len([folder for folder in offline_runs(tmp_path) if folder.name.startswith("offline-run-")]) == 1
+    assert took_s < 20, "10 s on a machine of one's own"
+
+
+@pytest.mark.fault(90)
+def test_a_client_that_hangs_takes_no_time_from_training_and_is_left_behind_at_the_end(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The real client's real service, stopped by a signal: it takes nothing more, as one that swaps or is stuck."""
+    monkeypatch.setattr(wandb_tracker, "FINISH_TIMEOUT_S", 1.0)
+    sinks = train(tmp_path, WandbTracker(tmp_path), steps=3)
+    services = [child for child in psutil.Process().children() if "wandb" in child.name()]
+    assert services
+    for service in services:
+        service.send_signal(signal.SIGSTOP)
+    begin = time.monotonic()
+    for step in range(4, 4000):  # more than the buffers between the two hold
+        sinks.log({"train/step": step, "train/loss": 1.0} | {"time/data_s": float(step)})
+    sinks.finish({})
+    assert time.monotonic() - begin < 30
+    assert len(read_metrics(tmp_path)) == 3999, "the record is complete"
+    assert "left behind" in caplog.text and "wandb sync" in caplog.text
+    assert not any(service.is_running() and service.status() != psutil.STATUS_ZOMBIE for service in services)
 
 
 def test_disabled_leaves_nothing_behind(tmp_path: Path) -> None:
@@ -120,6 +178,7 @@ class DeadRun:
         raise ConnectionResetError(f"{verb}: connection lost")
 
 
+@pytest.mark.fault(90)
 def test_a_client_that_dies_never_reaches_training(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
