@@ -2,12 +2,18 @@
 
 python launch/check.py --config launch/configs/quickstart.yaml --world_size 64
 python launch/check.py --config launch/configs/quickstart.yaml --show-labels 3
+python launch/check.py --config launch/configs/quickstart.yaml --goodput-of runs/quickstart
+python launch/check.py --config launch/configs/quickstart.yaml --goodput --step-s 4 --blocked-s 0.2 --write-s 30 \\
+    --restart-s 240                                 what failures will cost, by nodes and time between checkpoints
 """
 
 import argparse
 import itertools
 import sys
+from dataclasses import replace
+from pathlib import Path
 
+from rich.table import Table
 from rich.text import Text
 
 from phi3v_dist import config, run
@@ -17,8 +23,18 @@ from phi3v_dist.data import outcomes, preview
 from phi3v_dist.data.order import Order
 from phi3v_dist.data.samples import BadSample
 from phi3v_dist.errors import ConfigError
+from phi3v_dist.survive.goodput import Costs, costs_of, poisson, simulate
+from phi3v_dist.survive.interval import about, choose
 
 ORDER_WINDOW = 1024  # positions looked up together
+NUM_FAILURES, SEED = 1000, 0  # simulated for each number of nodes; more change the third digit
+NODES, INTERVALS_MIN = (1, 8, 64), (5, 15, 60)
+COSTS = {  # option and field of `Costs` → what it says
+    "step_s": "seconds of an optimizer step",
+    "blocked_s": "seconds for which a save holds training up",
+    "write_s": "seconds that a save then takes in the background",
+    "restart_s": "seconds from a failure to the next step: noticing, scheduling, importing, loading",
+}
 
 
 def main() -> None:
@@ -29,8 +45,17 @@ def main() -> None:
     parser.add_argument(
         "--name", type=int, default=3, metavar="N", help="samples named of each kind cut or left out (default 3)"
     )
+    goodput = parser.add_argument_group("goodput", "share of wall time that ends up in the weights, when things fail")
+    goodput.add_argument("--goodput", action="store_true", help="only print the expected goodput; reads no data")
+    goodput.add_argument("--goodput-of", type=Path, metavar="RUN", help="the same, with the costs that a run had")
+    for name, what in COSTS.items():
+        goodput.add_argument(f"--{name.replace('_', '-')}", type=float, metavar="S", help=what)
     parser.add_argument("overrides", nargs="*", help="settings as key=value")
     arguments = parser.parse_intermixed_args()
+    if arguments.goodput or arguments.goodput_of:
+        return show_goodput(config.load(arguments.config, arguments.overrides), costs_from(arguments))
+    if given := [f"--{name.replace('_', '-')}" for name in COSTS if getattr(arguments, name) is not None]:
+        raise ConfigError(f"{', '.join(given)}: only with --goodput or --goodput-of RUN")
     numbers = (("world_size", arguments.world_size, 1), ("show-labels", arguments.show_labels, 1))
     for option, value, least in (*numbers, ("name", arguments.name, 0)):
         if value is not None and value < least:
@@ -85,6 +110,57 @@ def show_labels(settings: Settings, train: run.Data, num_samples: int) -> None:
     console.print(f"shown:    {preview.trained_share(trained, tokens)}")
     all_trained, all_tokens = int(lengths.label_tokens[fits].sum()), int(lengths.tokens[fits].sum())
     console.print(f"all data: {preview.trained_share(all_trained, all_tokens)}")
+
+
+def costs_from(arguments: argparse.Namespace) -> Costs:
+    """What steps, saves and restarts take: as given, else as in the run that is named. Raises ConfigError."""
+    given = {name: getattr(arguments, name) for name in COSTS if getattr(arguments, name) is not None}
+    option = {name: f"--{name.replace('_', '-')}" for name in COSTS}
+    wrong = [f"{option[name]} is {s}: it must be seconds, 0 or more" for name, s in given.items() if not 0 <= s < 1e9]
+    if given.get("step_s") == 0:
+        wrong.append("--step-s is 0: a step takes time")
+    if arguments.goodput_of is None:
+        missing = [f"{option[name]} is missing: {what}" for name, what in COSTS.items() if name not in given]
+        if missing:
+            wrong += [*missing, "or name a run that has them: --goodput-of runs/NAME"]
+    if wrong:
+        raise ConfigError(wrong)
+    if arguments.goodput_of is None:
+        return Costs(**given)
+    return replace(costs_of(arguments.goodput_of), **given)
+
+
+def show_goodput(settings: Settings, costs: Costs) -> None:
+    """A table of nodes by time between checkpoints: goodput, and the minutes of a day that failures and saves take."""
+    saves = settings.checkpoint
+    console = plain_console()
+    for what, seconds in (
+        ("an optimizer step takes", costs.step_s),
+        ("a save holds training up for", costs.blocked_s),
+        ("and is written in", costs.write_s),
+        ("from a failure to the next step", costs.restart_s),
+        ("a node fails about every", saves.node_hours_between_failures * 3600.0),
+    ):
+        console.print(f"{what:>32}  {about(seconds)}")
+    chosen = "chosen" if saves.every_steps is None else f"{saves.every_steps} steps"
+    table = Table(
+        title="goodput, and what a day loses, by time between checkpoints",
+        caption=f"{NUM_FAILURES:,} failures simulated for each line, seed {SEED}", show_lines=True, min_width=76,
+    )  # fmt: skip
+    for column in ("nodes", "a failure\nevery", "this run\nsaves every", chosen, *(f"{m} min" for m in INTERVALS_MIN)):
+        table.add_column(column, justify="right", style="bold" if column == chosen else None)
+    for num_nodes in NODES:
+        mean_s = saves.node_hours_between_failures * 3600 / num_nodes
+        own_s = choose(costs.blocked_s, costs.write_s, mean_s).interval_s
+        if saves.every_steps is not None:
+            own_s = saves.every_steps * (costs.step_s + costs.between_s) + costs.blocked_s
+        total_s = NUM_FAILURES * mean_s
+        failures_s = poisson(mean_s, total_s, SEED)
+        intervals_s = (own_s, *(60.0 * minutes for minutes in INTERVALS_MIN))
+        found = [simulate(failures_s, costs, total_s, interval_s) for interval_s in intervals_s]
+        cells = [f"{100 * each.frac:.2f} %\n{each.lost_min_per_day:.0f} min" for each in found]
+        table.add_row(str(num_nodes), about(mean_s), about(own_s), *cells)
+    console.print(table)
 
 
 def cli() -> None:

@@ -33,11 +33,12 @@ def main() -> None:
             "%s is finished; for more steps raise train.steps, for another run change run.name", settings.run.folder
         )
         return
-    from phi3v_dist.survive import heartbeat, watcher
+    from phi3v_dist.survive import environment, heartbeat, watcher
     from phi3v_dist.survive.attempt import Attempt
     from phi3v_dist.train.loop import fit
 
     topology.start(settings.parallel.timeout_s)
+    environment.require_writable(settings.run.folder, topology)
     attempt = Attempt.begin(settings.run.folder, topology)
     try:
         requests.opened(settings.run.folder, attempt)

@@ -198,8 +198,8 @@ class TrainSettings(Section):
     parts: PartsSettings = PartsSettings()
     lora: LoraSettings = LoraSettings()
     learning_rate: LearningRate = LearningRate()
-    warmup_steps: int = Field(100, ge=0)
-    """Linear rise from 0; then a cosine."""
+    warmup_steps: int | None = Field(None, ge=0)
+    """Linear rise from 0; then a cosine. Default: 100, at most a tenth of the run."""
     min_lr_frac: float = Field(0.1, ge=0, le=1)
     """Where the cosine ends, as a share of the peak."""
     weight_decay: float = Field(0.1, ge=0)
@@ -369,7 +369,7 @@ def _contradictions(settings: Settings) -> list[str]:
     if (train.steps is None) == (train.epochs is None):
         found = f"steps={train.steps}, epochs={train.epochs}"
         problems.append(f"`train.steps` or `train.epochs` must be given, one of the two (found {found})")
-    if train.steps is not None and train.warmup_steps >= train.steps:
+    if train.steps is not None and (train.warmup_steps or 0) >= train.steps:
         problems.append(
             f"`train.warmup_steps` is {train.warmup_steps} but the run has only {train.steps} steps: lower it"
         )

@@ -205,7 +205,6 @@ def build(settings: Settings, topology: Topology, attempt: Attempt, requests: Re
     settings = settings.model_copy(update={"model": settings.model.model_copy(update={"init_from": start})})
     resolved = config.dump(settings)
     environment.require_alike(topology, resolved)
-    environment.require_writable(settings.run.folder, topology)
     train = Data.open_together(settings.data.train, settings, topology)
     planner = plan(settings, train)
     num_steps = topology.broadcast(count_steps(settings, planner) if topology.is_main else 0)
@@ -226,9 +225,11 @@ def build(settings: Settings, topology: Topology, attempt: Attempt, requests: Re
             mirrors.append(WandbTracker(settings.run.folder, watch.wandb, watch.wandb_project, watch.wandb_entity))
         tracker = AllOf(JsonlTracker(settings.run.folder, attempt.number), mirrors)
     run = Run(
-        settings=settings, topology=topology, attempt=attempt, requests=requests, train=train, planner=planner, num_steps=num_steps, engine=engine,
-        saver=_saver(settings, topology, attempt, requests, tracker), evaluator=evaluator, tracker=tracker, run_id=topology.broadcast(_run_id(settings.run.folder) if topology.is_main else ""),
-        resolved=resolved, reference=_reference(settings.eval.reference),
+        settings=settings, topology=topology, attempt=attempt, requests=requests, train=train, planner=planner,
+        num_steps=num_steps, engine=engine, saver=_saver(settings, topology, attempt, requests, tracker),
+        evaluator=evaluator, tracker=tracker,
+        run_id=topology.broadcast(_run_id(settings.run.folder) if topology.is_main else ""), resolved=resolved,
+        reference=_reference(settings.eval.reference),
     )  # fmt: skip
     if topology.is_main:
         _write_config(run, resolved)
@@ -248,7 +249,9 @@ def _saver(
     settings: Settings, topology: Topology, attempt: Attempt, requests: Requests, tracker: Tracker
 ) -> Saver:  # fmt: skip
     choice = settings.checkpoint
-    checkpoints = Checkpoints(settings.run.folder / "checkpoints", choice.keep, attempt=attempt.number)
+    checkpoints = Checkpoints(
+        settings.run.folder / "checkpoints", choice.keep, attempt=attempt.number, write_mb_per_s=choice.write_mb_per_s
+    )
     interval = Interval(choice, num_nodes=-(-topology.world_size // topology.local_world_size))
     return Saver(topology, attempt, requests, checkpoints, interval, tracker, choice.grace_s)
 
@@ -276,7 +279,7 @@ def count_steps(settings: Settings, planner: Planner) -> int:
     if known == _steps_record(planner, known.get("steps")):
         return known["steps"]
     num_steps = sum(1 for _ in planner)
-    if train.warmup_steps >= num_steps:
+    if (train.warmup_steps or 0) >= num_steps:
         raise DataError(
             f"{train.epochs} epochs give only {num_steps} steps, but `train.warmup_steps` is {train.warmup_steps}"
         )

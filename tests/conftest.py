@@ -126,6 +126,26 @@ def config_file(settings_tree, tmp_path) -> Path:
     return path
 
 
+@pytest.fixture(scope="session")
+def launched(tiny_model, shards, tmp_path_factory) -> tuple[Path, Path]:
+    """As `settings_tree`, for runs that several tests look at: the YAML file, and where run folders are made."""
+    tree = settings_tree.__wrapped__(tiny_model, shards, tmp_path_factory.mktemp("launch"))
+    path = tmp_path_factory.mktemp("config") / "config.yaml"
+    path.write_text(yaml.safe_dump(tree))
+    return path, Path(tree["run"]["root"])
+
+
+@pytest.fixture(scope="session")
+def reference(launched) -> Path:
+    """The folder of a finished run of it on two ranks, undisturbed."""
+    from launching import launch
+
+    config, root = launched
+    done = launch("torchrun", config, "run.name=reference", "observe.wandb=offline")
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    return root / "reference"
+
+
 def environment(**extra: str) -> dict[str, str]:
     """For launched processes: this repository, this interpreter's programs, one thread, no accelerator."""
     programs = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"

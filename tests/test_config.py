@@ -129,7 +129,7 @@ def test_one_mistake_gives_one_message(write, override, message):
         ({"model": {"path": 5}}, "`model.path` is 5: input is not a valid path"),
         ({"train": {}}, "`train.steps` or `train.epochs` must be given, one of the two (found steps=None"),
         ({"train": {"steps": 200, "epochs": 1}}, "one of the two (found steps=200, epochs=1.0)"),
-        ({"train": {"steps": 100}}, "`train.warmup_steps` is 100 but the run has only 100 steps"),
+        ({"train": {"steps": 100, "warmup_steps": 100}}, "`train.warmup_steps` is 100 but the run has only 100 steps"),
         ({"eval": {"every_steps": 5}}, "`eval.every_steps` is set but `data.validation` names no shards"),
         ({"train": {"steps": 200, "rows_per_step": 8, "gradient_accumulation_steps": 3}}, "is not a multiple of"),
     ],
@@ -148,7 +148,7 @@ def test_a_missing_section_is_named(write):
 
 
 def test_all_mistakes_are_shown_together_with_those_of_the_check(write):
-    tree = SMALLEST | {"trian": {}, "train": {"steps": 50, "rows_per_step": "many", "lr": 1}}
+    tree = SMALLEST | {"trian": {}, "train": {"steps": 50, "warmup_steps": 100, "rows_per_step": "many", "lr": 1}}
     looked_at = []
 
     def check(settings):

@@ -58,7 +58,9 @@ _TRAINING = (
     Metric("train/label_token_frac", "frac", None, "share of tokens that carry a label", "Label tokens"),
     Metric("perf/tokens_per_s_per_gpu", "tokens/s", "up", "tokens trained per second, per process", "Throughput"),
     Metric("perf/images_per_s_per_gpu", "images/s", "up", "pictures trained per second, per process", "Images"),
-    Metric("perf/straggler_ratio", "ratio", "down", "slowest rank's own time a step over the median rank's", "Slowest rank"),
+    Metric(
+        "perf/straggler_ratio", "ratio", "down", "slowest rank's own time a step over the median rank's", "Slowest rank"
+    ),
     Metric("time/step_s", "s", "down", "wall time of one optimizer step", "Step time"),
     Metric("time/data_s", "s", "down", "waiting for the loader", "Step time"),
     Metric("time/fwd_s", "s", "down", "forward passes of the step", "Step time"),
@@ -70,7 +72,8 @@ _TRAINING = (
     Metric("data/pack_efficiency", "frac", "up", "share of row positions that hold a token of a sample", "Packing"),
     Metric("data/quarantined", "samples", "down", "bad samples left out so far", None),
     Metric("mem/host_rss_gib", "GiB", "down", "resident memory of the process", None),
-    Metric("ckpt/save_s", "s", "down", "writing one checkpoint, start to commit", None),
+    Metric("ckpt/save_s", "s", "down", "writing one checkpoint in the background, start to commit", None),
+    Metric("ckpt/size_gib", "GiB", "down", "bytes of one checkpoint, over all ranks", None),
     Metric(ATTEMPT, "attempts", None, "which start of the run logged this row, from 1", None),
     Metric("run/wall_s", "s", "down", "wall time of the run so far, all attempts", None),
     Metric("run/world_size", "processes", None, "processes that train together", None),

@@ -109,6 +109,11 @@ class AllOf(Tracker):
                     )
 
 
+def read_rows(run_folder: Path) -> list[dict[str, Number]]:
+    """All rows of all attempts in the order in which they were logged, also of steps that a failure took back."""
+    return list(_read_rows(run_folder / RECORD_NAME))
+
+
 def read_metrics(run_folder: Path) -> list[dict[str, Number]]:
     """The surviving history: one row per step, in order; what a later attempt trained again replaces the earlier.
 

@@ -77,6 +77,7 @@ class Partitions:
         self.has_optimizer = hasattr(self.zero, "fp16_groups")
         # Membership in a sub-group decides what is trained: requires_grad may have been switched off since.
         self._place: dict[int, tuple[int, int]] = {}  # id of parameter → (sub-group, offset in its flat tensor)
+        self._frozen: dict[str, str] | None = None  # fingerprints, once they were asked for
         for sub_group, params in enumerate(self.zero.fp16_groups if self.has_optimizer else ()):
             offset = 0
             for param in params:
@@ -92,7 +93,7 @@ class Partitions:
             )
 
     def specs(self) -> dict[str, TensorSpec]:
-        """Every tensor. Collective when some are frozen."""
+        """Every tensor. The first call is collective when some are frozen."""
         specs = {}
         fingerprints = self._fingerprints()
         for name, param in self._named_parameters():
@@ -111,9 +112,13 @@ class Partitions:
         return specs
 
     def _fingerprints(self) -> dict[str, str]:
-        """Of every frozen tensor, the same on all ranks. Without an optimizer nothing is known to be frozen."""
-        if not self.has_optimizer:
-            return {}
+        """Of every frozen tensor, the same on all ranks; read once, since nothing changes them. Without an optimizer
+        nothing is known to be frozen."""
+        if self._frozen is None:
+            self._frozen = self._read_fingerprints() if self.has_optimizer else {}
+        return self._frozen
+
+    def _read_fingerprints(self) -> dict[str, str]:
         frozen = {name: param for name, param in self._named_parameters() if id(param) not in self._place}
         if not frozen:
             return {}

@@ -1,6 +1,7 @@
 """A small file → on the disk, whole or not at all, also after a power cut.
 
-Surprise: flushing a file is not enough. Its name is a part of its folder, which is flushed by itself.
+Surprise: flushing a file is not enough. Its name is a part of its folder, which is flushed by itself. No link is
+followed: what is written or read here lies where its name says.
 """
 
 import os
@@ -26,3 +27,8 @@ def fsync_folder(folder: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def no_links(path: str, flags: int) -> int:
+    """An `opener` for `open`, which then fails at a link."""
+    return os.open(path, flags | os.O_NOFOLLOW, 0o666)  # as `open` does it; the umask decides

@@ -71,6 +71,7 @@ class Interval:
         self.mean_between_failures_s = settings.node_hours_between_failures * 3600 / num_nodes
         self._clock = clock
         self._began_s = clock()
+        self._began_step: int | None = None
         self._measured: deque[tuple[float, float]] = deque(maxlen=NUM_REMEMBERED)  # (blocked, write) seconds
 
     @property
@@ -83,19 +84,20 @@ class Interval:
         return choose(blocked_s, write_s, self.mean_between_failures_s)
 
     def due(self, step: int) -> bool:
-        """Whether to save after this step. Ask at each step edge at which no save is under way."""
+        """Whether to save after this step, which it stays until a save begins. Ask at each step edge."""
+        if self._began_step is None:
+            self._began_step = step - 1  # the attempt begins there
         if self.every_steps is not None:
-            return step % self.every_steps == 0
+            return step // self.every_steps > self._began_step // self.every_steps
         return self._clock() - self._began_s >= self.choice.interval_s
 
     def began(self, step: int) -> None:
         """A save was begun, for whatever reason: the next one is counted from here, also when this one fails."""
-        self._began_s = self._clock()
+        self._began_s, self._began_step = self._clock(), step
 
     def saved(self, step: int, blocked_s: float, write_s: float) -> None:
-        """A save was committed. blocked_s, write_s: as in `choose`."""
+        """A save that began was committed. blocked_s, write_s: as in `choose`."""
         self._measured.append((blocked_s, write_s))
-        self._began_s = max(self._began_s, self._clock() - blocked_s - write_s)
 
     def __str__(self) -> str:
         """What was chosen and why, as a sentence."""

@@ -8,22 +8,18 @@ accidents, it is no defence against a forger.
 """
 
 import json
-import logging
-import os
-import platform
 import re
-import secrets
-import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import xxhash
 
 from phi3v_dist.errors import CheckpointError
-from phi3v_dist.survive.durable import fsync_folder, write_durably
+from phi3v_dist.survive import heartbeat
+from phi3v_dist.survive.durable import fsync_folder, no_links, write_durably
+from phi3v_dist.survive.fence import Fence
 from phi3v_dist.survive.tensor_file import BLOCK_BYTES
-
-log = logging.getLogger(__name__)
 
 FORMAT = "phi3v-dist checkpoint"
 FORMAT_VERSION = 2
@@ -33,7 +29,6 @@ UPGRADE = (
 )
 MANIFEST = "manifest.json"
 RANK_FILE = re.compile(r"rank-\d{5,}\.safetensors")
-TEMPORARY = ".tmp-"  # begins the name of every folder that is no checkpoint: being written, or being removed
 
 
 class DamagedError(CheckpointError):
@@ -44,32 +39,17 @@ def rank_file_name(rank: int) -> str:
     return f"rank-{rank:05d}.safetensors"
 
 
-def commit(temporary: Path, final: Path, manifest: dict[str, Any]) -> list[str]:
-    """Manifest, then the name; returns why not. One of the same step (a rerun) stays readable until that moment."""
-    try:
-        write_manifest(temporary, manifest)
-        replaced = final.with_name(f"{final.name}.replaced")
-        if final.exists():
-            remove(replaced)
-            final.rename(replaced)
-        temporary.rename(final)
-        fsync_folder(final.parent)
-        remove(replaced)
-        return []
-    except OSError as error:
-        return [f"rank 0 on {platform.node()}, committing: {error}"]
-
-
-def remove(path: Path) -> None:
-    """Take the name away first, so that half a checkpoint never passes for a whole one. Failing costs only space."""
-    if not path.exists():
-        return
-    try:
-        doomed = path.with_name(f"{TEMPORARY}removed-{path.name}-{secrets.token_hex(4)}")
-        os.rename(path, doomed)
-        shutil.rmtree(doomed)
-    except OSError as error:
-        log.warning("old checkpoint %s could not be removed: %s", path, error)
+def commit(fence: Fence, temporary: Path, final: Path, manifest: dict[str, Any]) -> None:
+    """Manifest, then the name. One of the same step (a rerun) stays readable until that moment. Raises OSError."""
+    write_manifest(temporary, manifest)
+    replaced = final.with_name(f"{final.name}.replaced")
+    if final.exists():
+        fence.require_newest()
+        fence.remove(replaced)
+        final.rename(replaced)
+    temporary.rename(final)
+    fsync_folder(final.parent)
+    fence.remove(replaced)
 
 
 def write_manifest(folder: Path, manifest: dict[str, Any]) -> None:
@@ -80,7 +60,8 @@ def write_manifest(folder: Path, manifest: dict[str, Any]) -> None:
 def read_manifest(folder: Path) -> dict[str, Any]:
     path = folder / MANIFEST
     try:
-        manifest = json.loads(path.read_text())
+        with open(path, encoding="utf-8", opener=no_links) as file:
+            manifest = json.load(file)
     except FileNotFoundError as error:
         raise DamagedError(f"{path} is missing: the checkpoint was never committed, or files were deleted") from error
     except (OSError, ValueError) as error:
@@ -107,7 +88,8 @@ def damage(folder: Path, share: int = 0, num_shares: int = 1) -> list[str]:
             return sizes
         problems = []
         for name in list(files)[share::num_shares]:
-            found, expected = hash_file(folder / name), files[name]["xxh3_128"]
+            heartbeat.beat(name)
+            found, expected = hash_file(folder / name, lambda _: heartbeat.beat()), files[name]["xxh3_128"]
             if found != expected:
                 problems.append(f"{name}: its bytes changed (xxh3-128 {found}, {expected} when it was written)")
         return problems
@@ -118,6 +100,8 @@ def damage(folder: Path, share: int = 0, num_shares: int = 1) -> list[str]:
 
 
 def wrong_sizes(folder: Path, files: dict[str, Any]) -> list[str]:
+    if folder.is_symlink():
+        return [f"{folder.name} is a link, not a folder"]
     problems = []
     for name, entry in files.items():
         path = folder / name
@@ -133,9 +117,11 @@ def _checksum(manifest: dict[str, Any]) -> str:
     return xxhash.xxh3_128_hexdigest(json.dumps(manifest, sort_keys=True).encode())
 
 
-def hash_file(path: Path) -> str:
+def hash_file(path: Path, on_block: Callable[[int], None]) -> str:
+    """Of the whole file; `on_block` is told after each block how many bytes it had. Raises OSError."""
     digest = xxhash.xxh3_128()
-    with path.open("rb", buffering=0) as file:
+    with open(path, "rb", buffering=0, opener=no_links) as file:
         while block := file.read(BLOCK_BYTES):
             digest.update(block)
+            on_block(len(block))
     return digest.hexdigest()

@@ -9,8 +9,9 @@ size in one process.
 
 import errno
 import json
+import math
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -20,8 +21,10 @@ import xxhash
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from phi3v_dist.errors import CheckpointError
 from phi3v_dist.parallel.partitions import TensorSpec
-from phi3v_dist.survive.durable import fsync_folder
+from phi3v_dist.survive import heartbeat
+from phi3v_dist.survive.durable import fsync_folder, no_links
 from phi3v_dist.survive.manifest import (
     DamagedError,
     hash_file,
@@ -29,26 +32,61 @@ from phi3v_dist.survive.manifest import (
     read_manifest,
     wrong_sizes,
 )
-from phi3v_dist.survive.tensor_file import blocks
+from phi3v_dist.survive.tensor_file import Specs, blocks, header
 
 
-def write_rank_file(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> dict[str, Any]:
-    """Write, flush to the disk, read back; returns the manifest's entry. Raises OSError."""
+def require_finite(key: str, tensor: Tensor) -> None:
+    """Raises CheckpointError. A sum is not finite if a value is not, and costs a fraction of looking at each."""
+    if tensor.is_floating_point() and not math.isfinite(tensor.sum()):
+        num_bad = tensor.numel() - int(tensor.isfinite().sum())
+        if num_bad:
+            raise CheckpointError(f"{num_bad} of {tensor.numel()} values of {key} are not finite")
+
+
+def write_rank_file(
+    path: Path,
+    tensors: Mapping[str, Tensor],
+    metadata: Mapping[str, str],
+    on_tensor: Callable[[str, Tensor], None] = lambda key, tensor: None,
+    on_block: Callable[[int], None] = lambda num_bytes: None,
+) -> dict[str, Any]:
+    """Write, flush to the disk, read back; returns the manifest's entry.
+
+    on_tensor: sees each tensor before it is written, and may refuse it.
+    on_block: told after each block, written or read back, how many bytes it had.
+
+    Raises:
+        OSError: the disk is full or broken.
+    """
+
+    def seen(key: str) -> Tensor:
+        on_tensor(key, tensors[key])
+        return tensors[key]
+
     digest = xxhash.xxh3_128()
-    with path.open("xb") as file:
-        specs = {key: (tuple(tensor.shape), tensor.dtype) for key, tensor in tensors.items()}
-        for block in blocks(specs, tensors.__getitem__, metadata):
+    with open(path, "xb", opener=no_links) as file:
+        for block in blocks(_specs(tensors), seen, metadata):
             file.write(block)
             digest.update(block)
+            on_block(len(block))
         file.flush()
         os.fsync(file.fileno())
         # Forget the cached pages: what is read back then comes from the disk.
         os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
     entry = {"size_bytes": path.stat().st_size, "xxh3_128": digest.hexdigest()}
-    if hash_file(path) != entry["xxh3_128"]:
+    if hash_file(path, on_block) != entry["xxh3_128"]:
         raise OSError(errno.EIO, "the disk returned other bytes than were written", str(path))
     fsync_folder(path.parent)
     return entry
+
+
+def rank_file_bytes(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> int:
+    """How large `write_rank_file` will make it."""
+    return len(header(_specs(tensors), metadata)) + sum(tensor.nbytes for tensor in tensors.values())
+
+
+def _specs(tensors: Mapping[str, Tensor]) -> Specs:
+    return {key: (tuple(tensor.shape), tensor.dtype) for key, tensor in tensors.items()}
 
 
 class TensorReader:
@@ -92,6 +130,7 @@ class TensorReader:
 
     def read(self, name: str, state: str, start: int, length: int) -> Tensor:
         """Elements [start, start + length) of the flattened tensor, from however many ranks wrote them."""
+        heartbeat.beat(name)
         elements = torch.empty(length, dtype=getattr(torch, self.specs[name].dtypes[state]))
         num_found = 0
         for file, piece_start, piece_length in self._pieces.get(name, []):

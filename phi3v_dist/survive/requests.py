@@ -1,7 +1,7 @@
 """Notices and wishes from outside → one decision of all ranks at a step's edge.
 
-What comes in: SIGTERM, SIGUSR1 (preemption, time limit), SIGINT (Ctrl-C), the files `RUN/STOP` and `RUN/SAVE`. What goes
-out: `agreed()`, the same answer on every rank, so that all stop or save after the same step. A clean stop leaves
+What comes in: SIGTERM, SIGUSR1 (preemption, time limit), SIGINT (Ctrl-C), the files `RUN/STOP` and `RUN/SAVE`. What
+goes out: `agreed()`, the same answer on every rank, so that all stop or save after the same step. A clean stop leaves
 `RUN/stopped.json` and exits 0.
 
 Surprise: a signal only sets a flag, except before the first step. Until then there is nothing to save, and the process

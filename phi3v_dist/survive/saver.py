@@ -17,8 +17,6 @@ from phi3v_dist.survive.checkpoint import Checkpoints, Position, Saved
 from phi3v_dist.survive.interval import Interval
 from phi3v_dist.survive.requests import Asked, Requests
 
-MAX_FAILURES = 3  # saves in a row; after that too much would be at risk
-
 log = logging.getLogger(__name__)
 
 
@@ -42,8 +40,13 @@ class Saver:
     _warned_slow: bool = False
 
     def edge(self, step: int) -> Asked:
-        """What is wished of the run after this step. Raises LaunchError when a newer attempt has taken it over."""
-        self._hear_of_last()
+        """What is wished of the run after this step.
+
+        Raises:
+            LaunchError: a newer attempt has taken the run over.
+            CheckpointError: the third save in a row failed.
+        """
+        self._heard(self.checkpoints.poll())
         self._due |= self.topology.is_main and self.interval.due(step)
         other = self.attempt.lost_to()
         asked = self.requests.agreed(self.topology, self._due, self.checkpoints.busy, other is not None)
@@ -52,8 +55,8 @@ class Saver:
         if asked.save and asked.busy and not asked.stop and not self._warned_slow and self.topology.is_main:
             self._warned_slow = True
             log.warning(
-                "step %d should be saved, but the save of step %d is still being written; it is saved when that is done. "
-                "A longer `checkpoint.every_steps` or a higher `checkpoint.write_mb_per_s` would suit this disk",
+                "step %d should be saved, but the save of step %d is still being written; the next one waits for it. A "
+                "longer `checkpoint.every_steps` or a higher `checkpoint.write_mb_per_s` would suit this disk",
                 *(step, self.saved_step),
             )
         return replace(asked, save=asked.save and not asked.busy)
@@ -73,12 +76,13 @@ class Saver:
 
     def wait(self) -> None:
         """Until the last save is on the disk, as fast as the disk takes it. Raises CheckpointError when it failed."""
-        self.checkpoints.wait()
-        self._hear_of_last(final=True)
+        outcome = self.checkpoints.wait()
+        self._heard(outcome)
+        if isinstance(outcome, CheckpointError):
+            raise outcome
 
-    def _hear_of_last(self, final: bool = False) -> None:
-        """Log what became of the last save; a failed one stops the run when it is the last, or the third in a row."""
-        outcome = self.checkpoints.result()
+    def _heard(self, outcome: Saved | CheckpointError | None) -> None:
+        """Write down what became of the last save. One that failed is tried again when the next is due."""
         if isinstance(outcome, Saved):
             self._save_s = outcome.blocked_s + outcome.write_s
             self.interval.saved(outcome.step, outcome.blocked_s, outcome.write_s)
@@ -88,10 +92,5 @@ class Saver:
                     "ckpt/size_gib": outcome.size_bytes / 2**30,
                 }
             )  # fmt: skip
-        elif isinstance(outcome, CheckpointError):
-            if final or self.checkpoints.failures_in_a_row >= MAX_FAILURES:
-                raise outcome
-            if self.topology.is_main:
-                log.warning("%s; training goes on, the next save is tried as usual", outcome)
-
-
+        elif outcome is not None and self.topology.is_main:
+            log.warning("%s; training goes on", outcome)

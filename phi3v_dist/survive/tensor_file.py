@@ -37,20 +37,29 @@ def size_bytes(shape: tuple[int, ...], dtype: torch.dtype) -> int:
 
 
 def blocks(specs: Specs, get: Callable[[str], Tensor], metadata: Mapping[str, str]) -> Iterator[bytes | memoryview]:
-    """The file in order: header length, header, elements. Wide types first, so that every tensor is aligned."""
-    ordered = sorted(specs, key=lambda name: -specs[name][1].itemsize)
-    header: dict[str, Any] = {"__metadata__": dict(metadata)}
-    end = 0
-    for name in ordered:
-        shape, dtype = specs[name]
-        begin, end = end, end + size_bytes(shape, dtype)
-        header[name] = {"dtype": SAFETENSORS_DTYPES[dtype], "shape": list(shape), "data_offsets": [begin, end]}
-    text = json.dumps(header).encode()
-    text += b" " * (-len(text) % 8)
-    yield len(text).to_bytes(8, "little") + text
-    for name in ordered:
+    """The file in order: header length, header, elements."""
+    yield header(specs, metadata)
+    for name in _order(specs):
         tensor = get(name)
         assert (tuple(tensor.shape), tensor.dtype) == specs[name], (name, tensor.shape, tensor.dtype, specs[name])
         elements = tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data
         for begin in range(0, len(elements), BLOCK_BYTES):
             yield elements[begin : begin + BLOCK_BYTES]
+
+
+def header(specs: Specs, metadata: Mapping[str, str]) -> bytes:
+    """What comes before the elements, its own length included."""
+    fields: dict[str, Any] = {"__metadata__": dict(metadata)}
+    end = 0
+    for name in _order(specs):
+        shape, dtype = specs[name]
+        begin, end = end, end + size_bytes(shape, dtype)
+        fields[name] = {"dtype": SAFETENSORS_DTYPES[dtype], "shape": list(shape), "data_offsets": [begin, end]}
+    text = json.dumps(fields).encode()
+    text += b" " * (-len(text) % 8)
+    return len(text).to_bytes(8, "little") + text
+
+
+def _order(specs: Specs) -> list[str]:
+    """Wide types first, so that every tensor is aligned."""
+    return sorted(specs, key=lambda name: -specs[name][1].itemsize)

@@ -108,6 +108,7 @@ def _start(run: Run) -> tuple[Totals, dict[str, Any] | None, Accounts]:
     """Open the sinks and go back to the newest checkpoint: what was done, where the data goes on, and the books."""
     run.tracker.start(run.resolved)
     checkpoints = run.saver.checkpoints
+    checkpoints.prepare(run.engine)
     newest = checkpoints.newest()
     position = checkpoints.load(run.engine, newest) if newest else None
     accounts = run.accounts(position.loader if position else None)

@@ -14,6 +14,7 @@ from phi3v_dist.config import TrainSettings
 from phi3v_dist.model.adapters import part_of
 
 NOT_DECAYED = ("norm", "_GN", "class_embedding", "position_embedding", "bias")
+MOST_WARMUP_STEPS = 100  # by default
 
 
 def is_decayed(name: str) -> bool:
@@ -39,9 +40,10 @@ def build_optimizer(model: nn.Module, train: TrainSettings) -> torch.optim.AdamW
 
 def learning_rates(step: int, num_steps: int, train: TrainSettings) -> dict[str, float]:
     """Learning rate per part in step 1 … num_steps: linear warmup, then a cosine to `min_lr_frac` of the peak."""
-    if step <= train.warmup_steps:
-        factor = step / train.warmup_steps
+    warmup_steps = min(MOST_WARMUP_STEPS, num_steps // 10) if train.warmup_steps is None else train.warmup_steps
+    if step <= warmup_steps:
+        factor = step / warmup_steps
     else:
-        progress = (step - train.warmup_steps) / max(1, num_steps - train.warmup_steps)
+        progress = (step - warmup_steps) / max(1, num_steps - warmup_steps)
         factor = train.min_lr_frac + (1 - train.min_lr_frac) * 0.5 * (1 + math.cos(math.pi * min(1.0, progress)))
     return {part: peak * factor for part, peak in train.learning_rate.model_dump().items()}

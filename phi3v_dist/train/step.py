@@ -34,7 +34,8 @@ NO_LABELS = "it has no label token"
 class StepResult:
     """What one optimizer step did, over all ranks.
 
-    loss: mean over label tokens, in nats; NaN when there is none. grad_norm: before clipping; infinite when skipped.
+    loss: mean over label tokens, in nats; NaN when there is none. grad_norm: before clipping;
+        infinite when it is not finite.
     label_tokens: really trained; fewer than planned when samples were quarantined.
     tokens: of all rows, without filling. padding_frac: share of the rows' capacity left empty.
     seconds: by part of the step (data, fwd, bwd, opt), this rank's clock.
@@ -42,6 +43,7 @@ class StepResult:
     left_out: the quarantined samples, of this rank only.
     skipped: why the step made no update; None: it made one.
     not_finite_on: the ranks on which a loss or gradient that is not finite began; empty while all are finite.
+    own_s: the step's time without waiting for other ranks, this rank's clock.
     """
 
     step: int
@@ -60,6 +62,7 @@ class StepResult:
     left_out: tuple[Filling, ...] = ()
     skipped: str | None = None
     not_finite_on: tuple[str, ...] = ()
+    own_s: float = 0.0
 
     @property
     def unused(self) -> list[tuple[int, str]]:
@@ -132,7 +135,7 @@ def train_step(
         not_finite_on = _began_on(topology, math.isfinite(own_loss) and own_gradients_finite)
     seconds["opt"] = time.perf_counter() - began
     return StepResult(
-        step=plan.number, loss=loss / labels if labels else math.nan, grad_norm=float(engine.get_global_grad_norm()),
+        step=plan.number, loss=loss / labels if labels else math.nan, grad_norm=0.0 if skipped == NO_LABELS else float(engine.get_global_grad_norm()),
         learning_rates=rates, label_tokens=int(labels), tokens=plan.tokens, images=int(pictures),
         samples=len(plan.sample_ids), quarantined=int(quarantined), sample_ids=plan.sample_ids, rows=len(plan.rows),
         seconds=seconds, data_wait_s=waited_s / topology.world_size, left_out=tuple(left_out), skipped=skipped,
@@ -140,9 +143,7 @@ def train_step(
     )  # fmt: skip
 
 
-def _timed(
-    batches: Iterable[Batch], seconds: dict[str, float], plan: PlannedStep, micro_steps: int
-) -> Iterator[Batch]:
+def _timed(batches: Iterable[Batch], seconds: dict[str, float], plan: PlannedStep, micro_steps: int) -> Iterator[Batch]:
     """Each Batch as it comes; what training waits for them is added to `seconds`."""
     iterator = iter(batches)
     for number in range(1, micro_steps + 1):

@@ -154,8 +154,10 @@ def refusal(call) -> list[str]:
 
 
 def names(folder: Path) -> list[str]:
+    """What is in a checkpoint folder, or was left by a save, but for the empty folder of the attempt that writes."""
     dist.barrier()
-    return sorted(path.name for path in folder.iterdir())
+    found = sorted(path for path in folder.iterdir() if not path.name.startswith(".attempt-"))
+    return [path.name for path in found + sorted(folder.glob(".attempt-*/*"))]
 
 
 def run_train(folder: Path) -> dict:

@@ -128,8 +128,10 @@ def test_a_missing_file_or_manifest_passes_a_checkpoint_over(two_checkpoints, ca
     (two_checkpoints / "step-00000006" / "manifest.json").unlink()
     assert Checkpoints(two_checkpoints, keep=1).newest() == two_checkpoints / STEP
     (two_checkpoints / STEP / "rank-00001.safetensors").unlink()
-    assert Checkpoints(two_checkpoints, keep=1).newest() is None
-    assert "none of the 2 checkpoints" in caplog.text
+    with pytest.raises(CheckpointError, match="none of the 2 checkpoints") as caught:
+        Checkpoints(two_checkpoints, keep=1).newest()
+    assert "step-00000006/manifest.json is missing" in str(caught.value)
+    assert "rank-00001.safetensors: missing" in str(caught.value) and "start at step 0" in str(caught.value)
 
 
 def test_a_save_that_never_finished_is_no_checkpoint(two_checkpoints):
@@ -295,7 +297,7 @@ def test_nothing_in_a_checkpoint_is_a_pickle(runs):
 
 
 def test_a_disk_that_returns_other_bytes_than_were_written_fails_the_save(tmp_path, monkeypatch):
-    monkeypatch.setattr(rank_files, "hash_file", lambda path: "other bytes")
+    monkeypatch.setattr(rank_files, "hash_file", lambda path, on_block: "other bytes")
     with pytest.raises(OSError, match="other bytes than were written"):
         rank_files.write_rank_file(tmp_path / "rank-00000.safetensors", {"weight/a": torch.ones(3)}, {})
 

@@ -74,9 +74,16 @@ def test_dearer_saves_are_rarer_and_more_failures_make_them_denser(
 def test_a_number_of_steps_in_the_settings_is_kept_to_whatever_saves_cost() -> None:
     clock = HandClock()
     due = Interval(CheckpointSettings(every_steps=7), 64, clock)
-    due.saved(7, 1000.0, 1000.0)
-    assert [step for step in range(1, 30) if due.due(step)] == [7, 14, 21, 28]
+    assert run_for(due, clock, 30.0, step_s=1.0, blocked_s=0.0, write_s=0.0) == [7, 14, 21, 28]
+    due.saved(28, 1000.0, 1000.0)
     assert str(due) == "a checkpoint every 7 steps, as `checkpoint.every_steps` says"
+
+
+def test_a_save_that_has_to_wait_for_the_writer_stays_due_and_an_attempt_owes_none_of_before() -> None:
+    due = Interval(CheckpointSettings(every_steps=10), 1, HandClock())
+    assert [step for step in range(44, 53) if due.due(step)] == [50, 51, 52], "continued from step 43"
+    due.began(52)
+    assert [step for step in range(53, 62) if due.due(step)] == [60, 61]
 
 
 def test_the_first_save_comes_early_and_what_it_costs_decides_about_the_next() -> None:

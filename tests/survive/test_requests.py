@@ -13,7 +13,9 @@ from phi3v_dist.parallel.topology import Topology
 from phi3v_dist.survive.attempt import Attempt
 from phi3v_dist.survive.requests import Asked, Requests
 
-LISTENING = "from phi3v_dist.survive.requests import Requests; requests = Requests.listen(); print('ready', flush=True)\n"
+LISTENING = (
+    "from phi3v_dist.survive.requests import Requests; requests = Requests.listen(); print('ready', flush=True)\n"
+)
 
 
 def process(body: str) -> subprocess.Popen:

@@ -12,65 +12,11 @@ import pytest
 import torch
 import yaml
 from conftest import REPOSITORY, environment, write_samples
+from launching import TIMEOUT_S, command, launch, losses
 
 from phi3v_dist.observe.tracker import read_metrics
 
-TIMEOUT_S = 240
-TORCHRUN_2 = ["torchrun", "--nproc_per_node", "2", "--master_port"]
 SAME_IN_FP32 = 2e-6  # relative, first 10 steps; measured: 4e-7
-
-
-def launcher(name: str, port: int) -> list[str]:
-    return {
-        "single": [sys.executable],
-        "torchrun": [*TORCHRUN_2, str(port)],
-        "deepspeed": ["deepspeed", "--num_accelerators", "2", "--master_port", str(port)],
-    }[name]
-
-
-def free_port() -> int:
-    import socket
-
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
-
-
-def command(name: str, config, *overrides: str) -> list[str]:
-    return [*launcher(name, free_port()), "launch/train.py", "--config", str(config), *overrides]
-
-
-def launch(name: str, config, *overrides: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        command(name, config, *overrides), cwd=REPOSITORY, env=environment(), capture_output=True, text=True,
-        timeout=TIMEOUT_S,
-    )  # fmt: skip
-
-
-def losses(folder) -> dict[int, float]:
-    return {int(row["train/step"]): row["train/loss"] for row in read_metrics(folder) if "train/loss" in row}
-
-
-@pytest.fixture(scope="module")
-def module_tree(tiny_model, shards, tmp_path_factory):
-    """As `settings_tree`, for runs that several tests look at."""
-    import conftest
-
-    tree = conftest.settings_tree.__wrapped__(tiny_model, shards, tmp_path_factory.mktemp("launch"))
-    path = tmp_path_factory.mktemp("config") / "config.yaml"
-    path.write_text(yaml.safe_dump(tree))
-    from pathlib import Path
-
-    return path, Path(tree["run"]["root"])
-
-
-@pytest.fixture(scope="module")
-def reference(module_tree):
-    """A finished run on two ranks, uninterrupted."""
-    config, root = module_tree
-    done = launch("torchrun", config, "run.name=reference", "observe.wandb=offline")
-    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
-    return root / "reference"
 
 
 def test_a_finished_run_leaves_everything_a_person_needs(reference):
@@ -89,8 +35,8 @@ def test_a_finished_run_leaves_everything_a_person_needs(reference):
 
 
 @pytest.mark.parametrize("name", ["single", "deepspeed"])
-def test_losses_do_not_depend_on_the_launcher_or_the_number_of_ranks(module_tree, reference, name):
-    config, root = module_tree
+def test_losses_do_not_depend_on_the_launcher_or_the_number_of_ranks(launched, reference, name):
+    config, root = launched
     done = launch(name, config, f"run.name={name}", "data.validation=[]", "checkpoint.every_steps=100")
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     found, wanted = losses(root / name), losses(reference)
@@ -99,8 +45,8 @@ def test_losses_do_not_depend_on_the_launcher_or_the_number_of_ranks(module_tree
         assert found[step] == pytest.approx(loss, rel=SAME_IN_FP32), step
 
 
-def test_a_killed_run_continues_bit_for_bit(module_tree, reference):
-    config, root = module_tree
+def test_a_killed_run_continues_bit_for_bit(launched, reference):
+    config, root = launched
     run = root / "killed"
     words = command("torchrun", config, "run.name=killed")
     process = subprocess.Popen(
@@ -128,9 +74,9 @@ def test_a_killed_run_continues_bit_for_bit(module_tree, reference):
     assert again.returncode == 0 and "finished" in again.stdout
 
 
-def test_rows_with_and_without_pictures_share_a_step(module_tree):
+def test_rows_with_and_without_pictures_share_a_step(launched):
     """One sample a row: in most micro-steps one rank has a picture and the other has none."""
-    config, root = module_tree
+    config, root = launched
     words = ("data.packing=off", "train.rows_per_step=4", "train.steps=4", "data.validation=[]")
     two = launch("torchrun", config, "run.name=mixed2", *words)
     one = launch("single", config, "run.name=mixed1", *words)
@@ -138,12 +84,12 @@ def test_rows_with_and_without_pictures_share_a_step(module_tree):
     assert losses(root / "mixed2") == pytest.approx(losses(root / "mixed1"), rel=SAME_IN_FP32)
 
 
-def test_a_bad_picture_is_left_out_named_and_the_loss_stays_a_mean(module_tree, tmp_path):
+def test_a_bad_picture_is_left_out_named_and_the_loss_stays_a_mean(launched, tmp_path):
     """The header is whole, so the sample is planned; the rest is not, so it is quarantined when it is decoded."""
     import io
     import tarfile
 
-    config, root = module_tree
+    config, root = launched
     good = write_samples(tmp_path / "good.tar", range(0, 8))
     bad = tmp_path / "bad.tar"
     with tarfile.open(good) as source, tarfile.open(bad, "w") as target:
@@ -170,8 +116,8 @@ def test_a_bad_picture_is_left_out_named_and_the_loss_stays_a_mean(module_tree, 
     assert empty["train/grad_norm"] == 0 and all(0 < row["train/loss"] < 12 for row in steps if row is not empty)
 
 
-def test_one_batch_can_be_learned_by_heart(module_tree):
-    config, root = module_tree
+def test_one_batch_can_be_learned_by_heart(launched):
+    config, root = launched
     words = ("train.overfit_one_batch=true", "train.steps=150", "train.rows_per_step=1", "data.validation=[]")
     rates = "train.learning_rate={text: 3e-3, vision: 3e-3, projector: 3e-3}"
     done = launch("single", config, "run.name=overfit", rates, *words, "checkpoint.every_steps=1000")
@@ -180,8 +126,8 @@ def test_one_batch_can_be_learned_by_heart(module_tree):
     assert found[1] > 3 and found[150] < 0.1
 
 
-def test_an_export_gives_the_scores_of_the_run(module_tree, reference):
-    config, root = module_tree
+def test_an_export_gives_the_scores_of_the_run(launched, reference):
+    config, root = launched
     done = subprocess.run(
         [sys.executable, "launch/export.py", str(reference)], cwd=REPOSITORY, env=environment(), capture_output=True,
         text=True, timeout=TIMEOUT_S,
@@ -216,9 +162,9 @@ PARTS = "train.parts={text: lora, vision: frozen, projector: full}"
 
 
 @pytest.fixture(scope="module")
-def adapted(module_tree):
+def adapted(launched):
     """A finished run on two ranks: adapters on the text, a frozen tower, a projector trained in full."""
-    config, root = module_tree
+    config, root = launched
     done = launch("torchrun", config, "run.name=adapted", PARTS, "train.lora={rank: 4, alpha: 8, dropout: 0.1}")
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     return root / "adapted"
@@ -242,8 +188,8 @@ def test_a_checkpoint_of_an_adapted_run_holds_what_was_trained_and_no_more(adapt
     assert all(checkpoint.get(name).any() for name in stored if "lora_B" in name), "every adapter has learned"
 
 
-def test_an_adapted_run_continues_bit_for_bit_at_its_world_size_and_nearly_so_at_another(module_tree, adapted):
-    config, root = module_tree
+def test_an_adapted_run_continues_bit_for_bit_at_its_world_size_and_nearly_so_at_another(launched, adapted):
+    config, root = launched
     for name, how in (("again-2", "torchrun"), ("again-1", "single")):
         run = shutil.copytree(adapted, root / name)
         for made_later in (run / "checkpoints" / "step-00000008", run / "checkpoints" / "step-00000010"):
@@ -258,10 +204,10 @@ def test_an_adapted_run_continues_bit_for_bit_at_its_world_size_and_nearly_so_at
             assert losses(run) == pytest.approx(losses(adapted), rel=0.05)
 
 
-def test_an_adapted_run_exports_as_a_whole_and_another_begins_with_it(module_tree, adapted, tiny_model):
+def test_an_adapted_run_exports_as_a_whole_and_another_begins_with_it(launched, adapted, tiny_model):
     from phi3v_dist.model.weights import OfficialFolder
 
-    config, root = module_tree
+    config, root = launched
     words = [sys.executable, "launch/export.py", str(adapted)]
     options = {"cwd": REPOSITORY, "env": environment(), "capture_output": True, "text": True, "timeout": TIMEOUT_S}
     refused = subprocess.run(words, **options)
@@ -290,8 +236,8 @@ def _base(run):
     return Path(yaml.safe_load((run / "config.yaml").read_text())["model"]["path"])
 
 
-def test_three_mistakes_are_reported_together_before_a_model_is_built(module_tree, tmp_path):
-    config, _ = module_tree
+def test_three_mistakes_are_reported_together_before_a_model_is_built(launched, tmp_path):
+    config, _ = launched
     not_a_tar = tmp_path / "x.tar"
     not_a_tar.write_text("hello" * 1000)
     began = time.monotonic()

@@ -57,6 +57,11 @@ def test_warmup_rises_in_a_line_to_the_peak_of_each_part():
     assert rates(10, warmup_steps=10) == {"text": 1.0, "vision": 0.5, "projector": 2.0}
 
 
+def test_by_default_warmup_takes_a_tenth_of_a_short_run_and_100_steps_of_a_long_one():
+    assert rates(3) == rates(3, warmup_steps=10) and rates(1, num_steps=5) == rates(1, num_steps=5, warmup_steps=0)
+    assert rates(7, num_steps=5000) == rates(7, num_steps=5000, warmup_steps=100)
+
+
 def test_the_cosine_is_half_way_in_the_middle_and_ends_at_its_share_of_the_peak():
     middle, end = rates(55, warmup_steps=10, min_lr_frac=0.2), rates(100, warmup_steps=10, min_lr_frac=0.2)
     assert middle == pytest.approx({"text": 0.6, "vision": 0.3, "projector": 1.2})

@@ -1,6 +1,7 @@
 """One optimizer step takes its Batches as they come."""
 
 import time
+from itertools import islice
 from types import SimpleNamespace
 
 import pytest
@@ -8,6 +9,7 @@ import torch
 
 from phi3v_dist.data.batch import Filling, Row, collate
 from phi3v_dist.data.plan import PlannedRow, PlannedStep
+from phi3v_dist.errors import DataError, OutOfMemoryError
 from phi3v_dist.observe.metrics import step_row
 from phi3v_dist.parallel.topology import Topology
 from phi3v_dist.train.step import train_step
@@ -20,22 +22,25 @@ class Engine:
     """What `train_step` asks of DeepSpeed's engine; writes down the order of calls."""
 
     device = torch.device("cpu")
-    optimizer = SimpleNamespace(param_groups=[], loss_scale=1.0)
+    optimizer = SimpleNamespace(param_groups=[], loss_scale=1.0, overflow=False)
 
-    def __init__(self, calls: list[str]):
+    def __init__(self, calls: list[str], full: str = ""):
+        self.full = full
         self.calls = calls
         self.weight = torch.ones(1, requires_grad=True)
 
     def __call__(self, **inputs):
         self.calls.append("forward")
+        if self.full:
+            raise torch.OutOfMemoryError(self.full)
         return SimpleNamespace(token_losses=self.weight * torch.ones(4))
 
     def backward(self, loss, scale_wrt_gas):
         self.calls.append("backward")
         loss.backward()
 
-    def is_gradient_accumulation_boundary(self):
-        return self.calls.count("backward") == len(ROWS)
+    def gradient_accumulation_steps(self):
+        return len(ROWS)
 
     def step(self):
         self.calls.append("step")
@@ -71,3 +76,33 @@ def test_waiting_for_a_slow_loader_is_measured_for_every_batch_and_logged_as_a_s
     assert result.data_wait_s == result.seconds["data"] >= 0.3
     row = step_row(result, row_length_tokens=4, world_size=1)
     assert row["data/stall_pct"] == pytest.approx(100 * result.seconds["data"] / row["time/step_s"])
+
+
+@pytest.mark.fault(16)
+def test_a_full_accelerator_is_reported_with_the_batch_of_that_moment_and_what_to_change():
+    full = "CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has a total capacity of 79.1 GiB\nmore lines"
+    with pytest.raises(OutOfMemoryError) as raised:
+        train_step(Engine([], full), PLAN, batches([]), {}, Topology(rank=0, host="node-a"))
+    report = raised.value.report()
+    assert "rank 0 on node-a, step 7: CUDA out of memory. Tried to allocate 2.00 GiB" in report
+    assert "4 tokens in 1 documents, 1 crops of 0 pictures" in report and "more lines" not in report
+    assert "data.row_length_tokens" in report and "model.vision_chunk_crops" in report
+    assert raised.value.exit_code == 9
+
+
+@pytest.mark.fault(13)
+def test_a_step_with_a_batch_too_few_is_no_step(monkeypatch):
+    fake_labels(monkeypatch)
+    calls: list[str] = []
+    with pytest.raises(DataError, match="rank 0 on here has 2 of the 3 batches of step 7"):
+        train_step(Engine(calls), PLAN, islice(batches(calls), 2), {}, Topology(host="here"))
+    assert calls.count("step") == 2, "none of them at the boundary"
+
+
+@pytest.mark.fault(13)
+def test_ranks_that_work_on_different_steps_are_named(monkeypatch):
+    fake_labels(monkeypatch)
+    monkeypatch.setattr(Topology, "sum", lambda self, values: [*values[:-1], 7.0 + 8.0])
+    monkeypatch.setattr(Topology, "gather", lambda self, value: [value, ("node-b", 8)])
+    with pytest.raises(DataError, match="rank 0 on node-a at step 7, rank 1 on node-b at step 8"):
+        train_step(Engine([]), PLAN, batches([]), {}, Topology(world_size=2, host="node-a"))

@@ -22,7 +22,6 @@ def starter_config(out: Path, manifest: dict[str, Any], model: Path | None) -> s
     splits = manifest["splits"]
     longest = max(split["longest_tokens_4"] for split in splits.values())
     row = min(LONG_ROW_TOKENS, max(SHORT_ROW_TOKENS, -(-longest // 1024) * 1024))
-    steps = splits.get("train", {}).get("tokens_4", 0) // (row * ROWS_PER_STEP)
     tree = {
         "run": {"name": out.name},
         "model": {"path": str(model) if model else "models/Phi-3.5-vision-instruct"},
@@ -31,7 +30,7 @@ def starter_config(out: Path, manifest: dict[str, Any], model: Path | None) -> s
             **{side: [{"shards": f"{out}/{side}-*.tar"}] for side in ("train", "validation") if side in splits},
         },
         "train": {
-            "epochs": 1, "rows_per_step": ROWS_PER_STEP, "warmup_steps": min(100, steps // 10),
+            "epochs": 1, "rows_per_step": ROWS_PER_STEP,
             "learning_rate": dict.fromkeys(("text", "vision", "projector"), 1e-5),
         },
     }  # fmt: skip

@@ -1,0 +1,58 @@
+"""What one rank knows → what all ranks know, apart from training's own collectives.
+
+In: any small value of this rank. Out: the values of all ranks, in order. Surprise: a writer thread uses this while the
+main thread trains. That is safe because the group of processes it talks in is its own; groups are made in the main
+thread, by all ranks, before the first save.
+"""
+
+import platform
+from datetime import timedelta
+from typing import Any, TypeVar
+
+import torch.distributed as dist
+
+from phi3v_dist.errors import CheckpointError
+
+SLOWEST_RANK_TIMEOUT_S = 3600  # how long ranks that have written their share wait for the last one
+T = TypeVar("T")
+
+
+class Ranks:
+    """All ranks of the job, as those see them who save and load. One process without a group is a job of one."""
+
+    def __init__(self) -> None:
+        self._group: Any = None
+
+    @property
+    def rank(self) -> int:
+        return dist.get_rank() if dist.is_initialized() else 0
+
+    @property
+    def world_size(self) -> int:
+        return dist.get_world_size() if dist.is_initialized() else 1
+
+    @property
+    def is_main(self) -> bool:
+        return self.rank == 0
+
+    @property
+    def name(self) -> str:
+        """As a person looks for it."""
+        return f"rank {self.rank} on {platform.node()}"
+
+    def meet(self) -> None:
+        """Make the group. Collective; main thread only."""
+        if self.world_size > 1 and self._group is None:
+            self._group = dist.new_group(backend="gloo", timeout=timedelta(seconds=SLOWEST_RANK_TIMEOUT_S))
+
+    def everyone(self, value: T) -> list[T]:
+        """Every rank's value, on every rank. Raises CheckpointError when a rank is gone."""
+        if self.world_size == 1:
+            return [value]
+        self.meet()
+        values: list[Any] = [None] * self.world_size
+        try:
+            dist.all_gather_object(values, value, group=self._group)
+        except RuntimeError as error:
+            raise CheckpointError(f"{self.name} lost another rank: {' '.join(str(error).split())}") from error
+        return values

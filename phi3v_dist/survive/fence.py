@@ -1,0 +1,109 @@
+"""The number of an attempt → the only folder in which it may prepare or remove checkpoints.
+
+    checkpoints/.attempt-0004/step-00000050/    being written by attempt 4
+    checkpoints/.attempt-0004/removed-…         being removed by it
+
+In: the run's checkpoint folder and an attempt's number. Out: a folder of its own, from which a rename commits. A newer
+attempt takes the folders of older ones away when it starts.
+
+Surprise: no lock is asked. A rank that wakes up after its job was replaced finds that the folder it writes in is gone,
+so its rename, the one thing that could commit or remove a checkpoint, fails by itself, on any file system.
+"""
+
+import getpass
+import logging
+import os
+import re
+import secrets
+import shutil
+from pathlib import Path
+
+from phi3v_dist.errors import CheckpointError
+
+log = logging.getLogger(__name__)
+
+ATTEMPT_FOLDER = re.compile(r"\.attempt-(\d{4,})")
+TEMPORARY = ".tmp-"  # begins the name of what is being removed
+
+
+class FencedError(CheckpointError):
+    """A newer attempt of this run has started: this one must stop."""
+
+
+class Fence:
+    """The checkpoint folder as one attempt sees it."""
+
+    def __init__(self, checkpoints: Path, attempt: int):
+        self.checkpoints = checkpoints
+        self.attempt = attempt
+        self.folder = checkpoints / f".attempt-{attempt:04d}"
+
+    def claim(self) -> None:
+        """Rank 0, once, at the start: make our folder, take away those of older attempts, and what they left.
+
+        Raises:
+            FencedError: a newer attempt is there.
+            CheckpointError: nothing can be written here.
+        """
+        try:
+            self.checkpoints.mkdir(parents=True, exist_ok=True)
+            linked = [path for path in (self.checkpoints, self.folder) if path.is_symlink()]
+            if linked:
+                raise CheckpointError(f"{linked[0]} is a link, and links are not followed: put the folder itself there")
+            self.folder.mkdir(exist_ok=True)
+        except OSError as error:
+            raise CheckpointError(self._cannot_write(error)) from error
+        self.require_newest()
+        for path in self.checkpoints.iterdir():
+            older = ATTEMPT_FOLDER.fullmatch(path.name) and path != self.folder
+            if older or path.name.startswith(TEMPORARY):
+                self.remove(path)
+        for leftover in self.folder.iterdir():
+            shutil.rmtree(leftover, ignore_errors=True)
+
+    def try_writing(self, rank: int) -> None:
+        """A byte now, rather than a failed save after hours. Raises CheckpointError."""
+        probe = self.folder / f"probe-{rank}"
+        try:
+            with probe.open("xb") as file:
+                file.write(b"0")
+                file.flush()
+                os.fsync(file.fileno())
+            probe.unlink()
+        except OSError as error:
+            raise CheckpointError(self._cannot_write(error)) from error
+
+    def newer(self) -> int | None:
+        """The newest attempt, if that is not this one."""
+        attempts = [
+            int(match[1]) for path in self.checkpoints.iterdir() if (match := ATTEMPT_FOLDER.fullmatch(path.name))
+        ]
+        newest = max(attempts, default=0)
+        return newest if newest > self.attempt else None
+
+    def require_newest(self) -> None:
+        newest = self.newer()
+        if newest is not None:
+            raise FencedError(self.stopped_by(newest))
+
+    def stopped_by(self, newest: int) -> str:
+        return (
+            f"attempt {newest} of this run has taken over {self.checkpoints}, so attempt {self.attempt} may not write "
+            "there any more: stop this job; nothing of the newer one was touched"
+        )
+
+    def remove(self, path: Path) -> None:
+        """Take the name away first, so that half a checkpoint never passes for a whole one. Failing costs only space,
+        and fails when a newer attempt has started."""
+        if not os.path.lexists(path):
+            return
+        try:
+            doomed = self.folder / f"removed-{path.name.lstrip('.')}-{secrets.token_hex(4)}"
+            os.rename(path, doomed)
+            shutil.rmtree(doomed)
+        except OSError as error:
+            log.warning("%s could not be removed: %s", path, error)
+
+    def _cannot_write(self, error: OSError) -> str:
+        user = getpass.getuser() if os.geteuid() else "root"
+        return f"user {user} cannot write to {self.checkpoints}: {error}. Mend that, or set `run.root` to another place"

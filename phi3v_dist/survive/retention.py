@@ -1,0 +1,56 @@
+"""The checkpoints in a folder → which of them stay.
+
+In: a folder, and which checkpoint was just verified. Out: those to remove, oldest first. Surprise: a damaged one does
+not count as kept, so the number kept is of checkpoints that can be used.
+"""
+
+import re
+from collections.abc import Collection, Mapping
+from pathlib import Path
+
+from phi3v_dist.errors import CheckpointError
+from phi3v_dist.survive.rank_files import TensorReader
+
+STEP_FOLDER = re.compile(r"step-(\d{8,})(\.replaced)?")
+
+
+def committed(folder: Path) -> list[Path]:
+    """Checkpoints in a folder, newest first; one that was being replaced comes after the one that replaces it."""
+    folders = folder.iterdir() if folder.is_dir() else []
+    found = [(match, path) for path in folders if (match := STEP_FOLDER.fullmatch(path.name))]
+    return [path for _, path in sorted(found, key=lambda item: (-int(item[0][1]), bool(item[0][2])))]
+
+
+def step_of(path: Path) -> int | None:
+    """The step a checkpoint's name says; None if it has another name."""
+    match = STEP_FOLDER.fullmatch(path.name)
+    return int(match[1]) if match else None
+
+
+def superfluous(saved: Path, keep: int, keep_also: Collection[Path], sound: Mapping[Path, bool]) -> list[Path]:
+    """What may go now that `saved` has been read back: all but it, the newest others up to `keep`, and `keep_also`.
+
+    sound: what is known of some after a look at every byte; of the others only sizes are looked at.
+    """
+    pinned = {path.resolve() for path in keep_also}
+    num_kept, found = 1, []
+    for path in committed(saved.parent):
+        if path == saved or path.resolve() in pinned:
+            continue
+        if num_kept >= keep:
+            found.append(path)
+        elif sound.get(path, True) and _is_whole(path):
+            num_kept += 1
+    return found[::-1]
+
+
+def size_bytes(path: Path) -> int:
+    return sum(file.lstat().st_size for file in path.iterdir())
+
+
+def _is_whole(path: Path) -> bool:
+    try:
+        TensorReader(path)
+    except CheckpointError:
+        return False
+    return True

@@ -1,0 +1,223 @@
+"""A snapshot of every rank → a committed checkpoint, while training goes on.
+
+In: this rank's `Snapshot`, at a step that all ranks agreed on. Out: `Saved`, or the CheckpointError that every rank
+gets alike. A save has four phases, and all ranks learn how each of the first three went before the next begins: room
+(is there space?), write (all files, flushed and read back), commit (rank 0: manifest and name), prune (rank 0).
+
+Surprise: a failed save does not stop the run, since the one before it is still good; the third in a row does.
+"""
+
+import logging
+import threading
+import time
+from collections.abc import Callable, Collection
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Generic, TypeVar
+
+from phi3v_dist.errors import CheckpointError
+from phi3v_dist.survive import heartbeat, retention, space
+from phi3v_dist.survive.agreement import Ranks
+from phi3v_dist.survive.fence import Fence, FencedError
+from phi3v_dist.survive.manifest import commit, rank_file_name
+from phi3v_dist.survive.pace import Pace
+from phi3v_dist.survive.rank_files import rank_file_bytes, require_finite, write_rank_file
+from phi3v_dist.survive.snapshot import Snapshot
+
+log = logging.getLogger(__name__)
+
+MOST_FAILURES = 3  # in a row; then something is wrong that does not go away
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Saved:
+    """A checkpoint that was committed.
+
+    blocked_s: what training waited for it. write_s: from then to the commit. size_bytes: the files of all ranks.
+    """
+
+    path: Path
+    step: int
+    blocked_s: float
+    write_s: float
+    size_bytes: int
+
+
+@dataclass(frozen=True)
+class Report(Generic[T]):
+    """How one phase of a save went on one rank. newer: the attempt that has replaced this one, if one has."""
+
+    step: int
+    value: T | None = None
+    problem: str | None = None
+    newer: int | None = None
+
+
+class Writer:
+    """Writes one snapshot at a time in a thread of its own. Ranks must begin the same saves in the same order."""
+
+    def __init__(
+        self,
+        fence: Fence,
+        ranks: Ranks,
+        keep: int,
+        write_mb_per_s: float | None,
+        keep_also: Callable[[], Collection[Path]],
+    ):
+        self.sound: dict[Path, bool] = {}  # what the last look at every byte found
+        self.failures_in_a_row = 0
+        self._fence = fence
+        self._ranks = ranks
+        self._keep = keep
+        self._keep_also = keep_also
+        self._pace = Pace(write_mb_per_s and write_mb_per_s * 1e6)
+        self._thread: threading.Thread | None = None
+        self._outcome: Saved | Exception | None = None
+
+    @property
+    def busy(self) -> bool:
+        """Whether this rank still works on a save."""
+        return self._thread is not None and self._thread.is_alive()
+
+    def begin(self, snapshot: Snapshot, blocked_s: float) -> None:
+        """Start writing. The outcome of the save before must have been asked for."""
+        assert not self.busy and self._outcome is None, "one save at a time, and each must be polled"
+        self._pace.hurry(False)
+        self._thread = threading.Thread(target=self._run, args=(snapshot, blocked_s), name="checkpoint", daemon=True)
+        self._thread.start()
+
+    def poll(self) -> Saved | CheckpointError | None:
+        """What became of the last save, once; None while it is written, or when nothing is new.
+
+        Raises:
+            FencedError: a newer attempt has started.
+            CheckpointError: the third failure in a row.
+        """
+        if self.busy or self._outcome is None:
+            return None
+        outcome, self._outcome = self._outcome, None
+        if isinstance(outcome, Saved):
+            self.failures_in_a_row = 0
+            return outcome
+        if not isinstance(outcome, CheckpointError):
+            raise outcome  # a mistake in the program, or an injected fault
+        self.failures_in_a_row += 1
+        if isinstance(outcome, FencedError):
+            raise outcome
+        if self.failures_in_a_row >= MOST_FAILURES:
+            raise CheckpointError([f"{self.failures_in_a_row} saves in a row failed, the last one:", *outcome.problems])
+        return outcome
+
+    def wait(self, timeout_s: float | None = None) -> Saved | CheckpointError | None:
+        """As `poll`, when the save is done or the time is over; until then it is written as fast as the disk allows."""
+        if self._thread is not None:
+            self._pace.hurry()
+            self._thread.join(timeout_s)
+        return self.poll()
+
+    def _run(self, snapshot: Snapshot, blocked_s: float) -> None:
+        began = time.monotonic()
+        try:
+            path, size_bytes = self._save(snapshot)
+            self._outcome = Saved(path, snapshot.step, blocked_s, time.monotonic() - began, size_bytes)
+            if self._ranks.is_main:
+                self._prune(path, snapshot.step)
+        except Exception as error:  # whatever it is belongs to the thread that asked for the save
+            self._outcome = error
+        finally:
+            heartbeat.enter("idle", snapshot.step, lane=heartbeat.SAVE)
+
+    def _save(self, snapshot: Snapshot) -> tuple[Path, int]:
+        final = self._fence.checkpoints / f"step-{snapshot.step:08d}"
+        temporary = self._fence.folder / final.name
+        manifest = snapshot.manifest() if self._ranks.is_main else {}
+        rooms = self._together(snapshot, temporary, lambda: self._room(snapshot, temporary))
+        self._require_room(rooms, final, temporary)
+        entries = self._together(snapshot, temporary, lambda: self._write(snapshot, temporary))
+        manifest["files"] = {rank_file_name(rank): entry for rank, entry in enumerate(entries)}
+        self._together(snapshot, temporary, lambda: self._commit(snapshot, temporary, final, manifest))
+        self.sound[final] = True
+        return final, sum(entry["size_bytes"] for entry in entries)
+
+    def _room(self, snapshot: Snapshot, temporary: Path) -> space.Room:
+        """Rank 0 makes the folder, and no parents: without ours we are fenced."""
+        if self._ranks.is_main:
+            self._fence.remove(temporary)
+            temporary.mkdir()
+        needed = rank_file_bytes(snapshot.tensors, snapshot.metadata)
+        return space.Room(self._ranks.name, needed, space.free_bytes(self._fence.folder))
+
+    def _require_room(self, rooms: list[space.Room], final: Path, temporary: Path) -> None:
+        shortage = space.shortage(self._fence.checkpoints, rooms)
+        if shortage:
+            self._discard(temporary)
+            raise CheckpointError(f"step {final.name.removeprefix('step-')} is not saved: {shortage}")
+        if not self._ranks.is_main:
+            return
+        freed = sum(map(retention.size_bytes, self._superfluous(final)))
+        further = space.num_further(rooms, freed)
+        if further < space.FEW:
+            log.warning(
+                "%s has room for %d more checkpoint%s of %s after this one",
+                self._fence.checkpoints, further, "" if further == 1 else "s",
+                space.size(sum(room.needed_bytes for room in rooms)),
+            )  # fmt: skip
+
+    def _write(self, snapshot: Snapshot, temporary: Path) -> dict[str, Any]:
+        path = temporary / rank_file_name(self._ranks.rank)
+
+        def on_block(num_bytes: int) -> None:
+            heartbeat.beat(path.name, heartbeat.SAVE)
+            self._pace.spend(num_bytes)
+
+        heartbeat.enter("write", snapshot.step, path.name, heartbeat.SAVE)
+        try:
+            return write_rank_file(path, snapshot.tensors, snapshot.metadata, require_finite, on_block)
+        except OSError as error:
+            if error.errno not in space.FULL:
+                raise
+            needed, free = rank_file_bytes(snapshot.tensors, snapshot.metadata), space.free_bytes(temporary)
+            raise OSError(error.errno, f"{space.no_space(temporary, needed, free)} ({error})", str(path)) from error
+
+    def _commit(self, snapshot: Snapshot, temporary: Path, final: Path, manifest: dict[str, Any]) -> None:
+        heartbeat.enter("commit", snapshot.step, final.name, heartbeat.SAVE)
+        if self._ranks.is_main:
+            commit(self._fence, temporary, final, manifest)
+
+    def _prune(self, saved: Path, step: int) -> None:
+        """What cannot be removed costs only space."""
+        try:
+            heartbeat.enter("prune", step, saved.name, heartbeat.SAVE)
+            for path in self._superfluous(saved):
+                self._fence.remove(path)
+                heartbeat.beat(path.name, heartbeat.SAVE)
+        except OSError as error:
+            log.warning("older checkpoints than %s are not removed: %s", saved, error)
+
+    def _superfluous(self, saved: Path) -> list[Path]:
+        return retention.superfluous(saved, self._keep, self._keep_also(), self.sound)
+
+    def _together(self, snapshot: Snapshot, temporary: Path, task: Callable[[], T]) -> list[T]:
+        """Do a phase's task, hear how it went elsewhere; all get all results, or raise the same error."""
+        report: Report[T] = Report(snapshot.step)
+        try:
+            report = Report(snapshot.step, task())
+        except (OSError, CheckpointError) as error:
+            report = Report(snapshot.step, None, f"{self._ranks.name}: {error}", self._fence.newer())
+        reports = self._ranks.everyone(report)
+        steps = {found.step for found in reports}
+        assert len(steps) == 1, f"ranks save different steps: {steps}"
+        newer = max(found.newer or 0 for found in reports)
+        if newer:
+            raise FencedError(f"step {snapshot.step} is not saved: {self._fence.stopped_by(newer)}")
+        problems = [found.problem for found in reports if found.problem]
+        if problems:
+            self._discard(temporary)
+            head = f"cannot save step {snapshot.step} to {self._fence.checkpoints}; older checkpoints are untouched"
+            raise CheckpointError([head, *problems])
+        return [found.value for found in reports]  # type: ignore[misc]
+
+    def _discard(self, temporary: Path) -> None:
+        if self._ranks.is_main:
+            self._fence.remove(temporary)
