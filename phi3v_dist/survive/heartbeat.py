@@ -33,6 +33,7 @@ SAVE_PHASES = ("write", "commit", "prune", "idle")
 DONE, STOPPED, FAILED = "done", "stopped", "failed"  # outcomes
 NEVER_HANGS, FOREVER_S = "idle", 1e9
 READING = ("start", "load", "data", "evaluate")  # phases in which the main thread may wait for data
+UNTIMED = ("start", "load", "export", "finish")  # made of unlike parts: none says how long the next one takes
 NUMBERED_APART = ("evaluate", "export")  # their steps are numbers of batches or files, not of optimizer steps
 REMEMBERED = 65  # intervals per phase, whose median says what is usual
 LAST_WORD_VARIABLE = "PHI3V_LAST_WORD"  # a file for the supervisor, since launchers swallow exit codes
@@ -92,7 +93,7 @@ class _Heart:
         if phase == NEVER_HANGS:
             return FOREVER_S
         usual = self.intervals.get(phase)
-        if not usual:
+        if not usual or phase in UNTIMED:
             return max(self.bounds.first_s, self.bounds.hang_s)
         return max(self.bounds.hang_s, self.bounds.hang_factor * statistics.median(usual))
 

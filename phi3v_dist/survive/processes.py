@@ -23,6 +23,13 @@ def is_alive(pid: int, started: int) -> bool:
     return start_ticks(pid) == started
 
 
+def began_s(pid: int) -> float:
+    """When a process began, as unix time; 0 when it is gone."""
+    ticks = start_ticks(pid)
+    booted = re.search(r"^btime (\d+)", _read(PROC / "stat"), re.MULTILINE)
+    return int(booted[1]) + ticks / os.sysconf("SC_CLK_TCK") if ticks and booted else 0.0
+
+
 def state(pid: int) -> str:
     """One letter (proc(5)): R, S, T stopped, D in the kernel; empty when it is gone."""
     fields = _stat(pid)

@@ -14,6 +14,7 @@ from phi3v_dist.data.plan import PlannedStep
 from phi3v_dist.observe.metrics import step_row
 from phi3v_dist.parallel.local_gradients import LocalGradients
 from phi3v_dist.run import Run
+from phi3v_dist.survive import heartbeat
 from phi3v_dist.survive.checkpoint import Position
 from phi3v_dist.survive.durable import write_durably
 from phi3v_dist.survive.requests import Asked
@@ -132,6 +133,7 @@ def _save(run: Run, totals: Totals, data_state: dict[str, Any]) -> None:
 
 def _stop(run: Run, totals: Totals, accounts: Accounts, plan: PlannedStep, asked: Asked) -> None:
     """A clean stop: this step saved, if there is time for it, and a marker that says so."""
+    heartbeat.enter("finish", totals.step)
     run.saver.wait()
     if run.saver.saved_step < totals.step:
         if run.saver.fits(asked):
@@ -177,6 +179,7 @@ def _evaluate(run: Run, step: int, num_samples: int | None) -> dict[str, float] 
 def _finish(run: Run, totals: Totals) -> dict[str, float] | None:
     """The last evaluation, and summary.json, whose presence says that the run is complete."""
     metrics = _evaluate(run, totals.step, run.settings.eval.final_samples)
+    heartbeat.enter("finish", totals.step)
     run.saver.wait()
     if metrics is None:
         _leave(run, totals)

@@ -3,6 +3,7 @@
     python watched_ranks.py FOLDER ATTEMPT_FOLDER HOST RANK WORLD_SIZE PORT STEPS HANG_S [LOCAL_RANK LOCAL_SIZE]
 
 Faults come through PHI3V_FAULT, as everywhere. WATCHED_RANKS=skip has rank 1 go another way at step 5; with `slow` it
+takes its time at step 6, with signs of life.
 """
 
 import os
