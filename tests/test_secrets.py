@@ -256,7 +256,7 @@ def require_nothing_leaked(folder: Path, *watches: Watch) -> None:
     assert list((folder / "fired").iterdir()) == []
 
 
-@pytest.mark.fault(92)
+@pytest.mark.fault(86, 87, 92)
 def test_a_crashed_run_of_two_ranks_leaks_nothing_and_runs_nothing(world, crashed):
     folder, _ = world
     assert crashed.returncode != 0 and b"RuntimeError: refused: " in crashed.stderr, crashed.stderr[-3000:]
@@ -278,7 +278,7 @@ def test_nothing_of_a_run_can_be_read_by_others_even_under_umask_0(world, crashe
 
 
 @pytest.mark.slow
-@pytest.mark.fault(92)
+@pytest.mark.fault(86, 87, 92)
 def test_going_on_evaluation_export_and_report_leak_nothing_and_run_nothing(world, crashed):
     folder, env = world
     run = folder / "runs" / "run"

@@ -290,6 +290,7 @@ def _base(run):
     return Path(yaml.safe_load((run / "config.yaml").read_text())["model"]["path"])
 
 
+@pytest.mark.fault(83, 84)
 def test_three_mistakes_are_reported_together_before_a_model_is_built(module_tree, tmp_path):
     config, _ = module_tree
     not_a_tar = tmp_path / "x.tar"
