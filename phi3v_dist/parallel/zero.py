@@ -77,8 +77,8 @@ def problems(settings: Settings, world_size: int) -> list[str]:
     if given is not None and given * world_size != train.rows_per_step:
         rows = given * world_size
         found.append(
-            f"`train.gradient_accumulation_steps` {given} x {world_size} ranks = {rows} rows, but `train.rows_per_step` "
-            f"is {train.rows_per_step}: leave the former out (then {needed} each), or set the latter to {rows}"
+            f"`train.gradient_accumulation_steps` {given} x {world_size} ranks = {rows} rows, but "
+            f"`train.rows_per_step` is {train.rows_per_step}: leave the former out (then {needed} each), or set the latter to {rows}"
         )
     return found
 
