@@ -16,7 +16,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, TypeAdapter,
 from pydantic_core import PydanticCustomError
 
 from phi3v_dist import secrets
-from phi3v_dist.config_file import describe, key_values, merge, validate
+from phi3v_dist.config_file import describe, key_values, merge, validate, with_lines
 from phi3v_dist.errors import ConfigError
 
 DataclassT = TypeVar("DataclassT")
@@ -326,7 +326,7 @@ def load(
     """
     tree, problems = merge(Path(path), overrides)
     settings, mistakes = validate(Settings, tree)
-    problems += mistakes
+    problems += with_lines(mistakes, Path(path), overrides)
     if settings is not None:
         wrong = {mistake.split("`")[1] for mistake in mistakes}  # for these keys a default stands in; nobody chose it
         further = _contradictions(settings) + (check(settings) if check else [])

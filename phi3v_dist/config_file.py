@@ -142,6 +142,32 @@ def _known_keys(section: type[BaseModel], prefix: str = "") -> set[str]:
     return keys
 
 
+def with_lines(messages: Sequence[str], path: Path, overrides: Sequence[str]) -> list[str]:
+    """The messages, each that begins with a key of the file followed by file and line; not when a word overrides it."""
+    given = {word.partition("=")[0].replace("[", ".").replace("]", "") for word in overrides}
+    lines = _lines(yaml.compose(path.read_text(encoding="utf-8"), yaml.SafeLoader))
+    said = []
+    for message in messages:
+        key = message.split("`")[1] if message.startswith("`") else ""
+        overridden = any(key == word or key.startswith(f"{word}.") for word in given)
+        said.append(f"{message} ({path}:{lines[key]})" if key in lines and not overridden else message)
+    return said
+
+
+def _lines(node: yaml.Node | None, key: str = "") -> dict[str, int]:
+    """Dotted key → line of the file, from 1."""
+    found: dict[str, int] = {}
+    inner: list[tuple[str, yaml.Node, yaml.Node]] = []
+    if isinstance(node, yaml.MappingNode):
+        inner = [(str(name.value), name, value) for name, value in node.value]
+    elif isinstance(node, yaml.SequenceNode):
+        inner = [(str(place), value, value) for place, value in enumerate(node.value)]
+    for name, at, value in inner:
+        dotted = f"{key}.{name}".lstrip(".")
+        found |= {dotted: at.start_mark.line + 1} | _lines(value, dotted)
+    return found
+
+
 def flattened(tree: Any, key: str = "") -> dict[str, Any]:
     """Plain data as `{dotted key: value}`; an empty list or section is a value."""
     inner = tree.items() if isinstance(tree, dict) else enumerate(tree) if isinstance(tree, list) else ()

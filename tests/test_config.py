@@ -80,6 +80,7 @@ def test_settings_are_frozen(write):
         settings.train.steps = 5
 
 
+@pytest.mark.fault(82, 84)
 @pytest.mark.parametrize(
     ("override", "message"),
     [
@@ -147,6 +148,19 @@ def test_a_missing_section_is_named(write):
     ]
 
 
+@pytest.mark.fault(82)
+def test_a_mistake_of_the_file_names_its_line_and_one_of_the_command_line_does_not(write):
+    data = "data:\n  train:\n    - shards: a.tar\n      wait: 2\n"
+    path = write(f"model: {{path: m}}\n{data}train:\n  stepz: 5\n  steps: 200\n")
+    assert set(problems(path, "train.epoch=1", "run.seed=x")) == {
+        f"`data.train.0.wait` is not a setting; did you mean `data.train.0.weight`? ({path}:5)",
+        f"`train.stepz` is not a setting; did you mean `train.steps`? ({path}:7)",
+        "`train.epoch` is not a setting; did you mean `train.epochs`?",
+        "`run.seed` is 'x': input should be a valid integer, unable to parse string as an integer",
+    }
+
+
+@pytest.mark.fault(84)
 def test_all_mistakes_are_shown_together_with_those_of_the_check(write):
     tree = SMALLEST | {"trian": {}, "train": {"steps": 50, "warmup_steps": 100, "rows_per_step": "many", "lr": 1}}
     looked_at = []
@@ -178,6 +192,7 @@ def test_the_check_runs_on_good_settings_too(write):
     assert problems(write(SMALLEST), check=lambda settings: [f"{settings.model.path} is empty"]) == ["m is empty"]
 
 
+@pytest.mark.fault(84)
 def test_a_missing_file_names_a_near_one(write):
     path = write(SMALLEST)
     assert f"did you mean {path}?" in problems(path.with_name("rum.yaml"))[0]

@@ -36,6 +36,15 @@ REFUSED = {
     "wandb": "`observe.wandb`",
     "tensorboard": "`observe`",
 }
+KNOWN = {  # top-level keys of DeepSpeed 0.19 that may stand beside ours; it ignores all others without a word
+    *(key.partition(".")[0] for key in HOMES), *REFUSED,
+    "zero_optimization", "zero_allow_untested_optimizer", "zero_force_ds_cpu_optimizer", "communication_data_type",
+    "prescale_gradients", "gradient_predivide_factor", "gradient_allreduce_op", "disable_allgather", "data_types",
+    "torch_autocast", "activation_checkpointing", "aio", "compile", "checkpoint", "comms_logger", "flops_profiler",
+    "steps_per_print", "wall_clock_breakdown", "memory_breakdown", "dump_state", "timers", "elasticity",
+    "disable_python_gc", "managed_gradient_accumulation", "log_level", "seq_parallel_communication_data_type",
+    "sparse_gradients", "sequence_parallel_size", "csv_monitor", "comet", "dataloader_drop_last",
+}  # fmt: skip
 
 
 def read(path: Path) -> dict[str, Any]:
@@ -66,9 +75,10 @@ def problems(settings: Settings, world_size: int) -> list[str]:
     train = settings.train
     given, needed = train.gradient_accumulation_steps, accumulation(train.rows_per_step, world_size)
     if given is not None and given * world_size != train.rows_per_step:
+        rows = given * world_size
         found.append(
-            f"`train.gradient_accumulation_steps` {given} x {world_size} ranks = {given * world_size} rows, but "
-            f"`train.rows_per_step` is {train.rows_per_step}: leave the former out (then {needed} each) or change one"
+            f"`train.gradient_accumulation_steps` {given} x {world_size} ranks = {rows} rows, but "
+            f"`train.rows_per_step` is {train.rows_per_step}: leave the former out (then {needed} each), or set the latter to {rows}"
         )
     return found
 
@@ -76,6 +86,10 @@ def problems(settings: Settings, world_size: int) -> list[str]:
 def _json_problems(config: dict[str, Any], settings: Settings, world_size: int) -> list[str]:
     path = settings.parallel.deepspeed
     found = [f"{path}: `{key}` does not belong here: {where}" for key, where in REFUSED.items() if key in config]
+    for key in sorted(config.keys() - KNOWN):
+        near = difflib.get_close_matches(key, KNOWN, n=1)
+        hint = f"; did you mean `{near[0]}`?" if near else ""
+        found.append(f"{path}:{_line(path, key)}: `{key}` is no key of DeepSpeed, which would ignore it{hint}")
     for key, home in HOMES.items():
         value: Any = config
         for part in key.split("."):
@@ -89,6 +103,11 @@ def _json_problems(config: dict[str, Any], settings: Settings, world_size: int) 
     filled = _fill(allowed, settings, world_size, torch.float32, hidden_size=1)
     found += [f'{path}: nothing here fills in the "auto" of `{key}`; give a value' for key in _autos(filled)]
     return found
+
+
+def _line(path: Path, key: str) -> int:
+    """Of the file, from 1: where the key stands for the first time."""
+    return path.read_text().partition(f'"{key}"')[0].count("\n") + 1
 
 
 def resolve(settings: Settings, world_size: int, dtype: torch.dtype, hidden_size: int) -> dict[str, Any]:

@@ -80,12 +80,14 @@ def test_torchs_own_run_anywhere(name):
     assert choose(name, CPU, torch.float32, 100) == Backend(name)
 
 
+@pytest.mark.fault(85)
 def test_auto_without_a_gpu_is_sdpa_and_says_so():
     backend = choose("auto", CPU, torch.float32, 96)
     assert (backend.name, backend.why) == ("sdpa", "chosen by auto: flash-attn needs a GPU, this is cpu")
 
 
 @pytest.mark.parametrize("name", BOTH)
+@pytest.mark.fault(85)
 def test_what_is_not_installed_is_named_with_its_installation(machine, name):
     machine()
     text = refusal(name)
@@ -170,6 +172,7 @@ def test_a_model_refuses_where_it_cannot_run(tiny_model):
         model_of(tiny_model, "flash_attention_2")(torch.arange(5)[None])
 
 
+@pytest.mark.fault(85)
 def test_asked_for_without_flash_attn_a_run_ends_with_one_line(config_file):
     done = subprocess.run(
         [sys.executable, "launch/train.py", "--config", str(config_file), "model.attention=flash_attention_2"],

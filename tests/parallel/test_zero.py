@@ -66,6 +66,7 @@ def test_values_that_have_no_home_elsewhere_are_kept(settings):
     assert config["seed"] == 3
 
 
+@pytest.mark.fault(82)
 @pytest.mark.parametrize(
     ("extra", "message"),
     [
@@ -84,6 +85,12 @@ def test_values_that_have_no_home_elsewhere_are_kept(settings):
         ({"zero_optimization": {"stage": 2}}, "`zero_optimization.stage` is 2"),
         ({"zero_optimization": {}}, "`zero_optimization.stage` is None"),
         ({"zero_optimization": {"stage": 3, "sub_group_size": "auto"}}, '"auto" of `zero_optimization.sub_group_size`'),
+        (
+            {"gradient_acumulation_steps": 4},
+            ":1: `gradient_acumulation_steps` is no key of DeepSpeed",
+        ),
+        ({"gradient_acumulation_steps": 4}, "; did you mean `gradient_accumulation_steps`?"),
+        ({"zero_optimisation": {}}, "did you mean `zero_optimization`?"),
         ({"zero_optimization": None}, "not a JSON object with a `zero_optimization` object"),
     ],
 )
@@ -103,14 +110,16 @@ def test_what_is_no_json_object_is_refused_with_the_files_name(settings, content
     assert str(chosen.parallel.deepspeed) in found[0]
 
 
+@pytest.mark.fault(83, 84)
 def test_a_missing_json_names_a_near_one_and_the_arithmetic_is_looked_at_all_the_same(settings):
     path = SHIPPED[0].with_name("zero4.json")
     found = problems(settings(path, rows_per_step=8, gradient_accumulation_steps=3), world_size=2)
     assert f"did you mean {SHIPPED[0]}?" in found[0]
     assert "3 x 2 ranks = 6 rows" in found[1]
-    assert "(then 4 each)" in found[1]
+    assert "(then 4 each)" in found[1] and "or set the latter to 6" in found[1]
 
 
+@pytest.mark.fault(83)
 @pytest.mark.parametrize(
     ("rows", "given", "world_size", "wrong"), [(8, 4, 2, 0), (8, 2, 2, 1), (8, 8, 1, 0), (4, 4, 8, 1)]
 )

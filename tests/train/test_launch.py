@@ -236,6 +236,8 @@ def _base(run):
     return Path(yaml.safe_load((run / "config.yaml").read_text())["model"]["path"])
 
 
+@pytest.mark.fault(83)
+@pytest.mark.fault(84)
 def test_three_mistakes_are_reported_together_before_a_model_is_built(launched, tmp_path):
     config, _ = launched
     not_a_tar = tmp_path / "x.tar"
