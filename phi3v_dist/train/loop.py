@@ -92,7 +92,7 @@ def _start(run: Run) -> tuple[Totals, dict[str, Any] | None, Accounts]:
     run.tracker.start(run.resolved)
     newest = run.checkpoints.newest()
     position = run.checkpoints.load(run.engine, newest) if newest else None
-    accounts = run.accounts(position.loader if position else None)
+    accounts = run.accounts(position.loader or None if position else None)  # an imported one has no data behind it
     if position is None:
         return Totals(), None, accounts
     log.info("continuing from %s, step %d of %d", newest, position.step, run.num_steps)
