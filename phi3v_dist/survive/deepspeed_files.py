@@ -26,11 +26,25 @@ from phi3v_dist.parallel.partitions import official_name
 
 MODEL_FILE = re.compile(r"zero_pp_rank_(\d+)_mp_rank_(\d+)_model_states\.pt")
 OPTIMIZER_FILE = re.compile(r"(?:bf16_)?zero_pp_rank_(\d+)_mp_rank_(\d+)_optim_states\.pt")
+
+
+def _without_attributes(rebuild: Any, kind: Any, arguments: tuple[Any, ...], attributes: Any) -> Any:
+    """A tensor on which python attributes were set, which training does not need. `rebuild`: what the file may call."""
+    return rebuild(*arguments)
+
+
+def _plain(data: Any, *arguments: Any) -> Any:
+    """A parameter as the tensor that it is."""
+    return data
+
+
 REBUILDS = {  # all that a file may call
     ("collections", "OrderedDict"): collections.OrderedDict,
     ("torch", "Size"): torch.Size,
     ("torch._utils", "_rebuild_tensor_v2"): torch._utils._rebuild_tensor_v2,
-    ("torch._utils", "_rebuild_parameter"): torch._utils._rebuild_parameter,
+    ("torch._utils", "_rebuild_parameter"): _plain,
+    ("torch._utils", "_rebuild_parameter_with_state"): _plain,
+    ("torch._tensor", "_rebuild_from_type_v2"): _without_attributes,
 }
 OTHER_WAY = "With DeepSpeed's own zero_to_fp32.py its weights can be had, to begin from (`model.init_from`)"
 

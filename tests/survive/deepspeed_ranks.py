@@ -2,8 +2,8 @@
 
     python deepspeed_ranks.py FOLDER        FOLDER/NAME.yaml: settings, one file for each way to train
 
-Leaves NAME-old/, the imported runs NAME-2 and NAME-3 (their number of ranks), and a note of what each group saw. Groups are
-forked, because importing takes a rank longest. Asserting is done by test_deepspeed_import.py.
+Leaves NAME-old/, the imported runs NAME-2 and NAME-3 (their number of ranks), and a note of what each group saw. Groups
+are forked, because importing takes a rank longest. Asserting is done by test_deepspeed_import.py.
 """
 
 import argparse

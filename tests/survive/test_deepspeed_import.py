@@ -1,4 +1,4 @@
-"""Checkpoints that DeepSpeed wrote, imported: nothing of them runs, nothing of them is lost, and what is wrong is named."""
+"""Checkpoints that DeepSpeed wrote, imported: nothing in them runs, nothing is lost, and what is wrong is named."""
 
 import copy
 import json
