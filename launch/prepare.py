@@ -80,14 +80,15 @@ def main() -> None:
     checkpoint.add_argument(
         "source", type=Path, help="folder that was given to save_checkpoint, or a global_step… in it"
     )
-    checkpoint.add_argument("--config", required=True, help="of the run that shall go on from it")
+    checkpoint.add_argument(
+        "--config", required=True, help="of the run that shall go on from it; key=value words override it"
+    )
     checkpoint.add_argument("--tag", help="which one; default: what `latest` says")
-    checkpoint.add_argument("settings", nargs="*", help="settings as key=value, such as run.name=continued")
     checkpoint.set_defaults(run=import_deepspeed)
     arguments, words = parser.parse_known_args()  # argparse takes no `*` in two places
-    if words and arguments.run is not import_records:
+    if words and arguments.run not in (import_records, import_deepspeed):
         parser.error(f"unrecognized arguments: {' '.join(words)}")
-    arguments.mapping_words = words
+    arguments.words = words
     arguments.run(arguments)
 
 
@@ -118,7 +119,7 @@ def import_records(arguments: argparse.Namespace) -> None:
     from phi3v_dist.data.importers.importer import Import
 
     ranks = [f"num_ranks={arguments.num_ranks}"] if arguments.num_ranks is not None else []
-    mapping = settings.load(arguments.mapping, [*arguments.mapping_words, *ranks])
+    mapping = settings.load(arguments.mapping, [*arguments.words, *ranks])
     columns = (*Progress.get_default_columns(), MofNCompleteColumn())
     with Progress(*columns, disable=not sys.stdout.isatty()) as bar:
         tasks: dict[str, TaskID] = {}
@@ -153,7 +154,7 @@ def import_deepspeed(arguments: argparse.Namespace) -> None:
     from phi3v_dist.survive.deepspeed_files import DeepSpeedCheckpoint
     from phi3v_dist.survive.deepspeed_import import import_checkpoint
 
-    settings = config.load(arguments.config, arguments.settings)
+    settings = config.load(arguments.config, arguments.words)
     source = DeepSpeedCheckpoint.open(arguments.source, arguments.tag)
     folder = import_checkpoint(source, settings)
     logging.info(

@@ -189,7 +189,7 @@ def _tagged(folder: Path, tag: str | None) -> Path:
             "the folder that was given to save_checkpoint, or the global_step… in it"
         )
     tag = latest.read_text().strip() if tag is None else tag
-    if Path(tag).name != tag or not (folder / tag).is_dir():
+    if not tag or Path(tag).name != tag or not (folder / tag).is_dir():
         raise CheckpointError(f"{folder}: there is no checkpoint {tag!r} in it")
     return folder / tag
 
