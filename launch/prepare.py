@@ -16,6 +16,8 @@ python launch/prepare.py audit runs/quickstart                  was each sample 
 python launch/prepare.py audit runs/quickstart --step 120 --preview
                                                                 the samples of a step, and a page that shows them
 python launch/prepare.py weights --verify models/phi-3.5-vision read it again and compare
+python launch/prepare.py checkpoint old/checkpoints --config my.yaml run.name=continued
+                                                                an old DeepSpeed ZeRO-3 checkpoint: a new run's start
 """
 
 import argparse
@@ -72,10 +74,21 @@ def main() -> None:
         help="with --step: also write a page that shows them; default: RUN/step-N.html",
     )  # fmt: skip
     audit.set_defaults(run=audit_run)
+    checkpoint = commands.add_parser(
+        "checkpoint", help="import a DeepSpeed ZeRO-3 checkpoint, weights and optimizer, for a new run to begin with"
+    )
+    checkpoint.add_argument(
+        "source", type=Path, help="folder that was given to save_checkpoint, or a global_step… in it"
+    )
+    checkpoint.add_argument(
+        "--config", required=True, help="of the run that shall go on from it; key=value words override it"
+    )
+    checkpoint.add_argument("--tag", help="which one; default: what `latest` says")
+    checkpoint.set_defaults(run=import_deepspeed)
     arguments, words = parser.parse_known_args()  # argparse takes no `*` in two places
-    if words and arguments.run is not import_records:
+    if words and arguments.run not in (import_records, import_deepspeed):
         parser.error(f"unrecognized arguments: {' '.join(words)}")
-    arguments.mapping_words = words
+    arguments.words = words
     arguments.run(arguments)
 
 
@@ -106,7 +119,7 @@ def import_records(arguments: argparse.Namespace) -> None:
     from phi3v_dist.data.importers.importer import Import
 
     ranks = [f"num_ranks={arguments.num_ranks}"] if arguments.num_ranks is not None else []
-    mapping = settings.load(arguments.mapping, [*arguments.mapping_words, *ranks])
+    mapping = settings.load(arguments.mapping, [*arguments.words, *ranks])
     columns = (*Progress.get_default_columns(), MofNCompleteColumn())
     with Progress(*columns, disable=not sys.stdout.isatty()) as bar:
         tasks: dict[str, TaskID] = {}
@@ -135,6 +148,20 @@ def fetch_weights(arguments: argparse.Namespace) -> None:
         )  # fmt: skip
     else:
         raise ConfigError("give OWNER/NAME and --out FOLDER to fetch a model, or only --verify FOLDER to look at one")
+
+
+def import_deepspeed(arguments: argparse.Namespace) -> None:
+    from phi3v_dist.survive.deepspeed_files import DeepSpeedCheckpoint
+    from phi3v_dist.survive.deepspeed_import import import_checkpoint
+
+    settings = config.load(arguments.config, arguments.words)
+    source = DeepSpeedCheckpoint.open(arguments.source, arguments.tag)
+    folder = import_checkpoint(source, settings)
+    logging.info(
+        "%s: weights and optimizer of %s, step %s, saved by %d ranks. launch/train.py goes on from it on any number of "
+        "ranks; its data begins at the start, and its steps and learning rates count from 1",
+        *(folder, source.folder, source.head.get("global_steps"), source.world_size),
+    )
 
 
 def audit_run(arguments: argparse.Namespace) -> None:

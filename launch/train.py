@@ -24,6 +24,7 @@ def main() -> None:
     requests = Requests.listen()  # before the imports that take seconds: until then a signal is a crash
     from phi3v_dist import config, run
     from phi3v_dist.parallel.topology import Topology
+    from phi3v_dist.parallel.waits import WAITS
 
     topology = Topology.from_environment()
     check = (lambda settings: run.problems(settings, topology.world_size)) if topology.is_main else None
@@ -38,6 +39,7 @@ def main() -> None:
     from phi3v_dist.train.loop import fit
 
     topology.start(settings.parallel.timeout_s)
+    WAITS.watch(topology)
     environment.require_writable(settings.run.folder, topology)
     attempt = Attempt.begin(settings.run.folder, topology)
     try:

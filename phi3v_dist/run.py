@@ -37,11 +37,12 @@ from phi3v_dist.model import build as model_build
 from phi3v_dist.model.flops import flops
 from phi3v_dist.model.official_config import read_config
 from phi3v_dist.observe.console import ConsoleTracker
-from phi3v_dist.observe.health import StarvationWatch
+from phi3v_dist.observe.health import SpikeWatch, StarvationWatch
 from phi3v_dist.observe.tracker import AllOf, JsonlTracker, NoTracker, Tracker
 from phi3v_dist.observe.wandb_tracker import WandbTracker
 from phi3v_dist.parallel import zero
 from phi3v_dist.parallel.topology import Topology
+from phi3v_dist.parallel.waits import Stragglers
 from phi3v_dist.survive import environment
 from phi3v_dist.survive.attempt import Attempt
 from phi3v_dist.survive.checkpoint import Checkpoints
@@ -50,7 +51,9 @@ from phi3v_dist.survive.interval import Interval
 from phi3v_dist.survive.requests import Requests
 from phi3v_dist.survive.saver import Saver
 from phi3v_dist.train.accounts import Accounts
+from phi3v_dist.train.guards import Guards
 from phi3v_dist.train.optim import build_optimizer
+from phi3v_dist.train.skipped import SkippedSteps
 
 STEPS_NAME = "steps.json"
 
@@ -134,6 +137,16 @@ class Run:
         return Accounts.open(
             self.folder, self.topology, self.train.table, self.train.lengths, self.planner,
             self.settings.data.max_bad_frac, self.attempt.number, state,
+        )  # fmt: skip
+
+    def guards(self) -> Guards:
+        """What looks at each step."""
+        watch, name = self.settings.watch, self.train.table.sample_name
+        return Guards(
+            self.engine, self.topology, Stragglers(self.topology, self.settings.observe.log_every_steps),
+            SpikeWatch(name),
+            SkippedSteps(watch.bad_steps, name, self.saver.checkpoints.newest, self.topology.is_main),
+            watch.compare_every_steps,
         )  # fmt: skip
 
     def loader(self, state: dict[str, Any] | None) -> Loader:

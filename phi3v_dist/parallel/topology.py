@@ -75,7 +75,9 @@ class Topology:
 
     def start(self, timeout_s: float) -> None:
         """Join the process group: NCCL on GPUs, gloo on CPUs. Also divides the node's cores among its ranks."""
-        torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // self.local_world_size))
+        alone = "RANK" not in os.environ  # launchers set OMP_NUM_THREADS to 1 whatever the machine; a person means it
+        if not (alone and "OMP_NUM_THREADS" in os.environ):
+            torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // self.local_world_size))
         local_rank = self.local_rank
         if torch.cuda.is_available():
             local_rank = self.device.index  # DeepSpeed takes LOCAL_RANK for the number of the GPU

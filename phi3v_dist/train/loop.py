@@ -20,7 +20,6 @@ from phi3v_dist.survive.durable import write_durably
 from phi3v_dist.survive.requests import Asked
 from phi3v_dist.train.accounts import Accounts, plan_state
 from phi3v_dist.train.optim import learning_rates
-from phi3v_dist.train.skipped import SkippedSteps
 from phi3v_dist.train.step import StepResult, train_step
 
 SUMMARY_NAME = "summary.json"
@@ -32,10 +31,8 @@ def fit(run: Run) -> dict[str, float] | None:
     """Train to the last step, from the newest checkpoint if there is one; returns the summary, None when stopped."""
     totals, state, accounts = _start(run)
     clock = Clock(totals.wall_s)
+    guards = run.guards()
     gradients = LocalGradients(run.engine.module, run.engine.device)
-    skipped = SkippedSteps(
-        run.settings.watch.bad_steps, run.train.table.sample_name, run.saver.checkpoints.newest, run.topology.is_main
-    )
     run.requests.training_begins()
     for plan, batches in run.loader(state) if totals.step < run.num_steps else ():
         rates = learning_rates(totals.step + 1, run.num_steps, run.settings.train)
@@ -43,10 +40,8 @@ def fit(run: Run) -> dict[str, float] | None:
         totals.add(result)
         totals.wall_s = clock.read_s()
         accounts.record(plan, result.unused, result.quarantined, updated=result.skipped is None)
-        run.tracker.log(
-            step_row(result, run.settings.data.row_length_tokens, run.topology.world_size) | totals.row(run)
-        )
-        skipped.look(result)
+        row = step_row(result, run.settings.data.row_length_tokens, run.topology.world_size)
+        run.tracker.log(row | totals.row(run) | guards.look(result))
         accounts.require_few_bad(totals.quarantined, totals.samples)
         last = totals.step == run.num_steps
         asked = run.saver.edge(totals.step)
@@ -113,13 +108,11 @@ def _start(run: Run) -> tuple[Totals, dict[str, Any] | None, Accounts]:
     checkpoints.prepare(run.engine)
     newest = checkpoints.newest()
     position = checkpoints.load(run.engine, newest) if newest else None
-    accounts = run.accounts(position.loader if position else None)
+    accounts = run.accounts(position.loader or None if position else None)  # an imported one has no data behind it
     if position is None:
         return Totals(), None, accounts
     run.saver.saved_step = position.step
     log.info("continuing from %s, step %d of %d", newest, position.step, run.num_steps)
-    if position.config_digest != run.config_digest:
-        log.warning("the settings are not those that %s was saved with; compare %s", newest, run.folder / "config.yaml")
     return Totals(**position.extra), plan_state(position.loader), accounts
 
 

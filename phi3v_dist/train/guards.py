@@ -1,0 +1,43 @@
+"""Each finished step → what is wrong with the run while it goes on, said once, or the end of it.
+
+What comes in: `StepResult`s, the same on every rank but for this rank's own times. What goes out: numbers for the
+record. Surprise: these are no observers. They compare ranks, so all ranks must ask them in the same step, and they may
+end a run that would only do harm by going on.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+from phi3v_dist.observe.health import SpikeWatch
+from phi3v_dist.parallel.topology import Topology
+from phi3v_dist.parallel.waits import Stragglers
+from phi3v_dist.survive import replicas
+from phi3v_dist.train.skipped import SkippedSteps
+from phi3v_dist.train.step import StepResult
+
+
+@dataclass
+class Guards:
+    """compare_every_steps: between comparisons of what ranks hold alike."""
+
+    engine: Any
+    topology: Topology
+    stragglers: Stragglers
+    spikes: SpikeWatch
+    skipped: SkippedSteps
+    compare_every_steps: int
+
+    def look(self, result: StepResult) -> dict[str, float]:
+        """What is to be logged beside the step's own numbers. Collective.
+
+        Raises:
+            DivergedError: too many steps in a row had to be skipped.
+            CorruptedError: a rank's memory changed by itself.
+        """
+        row = self.stragglers.look(result.step, result.own_s, sum(result.seconds.values()))
+        if self.topology.is_main:
+            row["train/spike"] = float(self.spikes.look(result.step, result.loss, result.sample_ids))
+        self.skipped.look(result)
+        if result.step % self.compare_every_steps == 0:
+            replicas.compare(self.engine, self.topology)
+        return row
