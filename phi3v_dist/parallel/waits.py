@@ -28,7 +28,9 @@ COLLECTIVES = (
     "scatter",
 )  # fmt: skip
 SLOWER, SLOWER_S = 1.5, 0.05  # times the median rank's own time, and at least this much above it
-SHARE_OF_STEP = 0.1  # the excess must also be this much of a step: a job that only communicates has no own time to compare
+SHARE_OF_STEP = (
+    0.1  # the excess must also be this much of a step: a job that only communicates has no own time to compare
+)
 
 log = logging.getLogger(__name__)
 

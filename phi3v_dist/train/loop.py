@@ -10,9 +10,12 @@ import time
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from phi3v_dist.observe.health import SpikeWatch
 from phi3v_dist.observe.metrics import step_row
 from phi3v_dist.parallel.local_gradients import LocalGradients
+from phi3v_dist.parallel.waits import WAITS, Stragglers
 from phi3v_dist.run import Run
+from phi3v_dist.survive import replicas
 from phi3v_dist.survive.checkpoint import Position
 from phi3v_dist.survive.durable import write_durably
 from phi3v_dist.train.accounts import Accounts, plan_state
@@ -33,15 +36,25 @@ def fit(run: Run) -> dict[str, float]:
     skipped = SkippedSteps(
         run.settings.watch.bad_steps, run.train.table.sample_name, run.checkpoints.newest, run.topology.is_main
     )
+    WAITS.watch(run.topology)
+    stragglers = Stragglers(run.topology, run.settings.observe.log_every_steps)
+    spikes = SpikeWatch(run.train.table.sample_name, is_main=run.topology.is_main)
     for plan, batches in run.loader(state) if totals.step < run.num_steps else ():
         rates = learning_rates(totals.step + 1, run.num_steps, run.settings.train)
         result = train_step(run.engine, plan, batches, rates, run.topology, gradients)
         totals.add(result)
         totals.wall_s = clock.read_s()
         accounts.record(plan, result.unused, result.quarantined, updated=result.skipped is None)
+        slowest = stragglers.look(result.step, result.own_s, sum(result.seconds.values()))
+        is_spike = spikes.look(result.step, result.loss, result.sample_ids)
         run.tracker.log(
-            step_row(result, run.settings.data.row_length_tokens, run.topology.world_size) | totals.row(run)
+            step_row(result, run.settings.data.row_length_tokens, run.topology.world_size)
+            | totals.row(run)
+            | slowest
+            | {"train/spike": int(is_spike)}
         )
+        if totals.step % run.settings.watch.compare_every_steps == 0:
+            replicas.compare(run.engine, run.topology)
         skipped.look(result)
         accounts.require_few_bad(totals.quarantined, totals.samples)
         last = totals.step == run.num_steps
