@@ -60,8 +60,8 @@ class SpikeWatch:
     seen `FEWEST` of them. sample_name: id → `shard:key`.
     """
 
-    def __init__(self, sample_name: Callable[[int], str], window: int = 100):
-        self.sample_name = sample_name
+    def __init__(self, sample_name: Callable[[int], str], window: int = 50, is_main: bool = True):
+        self.sample_name, self.is_main = sample_name, is_main
         self._losses: deque[float] = deque(maxlen=window)
         self._is_high = False
 
@@ -79,7 +79,7 @@ class SpikeWatch:
             typical = statistics.median(self._losses)
             spread = 1.4826 * statistics.median(abs(known - typical) for known in self._losses)
             is_spike = loss - typical > max(SPREADS * spread, SHARE * abs(typical))
-            if is_spike and not self._is_high:
+            if is_spike and not self._is_high and self.is_main:
                 logger.warning(
                     "step %d: loss %.4g, where %.4g is typical of the last %d steps. Its samples: %s",
                     *(step, loss, typical, len(self._losses), listed(sample_ids, self.sample_name)),

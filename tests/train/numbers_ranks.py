@@ -10,9 +10,11 @@ import json
 import logging
 import math
 import os
+import signal
 import socket
 import statistics
 import sys
+import threading
 import time
 from itertools import islice
 from pathlib import Path
@@ -23,13 +25,14 @@ import torch.multiprocessing as mp
 sys.path.insert(0, str(Path(__file__).parents[1] / "parallel"))
 import collective_ranks
 import xxhash
+from deepspeed.comm import comm
 
 from phi3v_dist.config import Settings
 from phi3v_dist.data.samples import BadSample
 from phi3v_dist.errors import CorruptedError, Phi3VError
 from phi3v_dist.model.build import partitioned_model, proven_backend
 from phi3v_dist.model.tiny import write_tiny
-from phi3v_dist.parallel import zero
+from phi3v_dist.parallel import waits, zero
 from phi3v_dist.parallel.local_gradients import LocalGradients
 from phi3v_dist.parallel.partitions import Partitions
 from phi3v_dist.parallel.topology import Topology
@@ -38,7 +41,7 @@ from phi3v_dist.train.optim import build_optimizer
 from phi3v_dist.train.step import train_step
 
 RATES, STEPS = collective_ranks.RATES, 6
-CLEAN_STEPS = 20
+CLEAN_STEPS = {"fp32": 8, "bf16": 20}
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "offload": torch.bfloat16}
 # Step → what goes wrong in it
 SKIPPED = {2: "loss", 3: "gradients", 4: "inf", 5: "labels"}
@@ -151,7 +154,9 @@ def run_flips(folder: Path, topology: Topology, dtype: str) -> dict:
     engine = build(folder, topology, rows, dtype)
     set_fault("1:forward:3:nan")  # a skipped step leaves nothing gathered
     seconds, step_seconds = [], []
-    for plan, batches in islice(rows.loader(topology.rank, topology.world_size, CLEAN_STEPS), CLEAN_STEPS):
+    for plan, batches in islice(
+        rows.loader(topology.rank, topology.world_size, CLEAN_STEPS[dtype]), CLEAN_STEPS[dtype]
+    ):
         began = time.perf_counter()
         train_step(engine, plan, batches, RATES, topology)
         compared = time.perf_counter()
@@ -192,7 +197,54 @@ def compared_error(engine, topology: Topology) -> str:
     return ""
 
 
-TRIALS = {"flips": run_flips, "skips": run_skips, "mismatch": run_mismatch}
+def run_waits(folder: Path, topology: Topology, dtype: str) -> dict:
+    """Rank 1 is slow: by sleeping in its forward passes, then because it is stopped most of the time."""
+    num_steps = 4
+    rows = Rows([(collective_ranks.TEXT, True)], topology.world_size)
+    engine = build(folder, topology, rows, dtype)
+    said: list[str] = []
+    waits.log.warning = lambda text, *values: said.append(text % values)
+    steps = iter(rows.loader(topology.rank, topology.world_size, 3 * num_steps))
+    notes: dict = {}
+    slow_pid = topology.gather(os.getpid())[1]
+    for what in ("sleeps", "is stopped"):
+        if what == "sleeps":
+            next_step(engine, steps, topology)  # the first traces modules
+        faults.SLOW_S = 1.5  # long beside a step on a busy machine
+        set_fault("1:forward:*:slow" if what == "sleeps" else "")
+        waits.WAITS.watch(topology)
+        is_over = threading.Event()
+        if what == "is stopped" and topology.is_main:
+            threading.Thread(target=hold_back, args=(slow_pid, is_over), daemon=True).start()
+        stragglers = waits.Stragglers(topology, num_steps)
+        rows_logged, own_s = [], []
+        for _ in range(num_steps):
+            result = next_step(engine, steps, topology)
+            own_s.append(result.own_s)
+            rows_logged.append(stragglers.look(result.step, result.own_s, sum(result.seconds.values())))
+        is_over.set()
+        waits.WAITS.stop()
+        notes[what] = {"said": list(said), "rows": rows_logged, "own_s": own_s}
+        said.clear()
+    assert not any(name in vars(comm.cdb) for name in waits.COLLECTIVES), "the backend is not as it was"
+    return notes
+
+
+def next_step(engine, steps, topology: Topology):
+    plan, batches = next(steps)
+    return train_step(engine, plan, batches, RATES, topology)
+
+
+def hold_back(pid: int, is_over: threading.Event) -> None:
+    """A process gets a quarter of its time, as on a busy node."""
+    while not is_over.is_set():
+        os.kill(pid, signal.SIGSTOP)
+        time.sleep(0.15)
+        os.kill(pid, signal.SIGCONT)
+        time.sleep(0.05)
+
+
+TRIALS = {"waits": run_waits, "flips": run_flips, "skips": run_skips, "mismatch": run_mismatch}
 
 
 def run_rank(rank: int, world_size: int, folder: Path, trials: list[str], port: int) -> None:
