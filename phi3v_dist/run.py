@@ -144,7 +144,7 @@ class Run:
         watch, name = self.settings.watch, self.train.table.sample_name
         return Guards(
             self.engine, self.topology, Stragglers(self.topology, self.settings.observe.log_every_steps),
-            SpikeWatch(name),
+            SpikeWatch(name, is_main=self.topology.is_main),
             SkippedSteps(watch.bad_steps, name, self.saver.checkpoints.newest, self.topology.is_main),
             watch.compare_every_steps,
         )  # fmt: skip

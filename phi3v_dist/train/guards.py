@@ -35,8 +35,7 @@ class Guards:
             CorruptedError: a rank's memory changed by itself.
         """
         row = self.stragglers.look(result.step, result.own_s, sum(result.seconds.values()))
-        if self.topology.is_main:
-            row["train/spike"] = float(self.spikes.look(result.step, result.loss, result.sample_ids))
+        row["train/spike"] = float(self.spikes.look(result.step, result.loss, result.sample_ids))
         self.skipped.look(result)
         if result.step % self.compare_every_steps == 0:
             replicas.compare(self.engine, self.topology)
