@@ -17,6 +17,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+import checkpoints
 import cv2
 import loaders
 import many_shards
@@ -122,6 +123,7 @@ SECTIONS: dict[str, Callable[[Path], list[Figure]]] = {
     "loaders": loaders.figures,
     "packing": packing.figures,
     "many_shards": many_shards.figures,
+    "checkpoints": checkpoints.figures,
 }
 
 
