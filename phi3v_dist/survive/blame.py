@@ -59,9 +59,9 @@ class Actor:
 def judge(actors: Sequence[Actor]) -> list[Actor]:
     """Those that hang by themselves; of ranks that only wait for each other, all that are furthest behind."""
     overdue = [actor for actor in actors if actor.overdue and not _excused(actor, actors)]
-    frozen = [actor for actor in overdue if actor.frozen]
+    frozen = {actor.rank for actor in overdue if actor.frozen}
     if frozen:
-        return frozen
+        return [actor for actor in actors if actor.rank in frozen]  # with all that it has in hand
     suspects = [actor for actor in overdue if not actor.waits] or overdue
     first = min((actor.order for actor in suspects), default=None)
     return [actor for actor in suspects if actor.order == first]

@@ -43,9 +43,9 @@ LAST_WORD_VARIABLE = "PHI3V_LAST_WORD"  # a file for the supervisor, since launc
 class Bounds:
     """When silence is a hang; seconds. See `WatchSettings`."""
 
-    hang_s: float = 30
-    hang_factor: float = 10
-    first_s: float = 600
+    hang_s: float = 30.0
+    hang_factor: float = 10.0
+    first_s: float = 600.0
 
 
 class _Heart:

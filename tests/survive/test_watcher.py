@@ -1,0 +1,241 @@
+"""Dead and stuck ranks are found from outside, named rightly, and take the job down with them.
+
+Bounds are 2 s here, so that a test is short; in production they are 30 s or more.
+"""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from conftest import environment
+from watching import Loop
+
+from phi3v_dist.survive import processes, stacks
+from phi3v_dist.survive.beat_file import folder_of, read_beats
+from phi3v_dist.survive.blame import SAVE, TRAIN, Actor, judge
+from phi3v_dist.survive.node_report import read_report, report_path, stacks_text_path
+
+HANG_S = 2.0
+SLACK_S = 6.0  # polling, stacks, a loaded machine
+
+
+def blamed(loop: Loop, node: str = "n0") -> list[tuple]:
+    verdict = loop.report(node).verdict
+    return [(actor.rank, actor.phase, actor.step) for actor in verdict.blamed] if verdict else []
+
+
+def test_a_clean_loop_ends_with_a_report_and_without_a_word(tmp_path):
+    loop = Loop.start(tmp_path, ["n0"], 2)
+    assert loop.wait() == [0, 0]
+    report = loop.report("n0")
+    assert report.status == "ended" and [rank.outcome for rank in report.ranks] == ["done", "done"]
+    assert all(rank.peak_bytes > 10 * 2**20 for rank in report.ranks)
+    assert "hang" not in loop.said() and "died" not in loop.said()
+
+
+@pytest.mark.fault(1)
+@pytest.mark.fault(2)
+@pytest.mark.fault(3)
+@pytest.mark.fault(4)
+@pytest.mark.parametrize("phase", ["data", "forward", "backward", "optimizer"])
+def test_a_killed_rank_is_named_and_the_others_end_within_five_seconds(tmp_path, phase):
+    loop = Loop.start(tmp_path, ["n0"], 2, PHI3V_FAULT=f"1:{phase}:5:kill9")
+    while loop.processes[1].poll() is None:
+        time.sleep(0.02)
+    began = time.monotonic()
+    assert loop.processes[0].wait(60) != 0
+    assert time.monotonic() - began < 5
+    loop.wait()
+    assert loop.report("n0").status == "died" and blamed(loop) == [(1, phase, 5)]
+    assert f"rank 1 on n0 (process {loop.processes[1].pid}) is gone without a word, last in phase {phase}, step 5" in (
+        loop.said()
+    )
+
+
+@pytest.mark.fault(11)
+@pytest.mark.parametrize("fault", ["1:forward:5:hang", "0:data:5:stop", "1:write:5:hang"])
+def test_a_stuck_rank_is_named_with_phase_and_step_and_all_stacks_are_kept(tmp_path, fault):
+    rank, phase, step, action = fault.split(":")
+    loop = Loop.start(tmp_path, ["n0"], 2, hang_s=HANG_S, PHI3V_FAULT=fault)
+    codes = loop.wait()
+    report = loop.report("n0")
+    assert codes == [-signal.SIGKILL] * 2 and report.status == "hang"
+    assert blamed(loop) == [(int(rank), phase, int(step))]
+    assert report.verdict.blamed[0].silent_s < HANG_S + SLACK_S
+    text = stacks_text_path(loop.attempt_folder, "n0").read_text()
+    assert "rank 0 on n0" in text and "rank 1 on n0" in text and "all_reduce" in text
+    if action == "stop":
+        assert "stopped by a signal" in loop.said()
+    else:
+        assert "_carry_out" in text and "in `_carry_out` (faults.py" in loop.said()
+
+
+@pytest.mark.fault(12)
+def test_ranks_that_are_all_stuck_are_found(tmp_path):
+    loop = Loop.start(tmp_path, ["n0"], 2, hang_s=HANG_S, PHI3V_FAULT="*:backward:4:stop")
+    assert loop.wait() == [-signal.SIGKILL] * 2
+    assert blamed(loop) == [(0, "backward", 4), (1, "backward", 4)]
+
+
+@pytest.mark.fault(13)
+def test_ranks_that_went_different_ways_are_named_with_their_places(tmp_path):
+    loop = Loop.start(tmp_path, ["n0"], 2, hang_s=HANG_S, WATCHED_RANKS="skip")
+    assert loop.wait() == [-signal.SIGKILL] * 2
+    said = loop.said()
+    assert "took different ways" in said and "rank 0 (forward, step 5)" in said and "rank 1 (evaluate" in said
+
+
+def test_a_rank_that_is_slow_but_alive_raises_no_alarm(tmp_path):
+    loop = Loop.start(tmp_path, ["n0"], 2, hang_s=HANG_S, WATCHED_RANKS="slow")
+    assert loop.wait() == [0, 0], loop.said()
+    assert loop.report("n0").status == "ended"
+
+
+@pytest.mark.fault(11)
+@pytest.mark.fault(21)
+def test_watchers_of_two_nodes_agree_through_files_alone(tmp_path):
+    """The clocks of the nodes are never compared: nothing in the files but durations."""
+    loop = Loop.start(tmp_path, ["n0", "n1"], 1, hang_s=HANG_S, PHI3V_FAULT="1:forward:5:hang")
+    assert loop.wait() == [-signal.SIGKILL] * 2
+    assert blamed(loop, "n0") == blamed(loop, "n1") == [(1, "forward", 5)]
+    for node in loop.nodes:
+        assert "most recent call first" in stacks_text_path(loop.attempt_folder, node).read_text()
+    assert "waiting for it: rank 0 (forward, step 5)" in loop.said()
+
+
+def test_a_death_on_one_node_ends_the_ranks_of_the_other(tmp_path):
+    loop = Loop.start(tmp_path, ["n0", "n1"], 1, PHI3V_FAULT="1:optimizer:5:kill9")
+    codes = loop.wait()
+    assert codes[1] == -signal.SIGKILL and codes[0] != 0
+    assert blamed(loop, "n1") == [(1, "optimizer", 5)]
+
+
+def actor(rank: int, phase: str, position: tuple[int, int], silent_s: float, **facts) -> Actor:
+    defaults = {"host": "n0", "pid": 1, "lane": TRAIN, "step": position[0], "what": "", "bound_s": 30.0}
+    return Actor(rank=rank, phase=phase, position=position, silent_s=silent_s, **defaults | facts)
+
+
+def test_who_waits_for_a_rank_that_is_behind_and_within_its_bound_is_no_hang():
+    waiting = actor(0, "forward", (5, 2), 40, waits=True)
+    assert judge([waiting, actor(1, "data", (5, 1), 40, bound_s=300.0)]) == []
+    assert judge([waiting, actor(1, "forward", (5, 2), 10)]) == []
+    late = actor(1, "data", (5, 1), 301, bound_s=300.0)
+    assert judge([waiting, late]) == [late]
+
+
+def test_training_that_waits_for_the_writer_is_excused_and_a_stuck_writer_is_not():
+    waiting = actor(0, "snapshot", (8, 5), 40)
+    assert judge([waiting, actor(0, "write", (4, 3), 2, lane=SAVE)]) == []
+    stuck = actor(0, "write", (4, 3), 40, lane=SAVE)
+    assert judge([waiting, stuck, actor(1, "forward", (9, 1), 1)]) == [stuck]
+    hung = actor(0, "forward", (8, 2), 40)
+    assert judge([hung, actor(0, "write", (4, 3), 2, lane=SAVE)]) == [hung]
+
+
+def test_a_frozen_process_is_to_blame_before_those_that_wait():
+    frozen = actor(1, "forward", (5, 2), 31, state="T")
+    assert judge([actor(0, "forward", (5, 2), 31, waits=True), frozen]) == [frozen]
+
+
+def test_a_machine_that_slept_is_not_taken_for_a_hang(tmp_path):
+    """Ranks and watcher stopped together for longer than the bound, as by a suspended laptop or a paused job."""
+    loop = Loop.start(tmp_path, ["n0"], 2, steps=60, hang_s=HANG_S)
+    deadline_s = time.monotonic() + 60
+    while not _is_training(loop):
+        assert time.monotonic() < deadline_s
+        time.sleep(0.1)
+    watcher = [pid for pid in _children(loop.processes[0].pid) if b"survive.watcher" in _command(pid)]
+    assert len(watcher) == 1
+    everyone = [*watcher, *(process.pid for process in loop.processes)]
+    for pid in everyone:
+        os.kill(pid, signal.SIGSTOP)
+    time.sleep(6.5)
+    for pid in reversed(everyone):
+        os.kill(pid, signal.SIGCONT)
+    assert loop.wait() == [0, 0], loop.said()
+
+
+def _is_training(loop: Loop) -> bool:
+    found = [read_beats(path) for path in folder_of(loop.attempt_folder, "n0").glob("rank-*.beats")]
+    return len(found) == 2 and all(beats and (beats.lanes[TRAIN].step or 0) > 3 for beats in found)
+
+
+def _children(pid: int) -> list[int]:
+    return [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+
+
+def _command(pid: int) -> bytes:
+    return Path(f"/proc/{pid}/cmdline").read_bytes()
+
+
+def test_the_watcher_loads_neither_torch_nor_numpy():
+    code = "import sys, phi3v_dist.survive.watcher; print(sorted({'torch', 'numpy', 'deepspeed'} & set(sys.modules)))"
+    done = subprocess.run([sys.executable, "-c", code], env=environment(), capture_output=True, text=True, timeout=60)
+    assert done.stdout.strip() == "[]", done.stderr
+
+
+def test_a_stack_says_whether_a_rank_waits_for_others():
+    zero = """Thread 0x0000000000000010 (most recent call first):
+  File "/x/deepspeed/runtime/zero/partition_parameters.py", line 106 in wait
+  File "/x/deepspeed/runtime/zero/partitioned_param_coordinator.py", line 300 in fetch_sub_module
+Current thread 0x0000000000000020 (most recent call first):
+  File "/x/phi3v_dist/data/store.py", line 12 in _stream
+  File "/x/python3.11/threading.py", line 12 in run
+"""
+    threads = stacks.parse(zero)
+    assert stacks.waits_for_others(threads, 0x10) and not stacks.waits_for_others(threads, 0x20)
+    assert stacks.place(threads, 0x20) == "`_stream` (store.py, line 12)"
+
+
+@pytest.mark.fault(15)
+def test_a_kill_for_want_of_memory_is_called_so(tmp_path):
+    """In a real control group with a limit, where this machine lets us make one."""
+    group = Path("/sys/fs/cgroup/memory/phi3v-test") if Path("/sys/fs/cgroup/memory").is_dir() else None
+    try:
+        assert group is not None
+        group.mkdir()
+    except (OSError, AssertionError):
+        pytest.skip("no memory control group of version 1 can be made here")
+    (group / "memory.limit_in_bytes").write_text(str(60 * 2**20))
+    code = (
+        "import sys, time; from pathlib import Path; from phi3v_dist.survive import heartbeat, watcher; "
+        "heartbeat.open(Path(sys.argv[1]), 0, 'n0'); watcher.start(Path(sys.argv[1]), Path(sys.argv[2]), 'n0', 1); "
+        "time.sleep(3); heartbeat.enter('data', 3); "
+        "Path(sys.argv[3]).write_text(str(__import__('os').getpid())); x = [bytearray(2**20) for _ in range(200)]"
+    )
+    attempt_folder = tmp_path / "attempts" / "0001"
+    attempt_folder.mkdir(parents=True)
+    try:
+        process = subprocess.run(
+            [sys.executable, "-c", code, str(folder_of(attempt_folder, "n0")), str(attempt_folder),
+             str(group / "cgroup.procs")],
+            env=environment(), capture_output=True, text=True, timeout=60,
+        )  # fmt: skip
+        assert process.returncode == -signal.SIGKILL
+        report = read_report(report_path(attempt_folder, "n0"))
+        assert report.status == "died"
+        assert "killed by the kernel, probably memory" in " ".join(report.verdict.lines)
+        assert "GiB of memory" in " ".join(report.verdict.lines)
+    finally:
+        time.sleep(0.5)
+        group.rmdir()
+
+
+def test_a_counter_of_memory_kills_that_rises_is_seen(tmp_path, monkeypatch):
+    """Control groups of version 2, as files laid out the same way."""
+    proc, groups = tmp_path / "proc", tmp_path / "cgroup"
+    (proc / "7").mkdir(parents=True)
+    (proc / "7" / "cgroup").write_text("0::/job\n")
+    (groups / "job").mkdir(parents=True)
+    events = groups / "job" / "memory.events"
+    events.write_text("low 0\noom 0\noom_kill 1\n")
+    monkeypatch.setattr(processes, "PROC", proc)
+    monkeypatch.setattr(processes, "CGROUPS", groups)
+    counters = processes.out_of_memory_kills(7)
+    assert not processes.kills_again(counters)
+    events.write_text("low 0\noom 1\noom_kill 2\n")
+    assert processes.kills_again(counters)

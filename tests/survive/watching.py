@@ -1,0 +1,83 @@
+"""Helpers for tests that watch real processes: start ranks, wait for them, read what was found."""
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+from conftest import REPOSITORY, environment
+
+from phi3v_dist.survive.beat_file import folder_of
+from phi3v_dist.survive.node_report import NodeReport, read_report, report_path
+
+TIMEOUT_S = 120
+RANKS = REPOSITORY / "tests" / "survive" / "watched_ranks.py"
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+@dataclass
+class Loop:
+    """Ranks of a small gloo loop (watched_ranks.py), on one or more pretended nodes of one machine."""
+
+    attempt_folder: Path
+    nodes: list[str]
+    processes: list[subprocess.Popen]
+
+    @classmethod
+    def start(cls, run: Path, nodes: list[str], per_node: int, steps: int = 8, hang_s: float = 2, **env: str) -> "Loop":
+        attempt_folder = run / "attempts" / "0001"
+        attempt_folder.mkdir(parents=True)
+        port, world_size, processes = str(free_port()), len(nodes) * per_node, []
+        for rank in range(world_size):
+            host = nodes[rank // per_node]
+            words = [folder_of(attempt_folder, host), attempt_folder, host, rank, world_size, port, steps, hang_s]
+            processes.append(
+                subprocess.Popen(
+                    [sys.executable, str(RANKS), *map(str, words), str(rank % per_node), str(per_node)],
+                    env=environment(**env),
+                    stderr=(run / f"rank-{rank}.err").open("w"),
+                    cwd=REPOSITORY,
+                )  # fmt: skip
+            )
+        return cls(attempt_folder, nodes, processes)
+
+    def wait(self) -> list[int]:
+        """Exit codes by rank, once the watchers are gone too."""
+        deadline_s = time.monotonic() + TIMEOUT_S
+        try:
+            codes = [process.wait(max(1, deadline_s - time.monotonic())) for process in self.processes]
+        finally:
+            for process in self.processes:
+                process.kill()
+                process.wait()
+        while any(folder_of(self.attempt_folder, node).glob("rank-*") for node in self.nodes):
+            assert time.monotonic() < deadline_s, "the watcher has not ended"
+            time.sleep(0.1)
+        for node in self.nodes:
+            folder_of(self.attempt_folder, node).rmdir()
+        return codes
+
+    def report(self, node: str) -> NodeReport:
+        report = read_report(report_path(self.attempt_folder, node))
+        assert report is not None
+        return report
+
+    def said(self) -> str:
+        """Everything on the ranks' stderr, which the watchers share."""
+        return "".join(path.read_text() for path in sorted(self.attempt_folder.parents[1].glob("rank-*.err")))
+
+
+def end_group(process: subprocess.Popen) -> None:
+    """A launcher and whatever it started in its own group."""
+    if process.poll() is None:
+        os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
