@@ -51,6 +51,10 @@ def losses(folder) -> dict[int, float]:
     return {int(row["train/step"]): row["train/loss"] for row in read_metrics(folder) if "train/loss" in row}
 
 
+def rates(folder) -> dict[int, float]:
+    return {int(row["train/step"]): row["train/lr/text"] for row in read_metrics(folder) if "train/lr/text" in row}
+
+
 @pytest.fixture(scope="module")
 def module_tree(tiny_model, shards, tmp_path_factory):
     """As `settings_tree`, for runs that several tests look at."""
@@ -99,6 +103,7 @@ def test_losses_do_not_depend_on_the_launcher_or_the_number_of_ranks(module_tree
         assert found[step] == pytest.approx(loss, rel=SAME_IN_FP32), step
 
 
+@pytest.mark.fault(31)
 def test_a_killed_run_continues_bit_for_bit(module_tree, reference):
     config, root = module_tree
     run = root / "killed"
@@ -121,6 +126,7 @@ def test_a_killed_run_continues_bit_for_bit(module_tree, reference):
     assert done.returncode == 0, done.stderr[-3000:]
     assert "continuing from" in done.stdout
     assert losses(run) == losses(reference)
+    assert rates(run) == rates(reference) and len(set(rates(run).values())) == 10, "the schedule began anew"
     rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     assert {row["run/attempt"] for row in rows} == {1, 2}
 
