@@ -74,7 +74,7 @@ def speed_panels(run: Run) -> Iterator[Panel]:
         yield _panel(
             "Step time", caption, figures.step_time(run.history, _logged(run.history, STEP_PARTS), "time/step_s")
         )
-    yield from _plain_panels(run, "Throughput", "Images", "Packing", "Data wait")
+    yield from _plain_panels(run, "Throughput", "Images", "Packing", "Data wait", "Slowest rank")
 
 
 def _plain_panels(run: Run, *titles: str) -> Iterator[Panel]:

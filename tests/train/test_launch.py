@@ -19,6 +19,10 @@ from phi3v_dist.observe.tracker import read_metrics
 SAME_IN_FP32 = 2e-6  # relative, first 10 steps; measured: 4e-7
 
 
+def rates(folder) -> dict[int, float]:
+    return {int(row["train/step"]): row["train/lr/text"] for row in read_metrics(folder) if "train/lr/text" in row}
+
+
 def test_a_finished_run_leaves_everything_a_person_needs(reference):
     assert sorted(losses(reference)) == list(range(1, 11))
     summary = json.loads((reference / "summary.json").read_text())
@@ -45,6 +49,7 @@ def test_losses_do_not_depend_on_the_launcher_or_the_number_of_ranks(launched, r
         assert found[step] == pytest.approx(loss, rel=SAME_IN_FP32), step
 
 
+@pytest.mark.fault(31)
 def test_a_killed_run_continues_bit_for_bit(launched, reference):
     config, root = launched
     run = root / "killed"
@@ -67,6 +72,7 @@ def test_a_killed_run_continues_bit_for_bit(launched, reference):
     assert done.returncode == 0, done.stderr[-3000:]
     assert "continuing from" in done.stdout
     assert losses(run) == losses(reference)
+    assert rates(run) == rates(reference) and len(set(rates(run).values())) == 10, "the schedule began anew"
     rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     assert {row["run/attempt"] for row in rows} == {1, 2}
 
