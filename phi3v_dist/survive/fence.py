@@ -23,7 +23,7 @@ from phi3v_dist.errors import CheckpointError
 log = logging.getLogger(__name__)
 
 ATTEMPT_FOLDER = re.compile(r"\.attempt-(\d{4,})")
-TEMPORARY = ".tmp-"  # begins the name of what is being removed
+TEMPORARY = ".tmp-"  # begins the name of what older releases left
 
 
 class FencedError(CheckpointError):
@@ -58,6 +58,8 @@ class Fence:
             older = ATTEMPT_FOLDER.fullmatch(path.name) and path != self.folder
             if older or path.name.startswith(TEMPORARY):
                 self.remove(path)
+            if older and os.path.lexists(path):
+                raise CheckpointError(f"{path} cannot be taken away, so an earlier job could still commit: remove it")
         for leftover in self.folder.iterdir():
             shutil.rmtree(leftover, ignore_errors=True)
 
@@ -75,10 +77,8 @@ class Fence:
 
     def newer(self) -> int | None:
         """The newest attempt, if that is not this one."""
-        attempts = [
-            int(match[1]) for path in self.checkpoints.iterdir() if (match := ATTEMPT_FOLDER.fullmatch(path.name))
-        ]
-        newest = max(attempts, default=0)
+        found = self.checkpoints.glob(".attempt-*")
+        newest = max((int(match[1]) for path in found if (match := ATTEMPT_FOLDER.fullmatch(path.name))), default=0)
         return newest if newest > self.attempt else None
 
     def require_newest(self) -> None:

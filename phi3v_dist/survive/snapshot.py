@@ -67,6 +67,7 @@ class HostMemory:
     def __init__(self) -> None:
         self._places: dict[str, Tensor] = {}
         self._memory: Tensor | None = None
+        self._pinned = False
 
     def reserve(self, tensors: dict[str, Tensor]) -> None:
         """Have a place for each of these. Does nothing when there is; touches every page when there is not."""
@@ -76,7 +77,7 @@ class HostMemory:
         self._release()
         self._memory = torch.empty(sum(sizes.values()), dtype=torch.uint8).zero_()
         if any(tensor.is_cuda for tensor in tensors.values()):
-            _pin(self._memory)
+            self._pinned = _pin(self._memory)
         begin = 0
         for key, tensor in tensors.items():
             self._places[key] = self._memory[begin : begin + tensor.nbytes].view(tensor.dtype).view(tensor.shape)
@@ -93,9 +94,9 @@ class HostMemory:
         return {key: self._places[key] for key in tensors}
 
     def _release(self) -> None:
-        if self._memory is not None and self._memory.is_pinned():
+        if self._memory is not None and self._pinned:
             torch.cuda.cudart().cudaHostUnregister(self._memory.data_ptr())
-        self._places, self._memory = {}, None
+        self._places, self._memory, self._pinned = {}, None, False
 
 
 def take(partitions: Partitions, position: Position, memory: HostMemory, rank: int, world_size: int) -> Snapshot:
@@ -154,11 +155,12 @@ def _alike(place: Tensor | None, tensor: Tensor) -> bool:
     return place is not None and (place.shape, place.dtype) == (tensor.shape, tensor.dtype)
 
 
-def _pin(memory: Tensor) -> None:
+def _pin(memory: Tensor) -> bool:
     """Lock the pages, so that a device copies into them at full speed. Without it saving is slower, nothing else.
 
     Not `pin_memory=True`: its allocator rounds up to a power of two, which may double a block of this size.
     """
-    error = torch.cuda.cudart().cudaHostRegister(memory.data_ptr(), memory.nbytes, 0)
-    if int(error):
+    error = int(torch.cuda.cudart().cudaHostRegister(memory.data_ptr(), memory.nbytes, 0))
+    if error:
         log.warning("%d bytes of host memory for checkpoints could not be locked (CUDA error %d)", memory.nbytes, error)
+    return not error
