@@ -78,7 +78,8 @@ def problems(settings: Settings, world_size: int) -> list[str]:
         rows = given * world_size
         found.append(
             f"`train.gradient_accumulation_steps` {given} x {world_size} ranks = {rows} rows, but "
-            f"`train.rows_per_step` is {train.rows_per_step}: leave the former out (then {needed} each), or set the latter to {rows}"
+            f"`train.rows_per_step` is {train.rows_per_step}: leave the former out (then {needed} each), or set "
+            f"the latter to {rows}"
         )
     return found
 
