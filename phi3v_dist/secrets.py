@@ -14,7 +14,7 @@ import threading
 import traceback
 from collections.abc import Iterator
 from types import TracebackType
-from typing import Any, TextIO
+from typing import Any
 from urllib.parse import quote
 
 HIDDEN = "***"
@@ -104,7 +104,7 @@ def _spellings(value: str) -> Iterator[str]:
 class RedactingStream:
     """stdout or stderr, with what is written by anybody redacted: prints, warnings, other libraries' loggers."""
 
-    def __init__(self, stream: TextIO):
+    def __init__(self, stream: Any):
         self._stream = stream
 
     def write(self, text: str) -> int:

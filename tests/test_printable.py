@@ -1,7 +1,9 @@
 """Strangers' words in logs and errors: letters stay, what does not show is spelled out, no line is forged."""
 
 import logging
+import sys
 import tarfile
+import threading
 from pathlib import Path
 
 import pytest
@@ -58,6 +60,9 @@ def test_no_message_looks_like_a_line_of_the_log(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.delenv("RANK", raising=False)
+    monkeypatch.setenv("TORCH_EXTENSIONS_DIR", "/chosen")  # or it would be chosen for all later tests
+    monkeypatch.setattr(sys, "excepthook", sys.excepthook)
+    monkeypatch.setattr(threading, "excepthook", threading.excepthook)
     handlers, level = logging.root.handlers[:], logging.root.level
 
     def main() -> None:
@@ -66,7 +71,7 @@ def test_no_message_looks_like_a_line_of_the_log(
 
     try:
         with pytest.raises(SystemExit) as stopped:
-            run_script(main)
+            run_script(main, private=False)  # this process's umask is not ours to change
     finally:
         logging.root.handlers[:] = handlers
         logging.root.setLevel(level)
