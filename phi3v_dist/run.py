@@ -255,6 +255,7 @@ def build(settings: Settings, topology: Topology, attempt: Attempt, requests: Re
         )  # fmt: skip
         for line in describe(settings, train, num_steps, topology.world_size):
             log.info(line)
+        log.info("saves    %s", run.saver.interval)
     return run
 
 

@@ -38,6 +38,7 @@ class Saver:
     _due: bool = False  # also when the one before was still being written
     _save_s: float = 0.0  # what the last one took
     _warned_slow: bool = False
+    _said: bool = False  # what interval follows from the first save's cost
 
     def edge(self, step: int) -> Asked:
         """What is wished of the run after this step.
@@ -46,12 +47,13 @@ class Saver:
             LaunchError: a newer attempt has taken the run over.
             CheckpointError: the third save in a row failed.
         """
-        self._heard(self.checkpoints.poll())
         self._due |= self.topology.is_main and self.interval.due(step)
         other = self.attempt.lost_to()
         asked = self.requests.agreed(self.topology, self._due, self.checkpoints.busy, other is not None)
         if asked.lost:
             raise LaunchError(f"this run was taken over{f' by {other}' if other else ''}: this attempt ends, unsaved")
+        if not asked.busy:  # on any rank, so that all hear of the same save after the same step
+            self._heard(self.checkpoints.poll())
         if asked.save and asked.busy and not asked.stop and not self._warned_slow and self.topology.is_main:
             self._warned_slow = True
             log.warning(
@@ -87,6 +89,9 @@ class Saver:
         if isinstance(outcome, Saved):
             self._save_s = outcome.blocked_s + outcome.write_s
             self.interval.saved(outcome.step, outcome.blocked_s, outcome.write_s)
+            if self.topology.is_main and not self._said and self.interval.every_steps is None:
+                self._said = True
+                log.info("from here on %s", self.interval)
             self.tracker.log(
                 {
                     "train/step": outcome.step, "ckpt/save_s": outcome.write_s, "time/ckpt_s": outcome.blocked_s,
