@@ -109,7 +109,7 @@ def _target(source: DeepSpeedCheckpoint, settings: Settings) -> tuple[dict[str, 
             problems.append(f"{name}: in the model, not in {source.folder}")
         elif theirs != ours:
             problems.append(f"{name}: {theirs} in {source.folder}, {ours} by `train.parts`")
-        elif (found := trained.get(name) or source.frozen.get(name)) != shape:
+        elif (found := trained[name] if ours == "trained" else source.frozen[name]) != shape:
             problems.append(f"{name}: shape {found} in {source.folder}, {shape} in the model")
         elif ours == "trained":
             specs[name] = TensorSpec(shape, ours, group_of[id(parameter)], dtypes)

@@ -6,7 +6,7 @@ not the time a save takes: what is written in the background costs no step, so a
 
 Young's interval is sqrt(2 C M), for a save that holds training up for C and a failure about every M (CACM 17(9), 1974);
 used here is Daly's, of higher order: sqrt(2 C M) (1 + sqrt(C / 2M) / 3 + C / 18M) - C, and M where C ≥ 2M
-(Future Generation Computer Systems 22(3), 2006, equation 37).
+(Future Generation Computer Systems 22(3), 2006).
 """
 
 import math

@@ -40,7 +40,7 @@ def run_for(due: Interval, clock: HandClock, total_s: float, step_s: float, bloc
 
 
 def expected_loss(interval_s: float, blocked_s: float, failure_s: float) -> float:
-    """Wall time over work, in Daly's complete model (his equation 20, without the constant that restarts add)."""
+    """Wall time over work, in Daly's complete model, without the constant that restarts add."""
     return failure_s * (math.expm1(interval_s / failure_s)) / (interval_s - blocked_s)
 
 
