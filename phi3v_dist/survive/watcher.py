@@ -7,11 +7,13 @@ monotonic one, and knows other nodes only by their files. It imports neither tor
     python -m phi3v_dist.survive.watcher FOLDER ATTEMPT_FOLDER HOST NUM_RANKS     (local rank 0 starts it)
 """
 
+import contextlib
 import os
 import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -51,6 +53,7 @@ OTHERS_S = 1.0  # between looks at the files of other nodes
 MEMORY_S = 1.0  # between looks at the ranks' memory
 ANSWER_S = 5.0  # how long a suspicion waits for the other nodes
 SURFACE_S = 1.0  # for the error of a peer to be printed before it is ended too
+SPOKEN_S = 2.0  # more, for one that has said why it ends and only has to leave
 LAST_WORDS_S = 6.0  # a rank that said that it failed may take this long to print why (cli.LAST_WORD_S)
 GAP_S = 5.0  # this process itself did not run for so long: the whole machine was asleep, nobody hangs
 FIRST_RANK_S = 600.0
@@ -287,16 +290,21 @@ class Watcher:
         self.verdict, self.status = verdict, verdict.kind
         _say([f"(node {elsewhere} says:)", *verdict.lines] if elsewhere else verdict.lines)
         self._report()
+        self._end(grace_s, lambda rank: not rank.beats.outcome)
+        self._end(SPOKEN_S if grace_s else 0, lambda rank: True)
+
+    def _end(self, grace_s: float, whom: Callable[[_Rank], bool]) -> None:
+        """Kill these ranks, as far as they have not ended by themselves in time."""
         deadline_s = time.monotonic() + grace_s
-        while time.monotonic() < deadline_s and any(rank.alive for rank in self.ranks.values()):
+        while time.monotonic() < deadline_s and any(rank.alive and whom(rank) for rank in self.ranks.values()):
             time.sleep(TICK_S / 5)
             self.now_s = time.monotonic()
             self._look()
         for rank in self.ranks.values():
-            said_s = self.now_s - rank.beats.ended_s
-            if rank.alive and not (rank.beats.outcome and said_s < LAST_WORDS_S):
+            if rank.alive and whom(rank):
                 rank.outcome = rank.outcome or "ended"
-                os.kill(rank.beats.pid, signal.SIGKILL)
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(rank.beats.pid, signal.SIGKILL)
 
     def _report(self) -> None:
         """Write the file of this node, when it says something new."""

@@ -59,7 +59,7 @@ class Loop:
             for process in self.processes:
                 process.kill()
                 process.wait()
-        while any(folder_of(self.attempt_folder, node).glob("rank-*") for node in self.nodes):
+        while any(list(folder_of(self.attempt_folder, node).glob("rank-*")) for node in self.nodes):
             assert time.monotonic() < deadline_s, "the watcher has not ended"
             time.sleep(0.1)
         for node in self.nodes:
