@@ -72,7 +72,7 @@ _TRAINING = (
     Metric("data/pack_efficiency", "frac", "up", "share of row positions that hold a token of a sample", "Packing"),
     Metric("data/quarantined", "samples", "down", "bad samples left out so far", None),
     Metric("mem/host_rss_gib", "GiB", "down", "resident memory of the process", None),
-    Metric("ckpt/save_s", "s", "down", "writing one checkpoint in the background, start to commit", None),
+    Metric("ckpt/save_s", "s", "down", "one checkpoint, from its copy to its commit", None),
     Metric("ckpt/size_gib", "GiB", "down", "bytes of one checkpoint, over all ranks", None),
     Metric(ATTEMPT, "attempts", None, "which start of the run logged this row, from 1", None),
     Metric("run/wall_s", "s", "down", "wall time of the run so far, all attempts", None),

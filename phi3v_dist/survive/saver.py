@@ -94,7 +94,7 @@ class Saver:
                 log.info("from here on %s", self.interval)
             self.tracker.log(
                 {
-                    "train/step": outcome.step, "ckpt/save_s": outcome.write_s, "time/ckpt_s": outcome.blocked_s,
+                    "train/step": outcome.step, "ckpt/save_s": self._save_s, "time/ckpt_s": outcome.blocked_s,
                     "ckpt/size_gib": outcome.size_bytes / 2**30,
                 }
             )  # fmt: skip
