@@ -11,7 +11,7 @@ from pathlib import Path
 from rich.text import Text
 
 from phi3v_dist.cli import plain_console, run_script
-from phi3v_dist.survive.diagnose import diagnose
+from phi3v_dist.watch.diagnose import diagnose
 
 
 def main() -> None:

@@ -11,7 +11,7 @@ import sys
 from pathlib import Path
 
 from phi3v_dist.cli import run_script
-from phi3v_dist.survive.supervise import Supervisor
+from phi3v_dist.watch.supervise import Supervisor
 
 
 def main() -> None:

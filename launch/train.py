@@ -11,8 +11,8 @@ SIGUSR1, Ctrl-C or `touch RUN/STOP` end it after the step in hand, saved; `touch
 import argparse
 import logging
 
+from phi3v_dist.attempt.requests import Requests
 from phi3v_dist.cli import run_script
-from phi3v_dist.survive.requests import Requests
 
 
 def main() -> None:
@@ -34,9 +34,10 @@ def main() -> None:
             "%s is finished; for more steps raise train.steps, for another run change run.name", settings.run.folder
         )
         return
-    from phi3v_dist.survive import environment, heartbeat, watcher
-    from phi3v_dist.survive.attempt import Attempt
+    from phi3v_dist.attempt import environment
+    from phi3v_dist.attempt.attempt import Attempt
     from phi3v_dist.train.loop import fit
+    from phi3v_dist.watch import heartbeat, watcher
 
     topology.start(settings.parallel.timeout_s)
     WAITS.watch(topology)

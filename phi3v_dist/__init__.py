@@ -15,7 +15,9 @@ Follow a training sample from a tar file to a point on a chart:
     parallel/zero.py    settings + JSON        → DeepSpeed engine
     train/step.py       Batches                → StepResult
     train/loop.py       for each step: train, observe; every N steps evaluate and save
-    survive/            checkpoints that any number of ranks can continue from
+    survive/            checkpoints that any number of ranks can continue from, written while training goes on
+    attempt/            one start of a run: the right to train in its folder, its surroundings, what is asked of it
+    watch/              where every rank is; from outside: who died or hangs, what happened, start again
     evaluate/           weights                → answers → scores → records
     observe/            StepResult             → metrics.jsonl → console, W&B, report
     model/export.py     checkpoint             → a folder that others open

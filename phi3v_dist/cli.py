@@ -13,11 +13,11 @@ from collections.abc import Callable
 
 from rich.console import Console
 
+from phi3v_dist.attempt.build_cache import own_build_folder
 from phi3v_dist.errors import Phi3VError
 from phi3v_dist.printable import printable
 from phi3v_dist.secrets import guard_process, redacted
-from phi3v_dist.survive import heartbeat
-from phi3v_dist.survive.build_cache import own_build_folder
+from phi3v_dist.watch import heartbeat
 
 LAST_WORD_S = 5.0  # enough for rank 0 to print
 OWNER_ONLY = 0o077

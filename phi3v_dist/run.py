@@ -19,7 +19,10 @@ import numpy as np
 import torch
 import yaml
 
-from phi3v_dist import config, continuing
+from phi3v_dist import config
+from phi3v_dist.attempt import continuing, environment
+from phi3v_dist.attempt.attempt import Attempt
+from phi3v_dist.attempt.requests import Requests
 from phi3v_dist.config import Settings, SourceSettings
 from phi3v_dist.data import outcomes, quarantine, store
 from phi3v_dist.data.cache import ShardCache
@@ -43,12 +46,9 @@ from phi3v_dist.observe.wandb_tracker import WandbTracker
 from phi3v_dist.parallel import zero
 from phi3v_dist.parallel.topology import Topology
 from phi3v_dist.parallel.waits import Stragglers
-from phi3v_dist.survive import environment
-from phi3v_dist.survive.attempt import Attempt
 from phi3v_dist.survive.checkpoint import Checkpoints
 from phi3v_dist.survive.durable import write_durably
 from phi3v_dist.survive.interval import Interval
-from phi3v_dist.survive.requests import Requests
 from phi3v_dist.survive.saver import Saver
 from phi3v_dist.train.accounts import Accounts
 from phi3v_dist.train.guards import Guards

@@ -26,7 +26,7 @@ from phi3v_dist.data.samples import BadSample, read_messages
 from phi3v_dist.data.shards import ShardTable
 from phi3v_dist.data.sidecar import Columns, load_sidecar, save_sidecar
 from phi3v_dist.errors import DataError
-from phi3v_dist.survive import heartbeat
+from phi3v_dist.watch import heartbeat
 
 LENGTHS_FORMAT = "3"
 COLUMNS = ExampleLength._fields

@@ -23,7 +23,7 @@ import cv2
 import torch
 
 from phi3v_dist.errors import DataError
-from phi3v_dist.survive import heartbeat
+from phi3v_dist.watch import heartbeat
 
 DECODE_LIMIT_S = 600.0  # for one sample; the longest a fetch may take with all its retries is well below
 POLL_S = 1.0

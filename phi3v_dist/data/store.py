@@ -25,7 +25,7 @@ from fsspec.asyn import sync
 
 from phi3v_dist.errors import DataError
 from phi3v_dist.printable import printable
-from phi3v_dist.survive import heartbeat
+from phi3v_dist.watch import heartbeat
 
 SCHEMES = ("http", "https", "s3", "gs")
 _BEGINNINGS = tuple(f"{scheme}://" for scheme in SCHEMES)

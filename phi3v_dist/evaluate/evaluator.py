@@ -29,7 +29,7 @@ from phi3v_dist.evaluate.records import thumbnail, write_records
 from phi3v_dist.evaluate.score import AnswerScore, score_answer, summarize
 from phi3v_dist.model.phi3v import Phi3VForCausalLM
 from phi3v_dist.parallel.topology import Topology
-from phi3v_dist.survive import heartbeat
+from phi3v_dist.watch import heartbeat
 
 MIN_PARTNERS = 2
 

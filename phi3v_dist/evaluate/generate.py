@@ -24,7 +24,7 @@ from phi3v_dist.model.adapters import merged_parameters
 from phi3v_dist.model.attention import Layout
 from phi3v_dist.model.cache import KeyValueCache
 from phi3v_dist.model.phi3v import Phi3VForCausalLM
-from phi3v_dist.survive import heartbeat
+from phi3v_dist.watch import heartbeat
 
 
 @dataclass(frozen=True)

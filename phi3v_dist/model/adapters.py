@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from phi3v_dist.config import LoraSettings, TrainSettings
 from phi3v_dist.errors import ConfigError
 from phi3v_dist.parallel.partitions import gathered, official_name
-from phi3v_dist.survive import heartbeat
+from phi3v_dist.watch import heartbeat
 
 if TYPE_CHECKING:
     from peft import LoraConfig

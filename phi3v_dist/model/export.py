@@ -28,8 +28,8 @@ from phi3v_dist.model.origin import LONGROPE_KEY, ORIGIN_NAME, read_origin
 from phi3v_dist.model.phi3v import Phi3VForCausalLM
 from phi3v_dist.model.sources import TrainedWeights
 from phi3v_dist.model.weights import OfficialFolder, Weights, write_safetensors
-from phi3v_dist.survive import heartbeat
 from phi3v_dist.survive.durable import fsync_folder, write_durably
+from phi3v_dist.watch import heartbeat
 
 COPIED = (
     "config.json", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "preprocessor_config.json",

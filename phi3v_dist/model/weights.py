@@ -19,9 +19,9 @@ from torch import Tensor, nn
 
 from phi3v_dist.errors import CheckpointError
 from phi3v_dist.parallel.partitions import full_shape, is_partitioned, set_partition
-from phi3v_dist.survive import heartbeat
 from phi3v_dist.survive.durable import fsync_folder, write_durably
 from phi3v_dist.survive.tensor_file import TORCH_DTYPES, Specs, blocks, size_bytes
+from phi3v_dist.watch import heartbeat
 
 EMBEDDING = "model.embed_tokens.weight"
 EMBEDDING_ALIAS = "model.vision_embed_tokens.wte.weight"  # the same tensor under the image embedding's own name

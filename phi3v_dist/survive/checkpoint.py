@@ -15,7 +15,7 @@ from typing import Any
 
 from phi3v_dist.errors import CheckpointError
 from phi3v_dist.parallel.partitions import Partitions
-from phi3v_dist.survive import heartbeat, random_state, snapshot
+from phi3v_dist.survive import random_state, snapshot
 from phi3v_dist.survive.agreement import Ranks
 from phi3v_dist.survive.fence import Fence
 from phi3v_dist.survive.manifest import DamagedError, damage
@@ -23,6 +23,7 @@ from phi3v_dist.survive.rank_files import TensorReader
 from phi3v_dist.survive.retention import committed, step_of
 from phi3v_dist.survive.snapshot import HostMemory, Position
 from phi3v_dist.survive.writer import Saved, Writer
+from phi3v_dist.watch import heartbeat
 
 __all__ = ["Checkpoints", "Position", "Saved", "committed", "read_tensors"]
 

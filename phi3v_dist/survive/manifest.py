@@ -16,10 +16,10 @@ from typing import Any
 import xxhash
 
 from phi3v_dist.errors import CheckpointError
-from phi3v_dist.survive import heartbeat
 from phi3v_dist.survive.durable import fsync_folder, no_links, write_durably
 from phi3v_dist.survive.fence import Fence
 from phi3v_dist.survive.tensor_file import BLOCK_BYTES
+from phi3v_dist.watch import heartbeat
 
 FORMAT = "phi3v-dist checkpoint"
 FORMAT_VERSION = 2

@@ -23,7 +23,6 @@ from torch import Tensor
 
 from phi3v_dist.errors import CheckpointError
 from phi3v_dist.parallel.partitions import TensorSpec
-from phi3v_dist.survive import heartbeat
 from phi3v_dist.survive.durable import fsync_folder, no_links
 from phi3v_dist.survive.manifest import (
     DamagedError,
@@ -33,6 +32,7 @@ from phi3v_dist.survive.manifest import (
     wrong_sizes,
 )
 from phi3v_dist.survive.tensor_file import Specs, blocks, header
+from phi3v_dist.watch import heartbeat
 
 
 def require_finite(key: str, tensor: Tensor) -> None:

@@ -9,13 +9,13 @@ import logging
 from dataclasses import dataclass, replace
 from typing import Any
 
+from phi3v_dist.attempt.attempt import Attempt
+from phi3v_dist.attempt.requests import Asked, Requests
 from phi3v_dist.errors import CheckpointError, LaunchError
 from phi3v_dist.observe.tracker import Tracker
 from phi3v_dist.parallel.topology import Topology
-from phi3v_dist.survive.attempt import Attempt
 from phi3v_dist.survive.checkpoint import Checkpoints, Position, Saved
 from phi3v_dist.survive.interval import Interval
-from phi3v_dist.survive.requests import Asked, Requests
 
 log = logging.getLogger(__name__)
 

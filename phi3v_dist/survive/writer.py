@@ -16,13 +16,14 @@ from pathlib import Path
 from typing import Any, Generic, TypeVar
 
 from phi3v_dist.errors import CheckpointError
-from phi3v_dist.survive import heartbeat, retention, space
+from phi3v_dist.survive import retention, space
 from phi3v_dist.survive.agreement import LostRankError, Ranks
 from phi3v_dist.survive.fence import Fence, FencedError
 from phi3v_dist.survive.manifest import commit, rank_file_name
 from phi3v_dist.survive.pace import Pace
 from phi3v_dist.survive.rank_files import rank_file_bytes, require_finite, write_rank_file
 from phi3v_dist.survive.snapshot import Snapshot
+from phi3v_dist.watch import heartbeat
 
 log = logging.getLogger(__name__)
 

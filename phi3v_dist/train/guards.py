@@ -9,9 +9,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from phi3v_dist.observe.health import SpikeWatch
+from phi3v_dist.parallel import replicas
 from phi3v_dist.parallel.topology import Topology
 from phi3v_dist.parallel.waits import Stragglers
-from phi3v_dist.survive import replicas
 from phi3v_dist.train.skipped import SkippedSteps
 from phi3v_dist.train.step import StepResult
 

@@ -10,17 +10,17 @@ import time
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from phi3v_dist.attempt.requests import Asked
 from phi3v_dist.data.plan import PlannedStep
 from phi3v_dist.observe.metrics import step_row
 from phi3v_dist.parallel.local_gradients import LocalGradients
 from phi3v_dist.run import Run
-from phi3v_dist.survive import heartbeat
 from phi3v_dist.survive.checkpoint import Position
 from phi3v_dist.survive.durable import write_durably
-from phi3v_dist.survive.requests import Asked
 from phi3v_dist.train.accounts import Accounts, plan_state
 from phi3v_dist.train.optim import learning_rates
 from phi3v_dist.train.step import StepResult, train_step
+from phi3v_dist.watch import heartbeat
 
 SUMMARY_NAME = "summary.json"
 

@@ -26,7 +26,7 @@ from phi3v_dist.parallel import partitions
 from phi3v_dist.parallel.local_gradients import LocalGradients
 from phi3v_dist.parallel.topology import Topology
 from phi3v_dist.parallel.waits import WAITS
-from phi3v_dist.survive import heartbeat
+from phi3v_dist.watch import heartbeat
 
 GIB = 2**30
 NO_LABELS = "it has no label token"

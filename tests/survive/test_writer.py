@@ -15,10 +15,11 @@ import torch
 from writer_ranks import content, made_up, step_and_content
 
 from phi3v_dist.errors import CheckpointError
-from phi3v_dist.survive import faults, space, writer
+from phi3v_dist.survive import space, writer
 from phi3v_dist.survive.checkpoint import Checkpoints, Saved, committed
 from phi3v_dist.survive.fence import FencedError
 from phi3v_dist.survive.snapshot import HostMemory
+from phi3v_dist.watch import faults
 
 RANKS = Path(__file__).parent / "writer_ranks.py"
 SMALL = 1000  # elements

@@ -29,12 +29,12 @@ import torch.distributed as dist
 
 from phi3v_dist.errors import CheckpointError
 from phi3v_dist.parallel.partitions import TensorSpec
-from phi3v_dist.survive import heartbeat
 from phi3v_dist.survive.checkpoint import Checkpoints, Saved
 from phi3v_dist.survive.manifest import FORMAT, FORMAT_VERSION, UPGRADE
 from phi3v_dist.survive.rank_files import TensorReader
 from phi3v_dist.survive.retention import step_of
 from phi3v_dist.survive.snapshot import Snapshot
+from phi3v_dist.watch import heartbeat
 
 NUM_ELEMENTS = 3_000_001  # two blocks of a file on each of two ranks
 FORK = multiprocessing.get_context("fork")

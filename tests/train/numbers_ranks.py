@@ -32,13 +32,13 @@ from phi3v_dist.data.samples import BadSample
 from phi3v_dist.errors import CorruptedError, Phi3VError
 from phi3v_dist.model.build import partitioned_model, proven_backend
 from phi3v_dist.model.tiny import write_tiny
-from phi3v_dist.parallel import waits, zero
+from phi3v_dist.parallel import replicas, waits, zero
 from phi3v_dist.parallel.local_gradients import LocalGradients
 from phi3v_dist.parallel.partitions import Partitions
 from phi3v_dist.parallel.topology import Topology
-from phi3v_dist.survive import faults, replicas
 from phi3v_dist.train.optim import build_optimizer
 from phi3v_dist.train.step import train_step
+from phi3v_dist.watch import faults
 
 RATES, STEPS = collective_ranks.RATES, 6
 CLEAN_STEPS = {"fp32": 8, "bf16": 20}

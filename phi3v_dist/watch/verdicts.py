@@ -8,9 +8,9 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from phi3v_dist.printable import printable
-from phi3v_dist.survive.blame import Actor
-from phi3v_dist.survive.node_report import DIED, FAILED, HANG, Verdict
-from phi3v_dist.survive.processes import STATES
+from phi3v_dist.watch.blame import Actor
+from phi3v_dist.watch.node_report import DIED, FAILED, HANG, Verdict
+from phi3v_dist.watch.processes import STATES
 
 NAMED = 4  # ranks in a line; of a thousand the rest is counted
 GO_ON = "started again with the same words, the run goes on from its last checkpoint"

@@ -13,9 +13,9 @@ from pathlib import Path
 
 import torch.distributed as dist
 
+from phi3v_dist.attempt import environment
 from phi3v_dist.errors import LaunchError
 from phi3v_dist.parallel.topology import Topology
-from phi3v_dist.survive import environment
 
 rank, world_size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
 if world_size > 1:

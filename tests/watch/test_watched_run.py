@@ -10,7 +10,7 @@ import yaml
 from conftest import REPOSITORY, environment
 from watching import free_port
 
-from phi3v_dist.survive.attempts import PastAttempt, read_attempts
+from phi3v_dist.watch.attempts import PastAttempt, read_attempts
 
 HANG_S, FIRST_S = 5.0, 90.0
 SLACK_S = 10.0  # beyond the bound, which the report has: polling, stacks, a loaded machine

@@ -9,12 +9,12 @@ import textwrap
 import pytest
 from conftest import environment
 
+from phi3v_dist.attempt.attempt import Attempt
+from phi3v_dist.attempt.requests import Asked, Requests
 from phi3v_dist.parallel.topology import Topology
-from phi3v_dist.survive.attempt import Attempt
-from phi3v_dist.survive.requests import Asked, Requests
 
 LISTENING = (
-    "from phi3v_dist.survive.requests import Requests; requests = Requests.listen(); print('ready', flush=True)\n"
+    "from phi3v_dist.attempt.requests import Requests; requests = Requests.listen(); print('ready', flush=True)\n"
 )
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from conftest import environment
 
-from phi3v_dist.survive.replicas import _minority
+from phi3v_dist.parallel.replicas import _minority
 
 RANKS = Path(__file__).parents[1] / "train" / "numbers_ranks.py"
 BUFFER = "model.vision_embed_tokens.img_processor.vision_model.embeddings.position_ids"

@@ -24,8 +24,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TextIO
 
-from phi3v_dist.survive import faults
-from phi3v_dist.survive.beat_file import BeatFile, Lane, stacks_path
+from phi3v_dist.watch import faults
+from phi3v_dist.watch.beat_file import BeatFile, Lane, stacks_path
 
 TRAIN, SAVE = "train", "save"  # lanes
 PHASES = ("start", "load", "data", "forward", "backward", "optimizer", "snapshot", "evaluate", "export", "finish")

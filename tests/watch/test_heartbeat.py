@@ -9,8 +9,8 @@ import threading
 import pytest
 from conftest import environment
 
-from phi3v_dist.survive import heartbeat
-from phi3v_dist.survive.beat_file import (
+from phi3v_dist.watch import heartbeat
+from phi3v_dist.watch.beat_file import (
     BeatFile,
     Lane,
     beats_path,
@@ -20,7 +20,7 @@ from phi3v_dist.survive.beat_file import (
     shared_memory,
     stacks_path,
 )
-from phi3v_dist.survive.heartbeat import SAVE, TRAIN, Bounds
+from phi3v_dist.watch.heartbeat import SAVE, TRAIN, Bounds
 
 CHEAP_S = 100e-6  # measured: 9 µs; a step has some ten of them
 
@@ -45,7 +45,7 @@ def test_phase_step_and_sample_are_read_back_by_another_process(folder):
     heartbeat.enter("data", 7, "train-001.tar:grün")
     heartbeat.enter("write", 4, "rank-00003.safetensors", lane=SAVE)
     code = (
-        "import sys; from pathlib import Path; from phi3v_dist.survive.beat_file import read_beats; "
+        "import sys; from pathlib import Path; from phi3v_dist.watch.beat_file import read_beats; "
         "b = read_beats(Path(sys.argv[1])); l = b.lanes; "
         "print(b.pid, b.rank, b.host, l['train'].phase, l['train'].step, l['train'].what, l['save'].phase)"
     )
@@ -116,7 +116,7 @@ def test_a_reader_never_sees_half_of_a_write(tmp_path):
 def test_saying_where_one_is_costs_microseconds(tmp_path):
     """In a process of its own, where shapes are not checked; the best of many turns, since machines are busy."""
     code = (
-        "import sys, time; from pathlib import Path; from phi3v_dist.survive import heartbeat; "
+        "import sys, time; from pathlib import Path; from phi3v_dist.watch import heartbeat; "
         "heartbeat.open(Path(sys.argv[1]), 0, 'n0'); turn = lambda: (time.perf_counter(), "
         "[heartbeat.enter('forward', number, 'train-001.tar:00042') for number in range(50)], time.perf_counter()); "
         "print(min((end - begin) / 50 for begin, _, end in (turn() for _ in range(100))))"
@@ -145,7 +145,7 @@ def test_what_dead_processes_left_in_shared_memory_is_removed_and_nothing_else(t
     def folder_with_rank(name: str, code: str) -> tuple:
         folder = folder_of(tmp_path / name / "attempts" / "0001", "node-a")
         process = subprocess.Popen(
-            [sys.executable, "-c", f"import sys; from pathlib import Path; from phi3v_dist.survive import heartbeat; "
+            [sys.executable, "-c", f"import sys; from pathlib import Path; from phi3v_dist.watch import heartbeat; "
              f"heartbeat.open(Path(sys.argv[1]), 0, 'node-a'); print('open', flush=True); {code}", str(folder)],
             env=environment(), stdout=subprocess.PIPE,
         )  # fmt: skip

@@ -14,8 +14,8 @@ from rich.table import Table
 from phi3v_dist.errors import ConfigError
 from phi3v_dist.observe.tracker import RECORD_NAME
 from phi3v_dist.printable import printable
-from phi3v_dist.survive import flight_recorder
-from phi3v_dist.survive.attempts import (
+from phi3v_dist.watch import flight_recorder
+from phi3v_dist.watch.attempts import (
     FINISHED,
     LOST,
     RUNS,
@@ -24,7 +24,7 @@ from phi3v_dist.survive.attempts import (
     read_attempts,
     said_that_it_ended,
 )
-from phi3v_dist.survive.node_report import DIED, FAILED, HANG, Verdict
+from phi3v_dist.watch.node_report import DIED, FAILED, HANG, Verdict
 
 ADVICE = {
     DIED: "See the node's log (dmesg, sacct -j JOB --format=State,ExitCode,MaxRSS). If the same node comes up again, "

@@ -14,9 +14,9 @@ from conftest import REPOSITORY, environment
 SCRIPT = """
 import json, os, sys, time
 from pathlib import Path
-from phi3v_dist.survive import heartbeat
-from phi3v_dist.survive.node_report import NodeReport, RankReport
-from phi3v_dist.survive.processes import start_ticks
+from phi3v_dist.watch import heartbeat
+from phi3v_dist.watch.node_report import NodeReport, RankReport
+from phi3v_dist.watch.processes import start_ticks
 run = Path(sys.argv[1])
 number = 1 + len(list((run / "attempts").glob("[0-9]*")))
 folder = run / "attempts" / f"{number:04d}"

@@ -10,8 +10,8 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from phi3v_dist.survive.blame import Actor
 from phi3v_dist.survive.durable import write_durably
+from phi3v_dist.watch.blame import Actor
 
 FORMAT = "phi3v-node-1"
 RUNNING, SUSPECT, ENDED = "running", "suspect", "ended"  # what a node says about itself

@@ -10,11 +10,11 @@ from dataclasses import replace
 import psutil
 import pytest
 
+from phi3v_dist.attempt import owner as owner_module
+from phi3v_dist.attempt.attempt import Attempt
+from phi3v_dist.attempt.owner import COUNTER_NAME, Owner, read_owner, write_owner
 from phi3v_dist.errors import LaunchError
 from phi3v_dist.parallel.topology import Topology
-from phi3v_dist.survive import owner as owner_module
-from phi3v_dist.survive.attempt import Attempt
-from phi3v_dist.survive.owner import COUNTER_NAME, Owner, read_owner, write_owner
 
 
 @pytest.fixture(autouse=True)

@@ -6,9 +6,9 @@ import pytest
 import yaml
 from conftest import REPOSITORY
 
-from phi3v_dist import continuing, run
+from phi3v_dist import run
+from phi3v_dist.attempt import continuing, environment
 from phi3v_dist.config import Settings, dump
-from phi3v_dist.survive import environment
 
 
 @pytest.fixture

@@ -10,9 +10,9 @@ from typing import Any
 
 import yaml
 
+from phi3v_dist.attempt import environment
 from phi3v_dist.config import Settings, dump
 from phi3v_dist.config_file import flattened, validate
-from phi3v_dist.survive import environment
 
 CHANGES_NUMBERS = ("run.seed", "model.", "data.", "train.")
 HARMLESS = (

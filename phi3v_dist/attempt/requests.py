@@ -20,9 +20,9 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
-from phi3v_dist.survive import heartbeat
-from phi3v_dist.survive.attempt import STOPPED_NAME, Attempt
+from phi3v_dist.attempt.attempt import STOPPED_NAME, Attempt
 from phi3v_dist.survive.durable import write_durably
+from phi3v_dist.watch import heartbeat
 
 NOTICES = (signal.SIGTERM, signal.SIGUSR1)  # somebody is going to kill this job
 STOP_NAME, SAVE_NAME = "STOP", "SAVE"

@@ -4,7 +4,7 @@ What comes in: the ranks' beat files in shared memory. What goes out: `node-HOST
 attempt's folder, a few plain lines on stderr, and no rank left behind. Surprise: it holds no clock but its own host's
 monotonic one, and knows other nodes only by their files. It imports neither torch nor numpy and takes about 15 MB.
 
-    python -m phi3v_dist.survive.watcher FOLDER ATTEMPT_FOLDER HOST NUM_RANKS     (local rank 0 starts it)
+    python -m phi3v_dist.watch.watcher FOLDER ATTEMPT_FOLDER HOST NUM_RANKS     (local rank 0 starts it)
 """
 
 import contextlib
@@ -19,8 +19,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from phi3v_dist.printable import printable
-from phi3v_dist.survive import blame, heartbeat, processes, stacks, verdicts
-from phi3v_dist.survive.beat_file import (
+from phi3v_dist.watch import blame, heartbeat, processes, stacks, verdicts
+from phi3v_dist.watch.beat_file import (
     Beats,
     folder_of,
     read_beats,
@@ -28,8 +28,8 @@ from phi3v_dist.survive.beat_file import (
     remove_own,
     stacks_path,
 )
-from phi3v_dist.survive.blame import Actor
-from phi3v_dist.survive.node_report import (
+from phi3v_dist.watch.blame import Actor
+from phi3v_dist.watch.node_report import (
     DIED,
     ENDED,
     FAILED,
@@ -72,7 +72,7 @@ def attach(attempt_folder: Path, topology: "phi3v_dist.parallel.topology.Topolog
 def start(folder: Path, attempt_folder: Path, host: str, num_ranks: int) -> "subprocess.Popen[bytes]":
     """Watch `num_ranks` ranks of this node in a process of its own. It ends when they have."""
     words = [str(folder), str(attempt_folder), host, str(num_ranks)]
-    command = [sys.executable, "-m", "phi3v_dist.survive.watcher", *words]
+    command = [sys.executable, "-m", "phi3v_dist.watch.watcher", *words]
     return subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, start_new_session=True)
 
 

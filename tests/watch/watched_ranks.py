@@ -12,7 +12,7 @@ import time
 from datetime import timedelta
 from pathlib import Path
 
-from phi3v_dist.survive import heartbeat, watcher
+from phi3v_dist.watch import heartbeat, watcher
 
 folder, attempt_folder, host, rank, world_size, port, steps, hang_s, *local = sys.argv[1:]
 local_rank, local_size = map(int, local or (rank, world_size))

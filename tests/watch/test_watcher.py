@@ -14,10 +14,10 @@ import pytest
 from conftest import environment
 from watching import Loop
 
-from phi3v_dist.survive import processes, stacks
-from phi3v_dist.survive.beat_file import folder_of, read_beats
-from phi3v_dist.survive.blame import SAVE, TRAIN, Actor, judge
-from phi3v_dist.survive.node_report import read_report, report_path, stacks_text_path
+from phi3v_dist.watch import processes, stacks
+from phi3v_dist.watch.beat_file import folder_of, read_beats
+from phi3v_dist.watch.blame import SAVE, TRAIN, Actor, judge
+from phi3v_dist.watch.node_report import read_report, report_path, stacks_text_path
 
 HANG_S = 2.0
 SLACK_S = 6.0  # polling, stacks, a loaded machine
@@ -173,7 +173,7 @@ def _command(pid: int) -> bytes:
 
 
 def test_the_watcher_loads_neither_torch_nor_numpy():
-    code = "import sys, phi3v_dist.survive.watcher; print(sorted({'torch', 'numpy', 'deepspeed'} & set(sys.modules)))"
+    code = "import sys, phi3v_dist.watch.watcher; print(sorted({'torch', 'numpy', 'deepspeed'} & set(sys.modules)))"
     done = subprocess.run([sys.executable, "-c", code], env=environment(), capture_output=True, text=True, timeout=60)
     assert done.stdout.strip() == "[]", done.stderr
 
@@ -202,7 +202,7 @@ def test_a_kill_for_want_of_memory_is_called_so(tmp_path):
         pytest.skip("no memory control group of version 1 can be made here")
     (group / "memory.limit_in_bytes").write_text(str(60 * 2**20))
     code = (
-        "import sys, time; from pathlib import Path; from phi3v_dist.survive import heartbeat, watcher; "
+        "import sys, time; from pathlib import Path; from phi3v_dist.watch import heartbeat, watcher; "
         "heartbeat.open(Path(sys.argv[1]), 0, 'n0'); watcher.start(Path(sys.argv[1]), Path(sys.argv[2]), 'n0', 1); "
         "time.sleep(3); heartbeat.enter('data', 3); "
         "Path(sys.argv[3]).write_text(str(__import__('os').getpid())); x = [bytearray(2**20) for _ in range(200)]"

@@ -18,11 +18,11 @@ from typing import TYPE_CHECKING
 
 import psutil
 
+from phi3v_dist.attempt import owner
+from phi3v_dist.attempt.owner import Owner, read_owner, show_life, write_owner
 from phi3v_dist.errors import LaunchError, Phi3VError
 from phi3v_dist.observe.tracker import last_attempt
-from phi3v_dist.survive import owner
 from phi3v_dist.survive.durable import write_durably
-from phi3v_dist.survive.owner import Owner, read_owner, show_life, write_owner
 
 if TYPE_CHECKING:
     import phi3v_dist.parallel.topology  # named in a string below: it loads torch, and signals must be heard before

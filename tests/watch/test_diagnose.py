@@ -10,10 +10,10 @@ import pytest
 from conftest import REPOSITORY, environment
 
 from phi3v_dist.errors import ConfigError
-from phi3v_dist.survive.blame import TRAIN, Actor
-from phi3v_dist.survive.diagnose import diagnose
-from phi3v_dist.survive.node_report import NodeReport, RankReport
-from phi3v_dist.survive.verdicts import of_death, of_failure, of_hang
+from phi3v_dist.watch.blame import TRAIN, Actor
+from phi3v_dist.watch.diagnose import diagnose
+from phi3v_dist.watch.node_report import NodeReport, RankReport
+from phi3v_dist.watch.verdicts import of_death, of_failure, of_hang
 
 
 @pytest.fixture

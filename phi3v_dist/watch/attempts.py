@@ -11,12 +11,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from phi3v_dist.attempt.attempt import ENDED_NAME, STOPPED_NAME, folders
+from phi3v_dist.attempt.owner import OWNER_NAME
 from phi3v_dist.observe.metrics import ATTEMPT, STEP
 from phi3v_dist.observe.tracker import RECORD_NAME
-from phi3v_dist.survive import processes
-from phi3v_dist.survive.attempt import ENDED_NAME, STOPPED_NAME, folders
-from phi3v_dist.survive.node_report import DIED, FAILED, HANG, RUNNING, SUSPECT, NodeReport, read_reports
-from phi3v_dist.survive.owner import OWNER_NAME
+from phi3v_dist.watch import processes
+from phi3v_dist.watch.node_report import DIED, FAILED, HANG, RUNNING, SUSPECT, NodeReport, read_reports
 
 FINISHED, STOPPED, RUNS, LOST, UNKNOWN = "finished", "stopped", "running", "lost", "unknown"
 KINDS = (HANG, DIED, FAILED, LOST, STOPPED, FINISHED, RUNS, UNKNOWN)

@@ -24,10 +24,10 @@ from typing import Any
 
 import torch
 
+from phi3v_dist.attempt.build_cache import leftover_locks
 from phi3v_dist.config_file import flattened
 from phi3v_dist.errors import LaunchError
 from phi3v_dist.parallel.topology import Topology
-from phi3v_dist.survive.build_cache import leftover_locks
 
 PACKAGE = Path(__file__).parents[1]
 VERSIONS = ("torch", "deepspeed", "transformers", "phi3v-dist")  # those that change numbers or what ranks exchange

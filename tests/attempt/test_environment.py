@@ -12,9 +12,10 @@ from pathlib import Path
 import pytest
 from conftest import environment as of_process
 
+from phi3v_dist.attempt import build_cache, environment
 from phi3v_dist.cli import OWNER_ONLY
 from phi3v_dist.parallel.topology import Topology
-from phi3v_dist.survive import build_cache, durable, environment
+from phi3v_dist.survive import durable
 
 RANKS = Path(__file__).with_name("environment_ranks.py")
 TIMEOUT_S = 120

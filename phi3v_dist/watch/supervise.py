@@ -16,12 +16,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
 
+from phi3v_dist.attempt.requests import STOP_NAME
 from phi3v_dist.errors import CheckpointError, ConfigError, CrashLoopError, DataError
-from phi3v_dist.survive import processes
-from phi3v_dist.survive.attempts import FINISHED, STOPPED, PastAttempt, best_step, read_attempts
-from phi3v_dist.survive.heartbeat import LAST_WORD_VARIABLE
-from phi3v_dist.survive.node_report import read_reports
-from phi3v_dist.survive.requests import STOP_NAME
+from phi3v_dist.watch import processes
+from phi3v_dist.watch.attempts import FINISHED, STOPPED, PastAttempt, best_step, read_attempts
+from phi3v_dist.watch.heartbeat import LAST_WORD_VARIABLE
+from phi3v_dist.watch.node_report import read_reports
 
 HOPELESS = {error.exit_code: error.kind for error in (ConfigError, DataError, CheckpointError)}
 MAX_WITHOUT_STEP = 3

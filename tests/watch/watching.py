@@ -11,8 +11,8 @@ from pathlib import Path
 
 from conftest import REPOSITORY, environment
 
-from phi3v_dist.survive.beat_file import folder_of
-from phi3v_dist.survive.node_report import NodeReport, read_report, report_path
+from phi3v_dist.watch.beat_file import folder_of
+from phi3v_dist.watch.node_report import NodeReport, read_report, report_path
 
 TIMEOUT_S = 120
 RANKS = REPOSITORY / "tests" / "survive" / "watched_ranks.py"

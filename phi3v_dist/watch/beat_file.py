@@ -17,7 +17,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from phi3v_dist.survive.processes import is_alive, mapped_files, namespace, start_ticks
+from phi3v_dist.watch.processes import is_alive, mapped_files, namespace, start_ticks
 
 MAGIC = b"P3VBEAT1"
 WHAT_BYTES, MESSAGE_BYTES, HOST_BYTES, PHASE_BYTES = 200, 2048, 64, 16
