@@ -116,7 +116,7 @@ def test_a_death_on_one_node_ends_the_ranks_of_the_other(tmp_path):
 
 def actor(rank: int, phase: str, position: tuple[int, int], silent_s: float, **facts) -> Actor:
     defaults = {"host": "n0", "pid": 1, "lane": TRAIN, "step": position[0], "what": "", "bound_s": 30.0}
-    return Actor(rank=rank, phase=phase, position=position, silent_s=silent_s, **defaults | facts)
+    return Actor(rank=rank, phase=phase, position=position, silent_s=float(silent_s), **defaults | facts)
 
 
 def test_who_waits_for_a_rank_that_is_behind_and_within_its_bound_is_no_hang():
