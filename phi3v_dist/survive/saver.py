@@ -16,6 +16,7 @@ from phi3v_dist.observe.tracker import Tracker
 from phi3v_dist.parallel.topology import Topology
 from phi3v_dist.survive.checkpoint import Checkpoints, Position, Saved
 from phi3v_dist.survive.interval import Interval
+from phi3v_dist.watch import heartbeat
 
 log = logging.getLogger(__name__)
 
@@ -65,6 +66,7 @@ class Saver:
 
     def begin(self, engine: Any, position: Position) -> None:
         """Copy the state of this step and have it written while training goes on, after the save before."""
+        heartbeat.enter("snapshot", position.step)
         self._heard(self.checkpoints.wait())
         self.checkpoints.begin(engine, position)
         self.saved_step = position.step

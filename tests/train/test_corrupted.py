@@ -11,7 +11,7 @@ import pytest
 import webdataset
 import yaml
 from conftest import COLOURS, REPOSITORY, environment, picture
-from test_launch import TIMEOUT_S, launch, losses
+from launching import TIMEOUT_S, launch, losses
 
 from phi3v_dist.config import SourceSettings
 from phi3v_dist.data.ledger import LedgerReader, Status

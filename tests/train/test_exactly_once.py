@@ -15,8 +15,8 @@ import pytest
 import webdataset
 import yaml
 from conftest import REPOSITORY, environment
+from launching import TIMEOUT_S, free_port
 from simulated_run import open_data, planner_of
-from test_launch import TIMEOUT_S, free_port
 
 from phi3v_dist.data import audit_report, identity
 from phi3v_dist.data.audit import audit

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import yaml
 from conftest import environment
-from test_launch import launch
+from launching import launch
 
 from phi3v_dist.data.ledger import LedgerReader, Status
 from phi3v_dist.errors import DivergedError

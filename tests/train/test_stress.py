@@ -17,7 +17,7 @@ from pathlib import Path
 import pytest
 import yaml
 from conftest import REPOSITORY, environment
-from test_launch import TIMEOUT_S, free_port
+from launching import TIMEOUT_S, free_port
 
 from phi3v_dist.observe.tracker import read_rows
 from phi3v_dist.survive.goodput import Goodput, costs_of, measured, simulate

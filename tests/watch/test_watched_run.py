@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import yaml
 from conftest import REPOSITORY, environment
-from watching import free_port
+from launching import free_port
 
 from phi3v_dist.watch.attempts import PastAttempt, read_attempts
 

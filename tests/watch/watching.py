@@ -2,7 +2,6 @@
 
 import os
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -10,18 +9,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from conftest import REPOSITORY, environment
+from launching import free_port
 
 from phi3v_dist.watch.beat_file import folder_of
 from phi3v_dist.watch.node_report import NodeReport, read_report, report_path
 
 TIMEOUT_S = 120
-RANKS = REPOSITORY / "tests" / "survive" / "watched_ranks.py"
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
+RANKS = REPOSITORY / "tests" / "watch" / "watched_ranks.py"
 
 
 @dataclass
