@@ -27,7 +27,7 @@ What can go wrong, what must happen then, and the tests that show that it does. 
 **E** stop with a clear error that names the thing · **S** skip, count and record the sample, go on · **R** resume by
 itself, nothing lost or repeated · **W** go on with a visible warning.
 
-{shown} of {rows} rows are shown by {tests} tests; "not yet" marks rows that no test shows.
+{shown} of {rows} rows are shown by {tests} tests; the others say why not.
 """
 
 
@@ -62,7 +62,7 @@ def page(shown: dict[int, Tests]) -> str:
                 f"[{name.removeprefix('test_').replace('_', ' ')}](../{path.relative_to(TESTS.parent)})"
                 for name, path in sorted(shown.get(row, {}).items())
             ]
-            cells = (str(row), text["fault"], text["expect"], "<br>".join(tests) or "not yet")
+            cells = (str(row), text["fault"], text["expect"], "<br>".join(tests) or f"no test: {text['untested']}")
             lines.append(f"| {' | '.join(cell.replace('|', BAR) for cell in cells)} |")
         lines.append("")
     return "\n".join(lines)

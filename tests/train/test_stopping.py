@@ -127,3 +127,13 @@ def wait_for(condition, process: subprocess.Popen) -> None:
         assert process.poll() is None, process.communicate()[0][-3000:]
         assert time.monotonic() < deadline_s, [p.cmdline() for p in psutil.Process(process.pid).children(True)]
         time.sleep(0.2)
+
+
+@pytest.mark.fault(100)
+@pytest.mark.parametrize("name", ["single", "torchrun"])
+def test_a_finished_run_started_again_says_so_and_changes_nothing(launched, reference, name):
+    config, _ = launched
+    before = {path: path.stat().st_mtime_ns for path in reference.rglob("*") if path.is_file()}
+    done = launch(name, config, "run.name=reference", "observe.wandb=offline")
+    assert done.returncode == 0 and "reference is finished" in done.stdout
+    assert {path: path.stat().st_mtime_ns for path in reference.rglob("*") if path.is_file()} == before
