@@ -9,14 +9,13 @@ from conftest import REPOSITORY, environment
 from phi3v_dist.observe.tracker import read_metrics
 
 TIMEOUT_S = 240
-TORCHRUN_2 = ["torchrun", "--nproc_per_node", "2", "--master_port"]
 
 
-def launcher(name: str, port: int) -> list[str]:
+def launcher(name: str, port: int, ranks: int) -> list[str]:
     return {
         "single": [sys.executable],
-        "torchrun": [*TORCHRUN_2, str(port)],
-        "deepspeed": ["deepspeed", "--num_accelerators", "2", "--master_port", str(port)],
+        "torchrun": ["torchrun", "--nproc_per_node", str(ranks), "--master_port", str(port)],
+        "deepspeed": ["deepspeed", "--num_accelerators", str(ranks), "--master_port", str(port)],
     }[name]
 
 
@@ -26,14 +25,15 @@ def free_port() -> int:
         return probe.getsockname()[1]
 
 
-def command(name: str, config, *overrides: str) -> list[str]:
-    return [*launcher(name, free_port()), "launch/train.py", "--config", str(config), *overrides]
+def command(name: str, config, *overrides: str, ranks: int = 2) -> list[str]:
+    return [*launcher(name, free_port(), ranks), "launch/train.py", "--config", str(config), *overrides]
 
 
-def launch(name: str, config, *overrides: str) -> subprocess.CompletedProcess[str]:
+def launch(name: str, config, *overrides: str, ranks: int = 2, fault: str = "") -> subprocess.CompletedProcess[str]:
+    """fault: what goes wrong in this attempt, as `PHI3V_FAULT` says it."""
     return subprocess.run(
-        command(name, config, *overrides), cwd=REPOSITORY, env=environment(), capture_output=True, text=True,
-        timeout=TIMEOUT_S,
+        command(name, config, *overrides, ranks=ranks), cwd=REPOSITORY, env=environment(PHI3V_FAULT=fault),
+        capture_output=True, text=True, timeout=TIMEOUT_S,
     )  # fmt: skip
 
 

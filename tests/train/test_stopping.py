@@ -27,14 +27,10 @@ def went_on_as_if_nothing_had_happened(root, config, name: str, reference) -> bo
 
 @pytest.mark.fault(9)
 @pytest.mark.parametrize("fault", ["1:forward:5:term", "0:optimizer:6:usr1"])
-def test_a_notice_to_any_one_rank_stops_all_after_the_same_step_and_nothing_is_lost(
-    launched, reference, monkeypatch, fault
-):
+def test_a_notice_to_any_one_rank_stops_all_after_the_same_step_and_nothing_is_lost(launched, reference, fault):
     config, root = launched
     name = "noticed-" + fault.split(":")[-1]
-    monkeypatch.setenv("PHI3V_FAULT", fault)
-    done = launch("torchrun", config, f"run.name={name}")
-    monkeypatch.delenv("PHI3V_FAULT")
+    done = launch("torchrun", config, f"run.name={name}", fault=fault)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     step = int(fault.split(":")[2])
     assert stopped(root / name)["step"] == step
@@ -45,18 +41,18 @@ def test_a_notice_to_any_one_rank_stops_all_after_the_same_step_and_nothing_is_l
 
 
 @pytest.mark.fault(10)
-def test_more_notices_during_the_save_change_nothing(launched, monkeypatch):
+def test_more_notices_during_the_save_change_nothing(launched):
     config, root = launched
-    monkeypatch.setenv("PHI3V_FAULT", "*:forward:3:term,*:snapshot:3:term,*:write:3:usr1,0:commit:3:term")
-    done = launch("torchrun", config, "run.name=insisted")
+    faults = "*:forward:3:term,*:snapshot:3:term,*:write:3:usr1,0:commit:3:term"
+    done = launch("torchrun", config, "run.name=insisted", fault=faults)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     assert stopped(root / "insisted") == {"step": 3, "why": "SIGTERM"}
 
 
-def test_a_notice_during_an_evaluation_gives_it_up_and_saves(launched, monkeypatch):
+def test_a_notice_during_an_evaluation_gives_it_up_and_saves(launched):
     config, root = launched
-    monkeypatch.setenv("PHI3V_FAULT", "1:evaluate:0:usr1")
-    done = launch("torchrun", config, "run.name=evaluating", "eval.every_steps=3", "eval.batch_samples=1")
+    words = ("run.name=evaluating", "eval.every_steps=3", "eval.batch_samples=1")
+    done = launch("torchrun", config, *words, fault="1:evaluate:0:usr1")
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     assert stopped(root / "evaluating")["step"] == 3
     assert "the evaluation of step 3 was given up" in done.stdout
