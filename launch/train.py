@@ -27,8 +27,12 @@ def main() -> None:
     from phi3v_dist.parallel.waits import WAITS
 
     topology = Topology.from_environment()
-    check = (lambda settings: run.problems(settings, topology.world_size)) if topology.is_main else None
-    settings = config.load(arguments.config, arguments.overrides, check)
+
+    def problems(settings: config.Settings) -> list[str]:
+        looks = topology.is_main and not run.is_finished(settings)
+        return run.problems(settings, topology.world_size) if looks else []
+
+    settings = config.load(arguments.config, arguments.overrides, problems)
     if run.is_finished(settings):
         logging.info(
             "%s is finished; for more steps raise train.steps, for another run change run.name", settings.run.folder

@@ -42,6 +42,13 @@ class DataError(Phi3VError):
     kind = "data"
 
 
+class OutOfStepError(Phi3VError):
+    """The ranks no longer do the same; what made it so may be gone at the next start."""
+
+    exit_code = 12
+    kind = "ranks out of step"
+
+
 class CheckpointError(Phi3VError):
     """A checkpoint or a model folder is missing, damaged, or belongs to another model."""
 

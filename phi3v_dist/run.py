@@ -338,9 +338,14 @@ def _reference(path: Path | None) -> dict[str, float]:
 
 
 def is_finished(settings: Settings) -> bool:
-    """Whether this run's summary is written and nobody asks for more steps since."""
-    path = settings.run.folder / "summary.json"
-    return path.is_file() and json.loads(path.read_text())["train/step"] >= (settings.train.steps or 0)
+    """Whether this run's summary is written and nobody asks for more steps or epochs since."""
+    folder, train = settings.run.folder, settings.train
+    if not (folder / "summary.json").is_file():
+        return False
+    if train.steps is not None:
+        return json.loads((folder / "summary.json").read_text())["train/step"] >= train.steps
+    recorded = yaml.safe_load((folder / "config.yaml").read_text())["train"]["epochs"]
+    return recorded is not None and recorded >= train.epochs
 
 
 def _write_config(run: Run, resolved: dict[str, Any]) -> None:

@@ -7,7 +7,6 @@ by writing `ended.json` into its folder, which is how a zombie learns that it is
 """
 
 import json
-import os
 import shutil
 import sys
 import threading
@@ -68,8 +67,11 @@ class Attempt:
     def end(self) -> None:
         """Give the run folder back."""
         self._ended.set()
-        if self.is_main and not self.lost_to():
-            _mark_ended(self.folder, "itself")
+        try:
+            if self.is_main and not self.lost_to():
+                _mark_ended(self.folder, "itself")
+        except OSError as error:  # a full disk, say: it must not hide why the run ends
+            owner.log.warning("%s could not be marked as ended: %s", self.folder, error)
 
 
 def folder_of(run_folder: Path, number: int) -> Path:
@@ -88,7 +90,6 @@ def _begin(run_folder: Path, hosts: list[str]) -> Attempt:
     ours = Owner.of_this_process(attempt.number)
     facts = {
         "world_size": len(hosts), "hosts": list(dict.fromkeys(hosts)), "command": sys.argv,
-        "restart": int(os.environ.get("SLURM_RESTART_COUNT", "0")),
         "start_s": round(time.time() - psutil.Process().create_time(), 1),
     }  # fmt: skip
     write_owner(attempt.folder, ours, **facts)

@@ -25,17 +25,19 @@ from phi3v_dist.survive.durable import write_durably
 
 OWNER_NAME, COUNTER_NAME = "owner.json", "alive"
 RENEW_S = 5.0
-WATCH_S = 3 * RENEW_S + 1  # how long a foreign counter may stand still before its owner counts as gone
+WATCH_S = 60.0  # how long a foreign counter may stand still: a shared disk may stall for a while
 
 log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
 class Owner:
-    """machine: this boot and process namespace, within which a pid means something. since: local time, for people."""
+    """job: Slurm's number; restart: how often it was requeued. machine: this boot and process namespace, within which a
+    pid means something. since: local time, for people."""
 
     attempt: int
     job: str
+    restart: int
     host: str
     machine: str
     pid: int
@@ -47,7 +49,8 @@ class Owner:
     def of_this_process(cls, attempt: int, env: Mapping[str, str] = os.environ) -> "Owner":
         boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
         return cls(
-            attempt=attempt, job=env.get("SLURM_JOB_ID", ""), host=socket.gethostname(),
+            attempt=attempt, job=env.get("SLURM_JOB_ID", ""), restart=int(env.get("SLURM_RESTART_COUNT", "0")),
+            host=socket.gethostname(),
             machine=f"{boot}/{os.stat('/proc/self/ns/pid').st_ino}", pid=os.getpid(),
             pid_started=psutil.Process().create_time(),
             since=datetime.now(UTC).astimezone().isoformat(timespec="seconds"), token=secrets.token_hex(8),
@@ -65,7 +68,7 @@ class Owner:
             except psutil.NoSuchProcess:
                 alive = False
             return None if alive else f"process {self.pid} is gone"
-        if self.job and self.job == asker.job:
+        if self.job and self.job == asker.job and self.restart < asker.restart:
             return f"Slurm job {self.job} has been started again"
         log.warning("waiting %.0f s to see whether %s is alive", WATCH_S, self)
         before, deadline_s = _count(folder), time.monotonic() + WATCH_S

@@ -26,7 +26,7 @@ from phi3v_dist.watch import heartbeat
 
 NOTICES = (signal.SIGTERM, signal.SIGUSR1)  # somebody is going to kill this job
 STOP_NAME, SAVE_NAME = "STOP", "SAVE"
-LOOK_S = 1.0  # between looks for the files: a shared file system need not be asked at every step
+LOOK_S, OTHERS_LOOK_S = 1.0, 15.0  # between looks for the files, of rank 0 and of the others, of which there are many
 
 log = logging.getLogger(__name__)
 
@@ -51,12 +51,13 @@ class Requests:
         self.attempt: Attempt | None = None
         self._stop = self._save = False
         self._noticed_s: float | None = None  # on this host's monotonic clock
-        self._looked_s = -LOOK_S
+        self._looked_s = -OTHERS_LOOK_S
         self._training = False
 
     @classmethod
     def listen(cls) -> "Requests":
-        """Take the signals over, from the main thread. Before the first step they end the process at once."""
+        """Take the signals over, from the main thread. Before the first step they end the process at once: with 0 when
+        the run folder is ours and a marker says so, else as if nobody listened."""
         requests = cls()
         for number in (*NOTICES, signal.SIGINT):
             signal.signal(number, requests._heard)
@@ -96,6 +97,11 @@ class Requests:
         self._save = False
         self._remove(SAVE_NAME)
 
+    def forget(self) -> None:
+        """The run is finished: what was still asked of it is void."""
+        self._remove(STOP_NAME)
+        self._remove(SAVE_NAME)
+
     def stopped(self, step: int, why: str) -> None:
         """Leave the marker of a clean stop."""
         assert self.folder is not None and self.attempt is not None
@@ -113,7 +119,9 @@ class Requests:
 
     def _look(self) -> None:
         now = time.monotonic()
-        if self.folder is None or now - self._looked_s < LOOK_S:
+        if self.folder is None or self.attempt is None:
+            return
+        if now - self._looked_s < (LOOK_S if self.attempt.is_main else OTHERS_LOOK_S):
             return
         self._looked_s = now
         if (self.folder / STOP_NAME).exists():
@@ -131,9 +139,15 @@ class Requests:
                 continue
             why = signal.Signals(number).name
             log.warning("%s before the first step: stopped, nothing to save", why)
-            if self.attempt is not None:
-                self.stopped(0, why)
+            if self.folder is not None and self.attempt is not None:
+                self.stopped(newest_step(self.folder), why)
                 self.attempt.end()
             heartbeat.close("stopped", why)
             sys.stdout.flush()
-            os._exit(0)
+            os._exit(0 if self.attempt is not None else 128 + number)
+
+
+def newest_step(run_folder: Path) -> int:
+    """Of the checkpoints that are there by name; 0 if none is."""
+    names = (path.name.removeprefix("step-") for path in (run_folder / "checkpoints").glob("step-*"))
+    return max((int(name) for name in names if name.isdecimal()), default=0)

@@ -20,6 +20,8 @@ import torch.distributed as dist
 
 from phi3v_dist.errors import LaunchError
 
+RANK_0_LOOKS_S = 6 * 3600  # at most, before the ranks meet; later waits have `parallel.timeout_s`
+
 
 @dataclass(frozen=True)
 class Topology:
@@ -98,9 +100,8 @@ class Topology:
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
         backend = "nccl" if torch.cuda.is_available() else "gloo"
         try:
-            deepspeed.init_distributed(
-                backend, auto_mpi_discovery=False, verbose=False, timeout=timedelta(seconds=timeout_s)
-            )
+            self._meet(backend, timeout_s)
+            deepspeed.init_distributed(backend, auto_mpi_discovery=False, verbose=False)
         except dist.DistNetworkError as error:
             if "EADDRINUSE" not in str(error):
                 raise
@@ -109,6 +110,20 @@ class Topology:
                 f"the ranks were to meet at port {port} of {self.host}, but {_holder(port)} listens there already: end "
                 "it if it is left from an earlier run, or set another MASTER_PORT (--master_port of the launcher)"
             ) from error
+
+    def _meet(self, backend: str, timeout_s: float) -> None:
+        """The process group, once rank 0 has looked at everything: building indexes may take it hours."""
+        looks = timedelta(seconds=max(timeout_s, RANK_0_LOOKS_S))
+        store, _, _ = next(iter(dist.rendezvous("env://", self.rank, self.world_size, timeout=looks)))
+        key = f"rank 0 has looked/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}"
+        if self.is_main:
+            store.set(key, "")
+        else:
+            store.wait([key], looks)
+        dist.init_process_group(
+            backend, store=dist.PrefixStore("training", store), rank=self.rank, world_size=self.world_size,
+            timeout=timedelta(seconds=timeout_s),
+        )  # fmt: skip
 
     def stop(self) -> None:
         """Leave the process group."""

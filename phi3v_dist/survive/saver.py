@@ -35,7 +35,8 @@ class Saver:
     interval: Interval
     tracker: Tracker
     grace_s: float
-    saved_step: int = 0  # of the newest save that was begun
+    committed_step: int = 0  # the newest that is on the disk
+    _begun_step: int = 0
     _due: bool = False  # also when the one before was still being written
     _save_s: float = 0.0  # what the last one took
     _warned_slow: bool = False
@@ -60,35 +61,42 @@ class Saver:
             log.warning(
                 "step %d should be saved, but the save of step %d is still being written; the next one waits for it. A "
                 "longer `checkpoint.every_steps` or a higher `checkpoint.write_mb_per_s` would suit this disk",
-                *(step, self.saved_step),
+                *(step, self._begun_step),
             )
         return replace(asked, save=asked.save and not asked.busy)
 
     def begin(self, engine: Any, position: Position) -> None:
         """Copy the state of this step and have it written while training goes on, after the save before."""
         heartbeat.enter("snapshot", position.step)
-        self._heard(self.checkpoints.wait())
+        self.settle()
         self.checkpoints.begin(engine, position)
-        self.saved_step = position.step
-        self._due = False
+        self._begun_step, self._due = position.step, False
         self.interval.began(position.step)
         self.requests.saved()
 
-    def fits(self, asked: Asked) -> bool:
-        """Whether a save can be done before the kill that was announced, going by how long the last one took."""
-        left_s = self.grace_s - asked.notice_age_s
-        return asked.notice_age_s == 0 or self.topology.max([self._save_s])[0] < left_s
+    def save(self, engine: Any, position: Position) -> None:
+        """As `begin`, until it is on the disk, as fast as the disk takes it; tried again when it fails.
 
-    def wait(self) -> None:
-        """Until the last save is on the disk, as fast as the disk takes it. Raises CheckpointError when it failed."""
-        outcome = self.checkpoints.wait()
-        self._heard(outcome)
-        if isinstance(outcome, CheckpointError):
-            raise outcome
+        Raises:
+            CheckpointError: the third save in a row failed.
+        """
+        while self.committed_step < position.step:
+            self.begin(engine, position)
+            self.settle()
+
+    def settle(self) -> None:
+        """Wait until nothing is being written. Raises CheckpointError when the third save in a row failed."""
+        self._heard(self.checkpoints.wait())
+
+    def fits(self) -> bool:
+        """Whether a save can be done before the kill that was announced, going by how long the last one took."""
+        age_s = self.requests.agreed(self.topology).notice_age_s
+        return age_s == 0 or self.topology.max([self._save_s])[0] < self.grace_s - age_s
 
     def _heard(self, outcome: Saved | CheckpointError | None) -> None:
         """Write down what became of the last save. One that failed is tried again when the next is due."""
         if isinstance(outcome, Saved):
+            self.committed_step = outcome.step
             self._save_s = outcome.blocked_s + outcome.write_s
             self.interval.saved(outcome.step, outcome.blocked_s, outcome.write_s)
             if self.topology.is_main and not self._said and self.interval.every_steps is None:

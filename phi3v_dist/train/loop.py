@@ -8,9 +8,9 @@ import json
 import logging
 import time
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
-from phi3v_dist.attempt.requests import Asked
 from phi3v_dist.data.plan import PlannedStep
 from phi3v_dist.observe.metrics import step_row
 from phi3v_dist.parallel.local_gradients import LocalGradients
@@ -34,6 +34,11 @@ def fit(run: Run) -> dict[str, float] | None:
     guards = run.guards()
     gradients = LocalGradients(run.engine.module, run.engine.device)
     run.requests.training_begins()
+    if run.saver.edge(totals.step).stop:
+        _leave(run, totals)
+        return None
+    if _evaluation_was_missed(run, totals.step):
+        _evaluate(run, totals.step, run.settings.eval.samples)
     for plan, batches in run.loader(state) if totals.step < run.num_steps else ():
         rates = learning_rates(totals.step + 1, run.num_steps, run.settings.train)
         result = train_step(run.engine, plan, batches, rates, run.topology, gradients)
@@ -43,17 +48,17 @@ def fit(run: Run) -> dict[str, float] | None:
         row = step_row(result, run.settings.data.row_length_tokens, run.topology.world_size)
         run.tracker.log(row | totals.row(run) | guards.look(result))
         accounts.require_few_bad(totals.quarantined, totals.samples)
-        last = totals.step == run.num_steps
         asked = run.saver.edge(totals.step)
-        if asked.save or last:
-            _save(run, totals, accounts.state(plan))
-        if last:
+        if totals.step == run.num_steps:
+            run.saver.save(run.engine, _position(run, totals, accounts.state(plan)))
             break
+        if asked.save:
+            run.saver.begin(run.engine, _position(run, totals, accounts.state(plan)))
         if not asked.stop and _evaluation_is_due(run, totals.step):
             _evaluate(run, totals.step, run.settings.eval.samples)
             asked = run.saver.edge(totals.step)
         if asked.stop:
-            _stop(run, totals, accounts, plan, asked)
+            _stop(run, totals, accounts, plan)
             return None
     accounts.require_few_bad(totals.quarantined, totals.samples, at_end=run.planner.end is not None)
     accounts.close()
@@ -111,39 +116,37 @@ def _start(run: Run) -> tuple[Totals, dict[str, Any] | None, Accounts]:
     accounts = run.accounts(position.loader or None if position else None)  # an imported one has no data behind it
     if position is None:
         return Totals(), None, accounts
-    run.saver.saved_step = position.step
+    run.saver.committed_step = position.step
     log.info("continuing from %s, step %d of %d", newest, position.step, run.num_steps)
     return Totals(**position.extra), plan_state(position.loader), accounts
 
 
-def _save(run: Run, totals: Totals, data_state: dict[str, Any]) -> None:
-    position = Position(
+def _position(run: Run, totals: Totals, data_state: dict[str, Any]) -> Position:
+    return Position(
         step=totals.step, run_id=run.run_id, loader=data_state, attempt=run.attempt.number, seed=run.settings.run.seed,
         config_digest=run.config_digest, extra=asdict(totals),
     )  # fmt: skip
-    run.saver.begin(run.engine, position)
 
 
-def _stop(run: Run, totals: Totals, accounts: Accounts, plan: PlannedStep, asked: Asked) -> None:
-    """A clean stop: this step saved, if there is time for it, and a marker that says so."""
+def _stop(run: Run, totals: Totals, accounts: Accounts, plan: PlannedStep) -> None:
+    """A clean stop: this step saved, if there is time for it."""
     heartbeat.enter("finish", totals.step)
-    run.saver.wait()
-    if run.saver.saved_step < totals.step:
-        if run.saver.fits(asked):
-            _save(run, totals, accounts.state(plan))
-            run.saver.wait()
+    run.saver.settle()
+    if run.saver.committed_step < totals.step:
+        if run.saver.fits():
+            run.saver.save(run.engine, _position(run, totals, accounts.state(plan)))
         else:
-            log.warning("no time to save step %d before the kill: step %d is", totals.step, run.saver.saved_step)
+            log.warning("no time to save step %d before the kill: step %d is", totals.step, run.saver.committed_step)
     accounts.close()
     _leave(run, totals)
 
 
 def _leave(run: Run, totals: Totals) -> None:
-    """Say that the run was stopped and not finished: what `stopped.json` means to a batch script."""
-    run.tracker.finish({"train/step": totals.step} | totals.row(run))
+    """Say that the run was stopped and not finished, first of all in `stopped.json`, which a batch script looks for."""
     why = run.requests.why or "another rank was asked to"
-    run.requests.stopped(run.saver.saved_step, why)
-    log.info("stopped after step %d, saved (%s); the same command goes on", run.saver.saved_step, why)
+    run.requests.stopped(run.saver.committed_step, why)
+    log.info("stopped after step %d, saved (%s); the same command goes on", run.saver.committed_step, why)
+    run.tracker.finish({"train/step": totals.step} | totals.row(run))
     run.topology.barrier()
 
 
@@ -152,12 +155,23 @@ def _evaluation_is_due(run: Run, step: int) -> bool:
     return every_steps is not None and step % every_steps == 0
 
 
+def _evaluation_was_missed(run: Run, step: int) -> bool:
+    """Whether a kill or a stop came between the save of this step, from which the run goes on, and its evaluation."""
+    if step in (0, run.num_steps) or not _evaluation_is_due(run, step):
+        return False
+    return not run.topology.broadcast(_evaluation_folder(run, step).exists())
+
+
+def _evaluation_folder(run: Run, step: int) -> Path:
+    return run.folder / "eval" / f"step-{step:06d}"
+
+
 def _evaluate(run: Run, step: int, num_samples: int | None) -> dict[str, float] | None:
     """Scores of this step; None when the run was asked to stop meanwhile."""
     if run.evaluator is None:
         return {}
     began = time.perf_counter()
-    folder = run.folder / "eval" / f"step-{step:06d}"
+    folder = _evaluation_folder(run, step)
     metrics = run.evaluator.run(run.engine.module, folder, num_samples, run.requests.heard)
     if metrics is None:
         log.warning("the evaluation of step %d was given up: the run was asked to stop", step)
@@ -173,13 +187,13 @@ def _finish(run: Run, totals: Totals) -> dict[str, float] | None:
     """The last evaluation, and summary.json, whose presence says that the run is complete."""
     metrics = _evaluate(run, totals.step, run.settings.eval.final_samples)
     heartbeat.enter("finish", totals.step)
-    run.saver.wait()
     if metrics is None:
         _leave(run, totals)
         return None
     summary = {"train/step": totals.step} | totals.row(run) | metrics | run.reference
-    run.tracker.finish(summary)
     if run.topology.is_main:
         write_durably(run.folder / SUMMARY_NAME, json.dumps(summary, indent=2) + "\n")
+        run.requests.forget()
+    run.tracker.finish(summary)
     run.topology.barrier()
     return summary

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from phi3v_dist.data.batch import Batch, Filling
 from phi3v_dist.data.plan import PlannedStep
-from phi3v_dist.errors import DataError, OutOfMemoryError
+from phi3v_dist.errors import OutOfMemoryError, OutOfStepError
 from phi3v_dist.parallel import partitions
 from phi3v_dist.parallel.local_gradients import LocalGradients
 from phi3v_dist.parallel.topology import Topology
@@ -83,7 +83,7 @@ def train_step(
 
     Raises:
         OutOfMemoryError: the accelerator's memory is full.
-        DataError: this rank has fewer Batches than the step has micro-steps, or ranks work on different steps.
+        OutOfStepError: this rank has fewer Batches than the step has micro-steps, or ranks work on different steps.
     """
     for group in engine.optimizer.param_groups:
         group["lr"] = rates[group["part"]]
@@ -97,12 +97,12 @@ def train_step(
         heartbeat.enter("optimizer", plan.number)
         own_loss = own.loss_sum.item()
         with WAITS.waiting():
-            loss, labels, pictures, quarantined, waited_s, numbers = topology.sum(
+            loss, labels, pictures, quarantined, waited_s, numbers, squares = topology.sum(
                 [own_loss, float(own.label_tokens), float(own.images), float(len(own.left_out)), own.seconds["data"],
-                 float(plan.number)]
+                 float(plan.number), float(plan.number**2)]
             )  # fmt: skip
-        if numbers != plan.number * topology.world_size:
-            raise DataError(_steps_differ(topology, plan.number))
+        if (numbers, squares) != (plan.number * topology.world_size, plan.number**2 * topology.world_size):
+            raise OutOfStepError(_steps_differ(topology, plan.number))
         skipped = _update(engine, plan, loss, int(labels))
     except torch.OutOfMemoryError as error:
         raise OutOfMemoryError(_memory_report(error, plan, own.batch, topology, engine.device)) from error
@@ -134,7 +134,7 @@ class _Own:
 
 
 def _micro_steps(engine: Any, plan: PlannedStep, batches: Iterable[Batch], topology: Topology, own: _Own) -> None:
-    """Forward and backward of each Batch. Raises DataError, before the others wait, when there are too few of them."""
+    """Forward and backward of each Batch. Raises OutOfStepError, before the others wait, when there are too few."""
     iterator, micro_steps = iter(batches), engine.gradient_accumulation_steps()
     for number in range(1, micro_steps + 1):
         where = f"micro-step {number} of {micro_steps}"
@@ -142,7 +142,7 @@ def _micro_steps(engine: Any, plan: PlannedStep, batches: Iterable[Batch], topol
         heartbeat.enter("data", plan.number, where)
         own.batch = batch = next(iterator, None)
         if batch is None:
-            raise DataError(
+            raise OutOfStepError(
                 f"rank {topology.rank} on {topology.host} has {number - 1} of the {micro_steps} batches of step "
                 f"{plan.number}, and all other ranks wait for it. This is a fault of the loader; started again, the "
                 "run goes on from its last checkpoint"

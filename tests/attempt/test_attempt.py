@@ -94,7 +94,19 @@ def test_an_owner_on_another_machine_is_alive_while_its_counter_moves(tmp_path):
 def test_a_requeued_slurm_job_takes_over_from_itself_without_waiting(tmp_path, monkeypatch):
     leave(tmp_path, machine="another/1", host="node7", job="4711")
     monkeypatch.setenv("SLURM_JOB_ID", "4711")
+    monkeypatch.setenv("SLURM_RESTART_COUNT", "1")
     begin(tmp_path).end()
+
+
+@pytest.mark.fault(19)
+def test_two_programs_of_one_slurm_job_do_not_take_over_from_each_other(tmp_path, monkeypatch):
+    leave(tmp_path, machine="another/1", host="node7", job="4711")
+    ended = threading.Event()
+    owner_module.show_life(tmp_path / "attempts" / "0001", ended)
+    monkeypatch.setenv("SLURM_JOB_ID", "4711")
+    with pytest.raises(LaunchError, match="Slurm job 4711 on node7"):
+        begin(tmp_path)
+    ended.set()
 
 
 @pytest.mark.fault(23)

@@ -9,7 +9,7 @@ import torch
 
 from phi3v_dist.data.batch import Filling, Row, collate
 from phi3v_dist.data.plan import PlannedRow, PlannedStep
-from phi3v_dist.errors import DataError, OutOfMemoryError
+from phi3v_dist.errors import OutOfMemoryError, OutOfStepError
 from phi3v_dist.observe.metrics import step_row
 from phi3v_dist.parallel.topology import Topology
 from phi3v_dist.train.step import train_step
@@ -94,7 +94,7 @@ def test_a_full_accelerator_is_reported_with_the_batch_of_that_moment_and_what_t
 def test_a_step_with_a_batch_too_few_is_no_step(monkeypatch):
     fake_labels(monkeypatch)
     calls: list[str] = []
-    with pytest.raises(DataError, match="rank 0 on here has 2 of the 3 batches of step 7"):
+    with pytest.raises(OutOfStepError, match="rank 0 on here has 2 of the 3 batches of step 7"):
         train_step(Engine(calls), PLAN, islice(batches(calls), 2), {}, Topology(host="here"))
     assert calls.count("step") == 2, "none of them at the boundary"
 
@@ -104,5 +104,5 @@ def test_ranks_that_work_on_different_steps_are_named(monkeypatch):
     fake_labels(monkeypatch)
     monkeypatch.setattr(Topology, "sum", lambda self, values: [*values[:-1], 7.0 + 8.0])
     monkeypatch.setattr(Topology, "gather", lambda self, value: [value, ("node-b", 8)])
-    with pytest.raises(DataError, match="rank 0 on node-a at step 7, rank 1 on node-b at step 8"):
+    with pytest.raises(OutOfStepError, match="rank 0 on node-a at step 7, rank 1 on node-b at step 8"):
         train_step(Engine([]), PLAN, batches([]), {}, Topology(world_size=2, host="node-a"))
