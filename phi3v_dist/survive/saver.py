@@ -35,8 +35,9 @@ class Saver:
     tracker: Tracker
     grace_s: float
     saved_step: int = 0  # of the newest save that was begun
+    shared_step: int = 0  # of the newest one that is in the run folder
     _due: bool = False  # also when the one before was still being written
-    _save_s: float = 0.0  # what the last one took
+    _save_s: float = 0.0  # what the last one into the run folder took
     _warned_slow: bool = False
     _said: bool = False  # what interval follows from the first save's cost
 
@@ -63,10 +64,13 @@ class Saver:
             )
         return replace(asked, save=asked.save and not asked.busy)
 
-    def begin(self, engine: Any, position: Position) -> None:
-        """Copy the state of this step and have it written while training goes on, after the save before."""
+    def begin(self, engine: Any, position: Position, must_last: bool) -> None:
+        """Copy the state of this step and have it written while training goes on, after the save before.
+
+        must_last: in the run folder, also when it would be the turn of the nodes' own disks.
+        """
         self._heard(self.checkpoints.wait())
-        self.checkpoints.begin(engine, position)
+        self.checkpoints.begin(engine, position, must_last)
         self.saved_step = position.step
         self._due = False
         self.interval.began(position.step)
@@ -87,7 +91,8 @@ class Saver:
     def _heard(self, outcome: Saved | CheckpointError | None) -> None:
         """Write down what became of the last save. One that failed is tried again when the next is due."""
         if isinstance(outcome, Saved):
-            self._save_s = outcome.blocked_s + outcome.write_s
+            if outcome.is_shared:
+                self.shared_step, self._save_s = outcome.step, outcome.blocked_s + outcome.write_s
             self.interval.saved(outcome.step, outcome.blocked_s, outcome.write_s)
             if self.topology.is_main and not self._said and self.interval.every_steps is None:
                 self._said = True

@@ -46,7 +46,7 @@ def fit(run: Run) -> dict[str, float] | None:
         last = totals.step == run.num_steps
         asked = run.saver.edge(totals.step)
         if asked.save or last:
-            _save(run, totals, accounts.state(plan))
+            _save(run, totals, accounts.state(plan), must_last=last or asked.stop or asked.by_hand)
         if last:
             break
         if not asked.stop and _evaluation_is_due(run, totals.step):
@@ -104,10 +104,8 @@ class Totals:
 def _start(run: Run) -> tuple[Totals, dict[str, Any] | None, Accounts]:
     """Open the sinks and go back to the newest checkpoint: what was done, where the data goes on, and the books."""
     run.tracker.start(run.resolved)
-    checkpoints = run.saver.checkpoints
-    checkpoints.prepare(run.engine)
-    newest = checkpoints.newest()
-    position = checkpoints.load(run.engine, newest) if newest else None
+    run.saver.checkpoints.prepare(run.engine)
+    newest, position = run.saver.checkpoints.resume(run.engine) or (None, None)
     accounts = run.accounts(position.loader or None if position else None)  # an imported one has no data behind it
     if position is None:
         return Totals(), None, accounts
@@ -116,24 +114,27 @@ def _start(run: Run) -> tuple[Totals, dict[str, Any] | None, Accounts]:
     return Totals(**position.extra), plan_state(position.loader), accounts
 
 
-def _save(run: Run, totals: Totals, data_state: dict[str, Any]) -> None:
+def _save(run: Run, totals: Totals, data_state: dict[str, Any], must_last: bool) -> None:
     position = Position(
         step=totals.step, run_id=run.run_id, loader=data_state, attempt=run.attempt.number, seed=run.settings.run.seed,
         config_digest=run.config_digest, extra=asdict(totals),
     )  # fmt: skip
-    run.saver.begin(run.engine, position)
+    run.saver.begin(run.engine, position, must_last)
 
 
 def _stop(run: Run, totals: Totals, accounts: Accounts, plan: PlannedStep, asked: Asked) -> None:
     """A clean stop: this step saved, if there is time for it, and a marker that says so."""
     heartbeat.enter("finish", totals.step)
     run.saver.wait()
-    if run.saver.saved_step < totals.step:
+    if run.saver.shared_step < totals.step:
         if run.saver.fits(asked):
-            _save(run, totals, accounts.state(plan))
+            _save(run, totals, accounts.state(plan), must_last=True)
             run.saver.wait()
         else:
-            log.warning("no time to save step %d before the kill: step %d is", totals.step, run.saver.saved_step)
+            log.warning(
+                "no time to save step %d in the run folder before the kill; the newest save is of step %d",
+                *(totals.step, run.saver.saved_step),
+            )
     accounts.close()
     _leave(run, totals)
 
@@ -182,4 +183,5 @@ def _finish(run: Run, totals: Totals) -> dict[str, float] | None:
     if run.topology.is_main:
         write_durably(run.folder / SUMMARY_NAME, json.dumps(summary, indent=2) + "\n")
     run.topology.barrier()
+    run.saver.checkpoints.finish()
     return summary
