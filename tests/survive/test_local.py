@@ -58,11 +58,7 @@ def test_a_finished_run_has_its_last_step_in_the_run_folder_and_leaves_nothing_o
 
 
 def test_whole_copies_are_taken_and_nothing_is_said(runs):
-    seen = notes(runs, "whole")
-    assert (
-        seen == {"newest": [["checkpoints", COPY]] * 2, "said": [[], []]}
-        or [name for _, name in seen["newest"]] == [COPY] * 2
-    )
+    assert notes(runs, "whole") == {"newest": [["node-0", COPY], ["node-1", COPY]], "said": [[], []]}
 
 
 @pytest.mark.fault(22)
@@ -89,8 +85,8 @@ def test_a_copy_that_does_not_count_on_any_node_is_named_and_the_run_folder_is_r
 
 @pytest.mark.fault(40)
 def test_copies_that_do_not_count_are_never_a_reason_to_begin_again(runs):
-    [said] = set(notes(runs, "only copies")["newest"])
-    assert "none of the 1 checkpoints" in said and "does not count" in said
+    for said in notes(runs, "only copies")["newest"]:
+        assert "none of the 1 checkpoints" in said and "does not count" in said
 
 
 @pytest.mark.fault(5)
