@@ -231,6 +231,7 @@ class CheckpointSettings(Section):
     local: Path | None = None
     """Folder on each node's own disk for fast copies; only every `shared_every`-th save then goes to the run folder."""
     shared_every: int = Field(4, ge=1)
+    """Without `local` every save goes to the run folder; with it also the first, the last, and any at a stop."""
     grace_s: float = Field(60, gt=0)
     """Time between a notice (SIGTERM, SIGUSR1) and the kill; a save that would take longer is not begun."""
 

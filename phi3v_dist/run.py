@@ -237,12 +237,12 @@ def build(settings: Settings, topology: Topology, attempt: Attempt, requests: Re
             watch = settings.observe
             mirrors.append(WandbTracker(settings.run.folder, watch.wandb, watch.wandb_project, watch.wandb_entity))
         tracker = AllOf(JsonlTracker(settings.run.folder, attempt.number), mirrors)
+    run_id = topology.broadcast(_run_id(settings.run.folder) if topology.is_main else "")
     run = Run(
         settings=settings, topology=topology, attempt=attempt, requests=requests, train=train, planner=planner,
-        num_steps=num_steps, engine=engine, saver=_saver(settings, topology, attempt, requests, tracker),
-        evaluator=evaluator, tracker=tracker,
-        run_id=topology.broadcast(_run_id(settings.run.folder) if topology.is_main else ""), resolved=resolved,
-        reference=_reference(settings.eval.reference),
+        num_steps=num_steps, engine=engine,
+        saver=_saver(settings, topology, attempt, requests, tracker, run_id), evaluator=evaluator, tracker=tracker,
+        run_id=run_id, resolved=resolved, reference=_reference(settings.eval.reference),
     )  # fmt: skip
     if topology.is_main:
         _write_config(run, resolved)
@@ -260,12 +260,13 @@ def build(settings: Settings, topology: Topology, attempt: Attempt, requests: Re
 
 
 def _saver(
-    settings: Settings, topology: Topology, attempt: Attempt, requests: Requests, tracker: Tracker
+    settings: Settings, topology: Topology, attempt: Attempt, requests: Requests, tracker: Tracker, run_id: str
 ) -> Saver:  # fmt: skip
     choice = settings.checkpoint
     checkpoints = Checkpoints(
-        settings.run.folder / "checkpoints", choice.keep, attempt=attempt.number, write_mb_per_s=choice.write_mb_per_s
-    )
+        settings.run.folder / "checkpoints", choice.keep, attempt=attempt.number, write_mb_per_s=choice.write_mb_per_s,
+        local=choice.local and choice.local / run_id / "checkpoints", shared_every=choice.shared_every,
+    )  # fmt: skip
     interval = Interval(choice, num_nodes=-(-topology.world_size // topology.local_world_size))
     return Saver(topology, attempt, requests, checkpoints, interval, tracker, choice.grace_s)
 

@@ -33,13 +33,17 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Asked:
-    """What any rank was asked for. notice_age_s: since the first notice of a kill, 0 if there was none."""
+    """What any rank was asked for.
+
+    notice_age_s: since the first notice of a kill, 0 if there was none. by_hand: whether a person wants the save.
+    """
 
     stop: bool = False
     save: bool = False
     busy: bool = False
     lost: bool = False
     notice_age_s: float = 0.0
+    by_hand: bool = False
 
 
 class Requests:
@@ -88,9 +92,9 @@ class Requests:
         """
         self._look()
         age_s = time.monotonic() - self._noticed_s if self._noticed_s is not None else 0.0
-        mine = [self._stop, self._save or save, busy, lost, age_s]
-        stop, wants_save, is_busy, is_lost, oldest_s = topology.max([float(value) for value in mine])
-        return Asked(stop > 0, wants_save > 0, is_busy > 0, is_lost > 0, oldest_s)
+        mine = [self._stop, self._save or save, busy, lost, age_s, self._save]
+        stop, wants_save, is_busy, is_lost, oldest_s, by_hand = topology.max([float(value) for value in mine])
+        return Asked(stop > 0, wants_save > 0, is_busy > 0, is_lost > 0, oldest_s, by_hand > 0)
 
     def saved(self) -> None:
         """A save has been begun: nobody waits for one any more."""

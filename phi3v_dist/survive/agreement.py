@@ -6,6 +6,7 @@ thread, by all ranks, before the first save.
 """
 
 import platform
+from collections.abc import Callable
 from datetime import timedelta
 from typing import Any, TypeVar
 
@@ -58,6 +59,32 @@ class Ranks:
         try:
             dist.all_gather_object(values, value, group=self._group)
         except RuntimeError as error:
-            what = " ".join(str(error).split()).split(". ")[0]
-            raise LostRankError(f"{self.name} lost another rank while a checkpoint was agreed on: {what}") from error
+            raise self._lost(error) from error
         return values
+
+    def first(self, value: T) -> T:
+        """Rank 0's value, on every rank. Raises LostRankError when a rank is gone."""
+        if self.world_size == 1:
+            return value
+        self.meet()
+        box = [value]
+        try:
+            dist.broadcast_object_list(box, src=0, group=self._group)
+        except RuntimeError as error:
+            raise self._lost(error) from error
+        return box[0]
+
+    def agreed(self, task: Callable[[], None]) -> None:
+        """Do it on every rank; if one cannot, all raise what it says."""
+        error = None
+        try:
+            task()
+        except CheckpointError as found:
+            error = found
+        errors = [found for found in self.everyone(error) if found is not None]
+        if errors:
+            raise errors[0]
+
+    def _lost(self, error: RuntimeError) -> LostRankError:
+        what = " ".join(str(error).split()).split(". ")[0]
+        return LostRankError(f"{self.name} lost another rank while a checkpoint was agreed on: {what}")

@@ -13,15 +13,19 @@ from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import Any
 
+from torch import Tensor
+
 from phi3v_dist.errors import CheckpointError
 from phi3v_dist.parallel.partitions import Partitions
 from phi3v_dist.survive import random_state, snapshot
 from phi3v_dist.survive.agreement import Ranks
-from phi3v_dist.survive.fence import Fence
+from phi3v_dist.survive.fence import Fence, FencedError
 from phi3v_dist.survive.manifest import DamagedError, damage
 from phi3v_dist.survive.rank_files import TensorReader
-from phi3v_dist.survive.retention import committed, step_of
+from phi3v_dist.survive.retention import committed, newest_first, step_of
 from phi3v_dist.survive.snapshot import HostMemory, Position
+from phi3v_dist.survive.started import Started, read_started, write_started
+from phi3v_dist.survive.store import NodeStore, Store
 from phi3v_dist.survive.writer import Saved, Writer
 from phi3v_dist.watch import heartbeat
 
@@ -35,7 +39,8 @@ class Checkpoints:
 
     A save costs training only the copy made by `begin`:
 
-        checkpoints.prepare(engine)                 # before newest() and the first step
+        checkpoints.prepare(engine)                 # before resume() and the first step
+        found = checkpoints.resume(engine)          # once, also when there is nothing to resume from
         if due and agreed that no rank is busy:
             checkpoints.begin(engine, position)
         outcome = checkpoints.poll()                # Saved, the CheckpointError of a save that failed, or None
@@ -48,18 +53,26 @@ class Checkpoints:
         attempt: int = 1,
         write_mb_per_s: float | None = None,
         keep_also: Callable[[], Collection[Path]] = tuple,
+        local: Path | None = None,
+        shared_every: int = 1,
     ):
         """
         keep: how many checkpoints remain, the newest; at least 1.
         attempt: number of this start of the run; older attempts can no longer write once `prepare` was called.
         write_mb_per_s: most that one rank writes while nobody waits; None: no limit.
         keep_also: names checkpoints that are never removed.
+        local: folder on this node's own disk, for fast copies; of saves, the first and then each `shared_every`-th go
+            to `folder`, and the next one after a save that failed.
         """
         assert keep >= 1, keep
         self.folder = folder
         self._ranks = Ranks()
-        self._fence = Fence(folder, attempt)
-        self.writer = Writer(self._fence, self._ranks, keep, write_mb_per_s, keep_also)
+        self._attempt = attempt
+        self._shared = Store(Fence(folder, attempt), self._ranks, keep, keep_also)
+        self._local = NodeStore(local, attempt, self._ranks) if local else None
+        self._shared_every = shared_every
+        self._num_local = shared_every - 1  # saves to the nodes since the last one to the run folder
+        self.writer = Writer(self._shared, self._ranks, write_mb_per_s)
         self._memory = HostMemory()
         self._partitions: Partitions | None = None
         self._claimed = False
@@ -81,9 +94,21 @@ class Checkpoints:
         if self._claimed:
             return
         self._ranks.meet()
-        self._agreed(self._fence.claim if self._ranks.is_main else lambda: None)
-        self._agreed(lambda: self._fence.try_writing(self._ranks.rank))
+        self._shared.claim()
+        if self._local:
+            self._claim_local(self._local)
         self._claimed = True
+
+    def _claim_local(self, store: NodeStore) -> None:
+        """Copies on the nodes only make saves faster: without them a run goes on."""
+        try:
+            store.claim()
+        except FencedError:
+            raise
+        except CheckpointError as error:
+            self._local = None
+            if self._ranks.is_main:
+                log.warning("every save goes to %s, since `checkpoint.local` cannot be used: %s", self.folder, error)
 
     @property
     def busy(self) -> bool:
@@ -94,10 +119,11 @@ class Checkpoints:
     def failures_in_a_row(self) -> int:
         return self.writer.failures_in_a_row
 
-    def begin(self, engine: Any, position: Position) -> None:
+    def begin(self, engine: Any, position: Position, must_last: bool = False) -> None:
         """Copy this rank's share right after an optimizer step, and write it while training goes on.
 
         All ranks must have agreed on it, none may be busy, and the outcome of the save before was asked for.
+        must_last: into the run folder, whatever place is next.
 
         Raises:
             CheckpointError: gradients of the next step are already there, or the position is not JSON.
@@ -108,7 +134,15 @@ class Checkpoints:
         assert self._partitions is not None
         self._partitions.require_between_steps()
         share = snapshot.take(self._partitions, position, self._memory, self._ranks.rank, self._ranks.world_size)
-        self.writer.begin(share, blocked_s=time.perf_counter() - began)
+        self.writer.begin(share, time.perf_counter() - began, self._next_store(must_last))
+
+    def _next_store(self, must_last: bool) -> Store:
+        due = self._num_local + 1 >= self._shared_every
+        if self._local is None or must_last or due or self.failures_in_a_row:
+            self._num_local = 0
+            return self._shared
+        self._num_local += 1
+        return self._local
 
     def poll(self) -> Saved | CheckpointError | None:
         """What became of the last save, told once; None while it goes on, or when nothing is new.
@@ -134,29 +168,48 @@ class Checkpoints:
         return outcome.path
 
     def newest(self) -> Path | None:
-        """The newest checkpoint whose every byte is as it was written; None if none was ever committed. Damaged ones
-        are named and passed over.
+        """The newest checkpoint whose every byte is as it was written; None if none was ever committed. Others are
+        named and passed over. One on the nodes' own disks counts if every rank finds its own file where it runs.
 
         Raises:
-            CheckpointError: there are some, and all are damaged.
+            CheckpointError: there are some, and none can be used.
         """
-        found = self._ranks.everyone(committed(self.folder) if self._ranks.is_main else [])[0]
-        damaged = []
-        for path in found:
-            heartbeat.enter("load", step_of(path), path.name)
-            problems = self._damage(path)
+        started = self._started()
+        found = [(store, name) for store in self._stores for name in store.found()]
+        passed_over = []
+        for store, name in sorted(found, key=lambda each: newest_first(each[1])):
+            path = store.folder / name
+            heartbeat.enter("load", step_of(path), name)
+            problems = store.problems(path, started)
             if not problems:
                 return path
-            damaged.append(f"{path} is damaged: {'; '.join(problems)}")
+            passed_over.append(f"{path} {store.unusable}: {'; '.join(problems)}")
             if self._ranks.is_main:
-                log.warning("passed over: checkpoint %s", damaged[-1])
-        if damaged:
+                log.warning("passed over: checkpoint %s", passed_over[-1])
+        if passed_over:
             head = (
                 f"none of the {len(found)} checkpoints in {self.folder} can be used, and a run that has some does not "
                 "begin again by itself. Bring one back, or move the folder away to start at step 0"
             )
-            raise CheckpointError([head, *damaged])
+            raise CheckpointError([head, *passed_over])
         return None
+
+    def resume(self, engine: Any) -> tuple[Path, Position] | None:
+        """Begin an attempt: load `newest`, if there is one, and from here on count no copies on nodes but that one and
+        those still to come. Raises CheckpointError, as `newest` and `load` do."""
+        self.claim()
+        path = self.newest()
+        position = self.load(engine, path) if path else None
+        started = Started(self._attempt, position.step if position else 0, position.attempt if position else 0)
+        self._ranks.agreed(lambda: write_started(self._shared.fence, started) if self._ranks.is_main else None)
+        if self._local:
+            self._local.remove(but=path)
+        return (path, position) if path and position else None
+
+    def finish(self) -> None:
+        """The run is complete, so its copies on the nodes are not needed any more."""
+        if self._local and self._claimed:
+            self._local.clear()
 
     def load(self, engine: Any, path: Path) -> Position:
         """Make the engine continue where `path` was saved, at any world size.
@@ -166,17 +219,18 @@ class Checkpoints:
         """
         assert not self.busy, "the save in flight must end before a checkpoint is loaded"
         heartbeat.enter("load", step_of(path), path.name)
-        problems = [] if self.writer.sound.get(path) else self._damage(path)
+        store = self._local if self._local and path.parent == self._local.folder else self._shared
+        problems = [] if store.sound.get(path) else store.problems(path, self._started())
         if problems:
             raise DamagedError([f"cannot load {path}: {problem}" for problem in problems])
-        reader = TensorReader(path)
+        reader = TensorReader(path, store.required())
         partitions = Partitions(engine)
         settings = reader.manifest["engine"]
         differences = partitions.differences(reader.specs, settings)
         if differences:
             head = f"cannot load {path}: it is of another model. Start from its export instead, or restore the settings"
             raise CheckpointError([head, *differences])
-        partitions.restore(reader.specs, settings, reader.read)
+        partitions.restore(reader.specs, settings, self._with_buffers(reader))
         position = Position(**reader.manifest["position"])
         saved_world_size = reader.manifest["world_size"]
         if saved_world_size == self._ranks.world_size:
@@ -190,23 +244,26 @@ class Checkpoints:
                 )  # fmt: skip
         return position
 
-    def _damage(self, path: Path) -> list[str]:
-        """Every rank hashes its share of the files; all get the same answer."""
-        shares = self._ranks.everyone(damage(path, self._ranks.rank, self._ranks.world_size))
-        problems = list(dict.fromkeys(problem for share in shares for problem in share))
-        self.writer.sound[path] = not problems
-        return problems
+    @property
+    def _stores(self) -> list[Store]:
+        return [self._shared, *filter(None, [self._local])]
 
-    def _agreed(self, task: Callable[[], None]) -> None:
-        """Do it on every rank; if one cannot, all raise what it says."""
-        error = None
-        try:
-            task()
-        except CheckpointError as found:
-            error = found
-        errors = [found for found in self._ranks.everyone(error) if found is not None]
-        if errors:
-            raise errors[0]
+    def _started(self) -> Started | None:
+        return self._ranks.first(read_started(self.folder) if self._ranks.is_main else None)
+
+    def _with_buffers(self, reader: TensorReader) -> Callable[[str, str, int, int], Tensor]:
+        """As `reader.read`, but buffers are read by rank 0 for all: only its file has them, and may be elsewhere."""
+        names = [name for name, spec in reader.specs.items() if spec.role == "buffer"]
+        buffers: dict[str, Tensor] = {}
+
+        def read_buffers() -> None:
+            buffers.update({name: reader.stored(name).flatten() for name in names})
+
+        self._ranks.agreed(read_buffers if self._ranks.is_main else lambda: None)
+        everyones = self._ranks.first(buffers)
+        return lambda name, state, start, length: (
+            everyones[name][start : start + length] if name in everyones else reader.read(name, state, start, length)
+        )
 
 
 def read_tensors(path: Path) -> TensorReader:

@@ -33,8 +33,10 @@ class FencedError(CheckpointError):
 class Fence:
     """The checkpoint folder as one attempt sees it."""
 
-    def __init__(self, checkpoints: Path, attempt: int):
+    def __init__(self, checkpoints: Path, attempt: int, setting: str = "run.root"):
+        """setting: where a person says which folder it is."""
         self.checkpoints = checkpoints
+        self.setting = setting
         self.attempt = attempt
         self.folder = checkpoints / f".attempt-{attempt:04d}"
 
@@ -75,6 +77,14 @@ class Fence:
         except OSError as error:
             raise CheckpointError(self._cannot_write(error)) from error
 
+    def leave(self, mark: Path) -> None:
+        """An empty folder beside the checkpoints, for other ranks to see; `claim` sweeps it. Raises CheckpointError."""
+        try:
+            self.checkpoints.mkdir(parents=True, exist_ok=True)
+            mark.mkdir()
+        except OSError as error:
+            raise CheckpointError(self._cannot_write(error)) from error
+
     def newer(self) -> int | None:
         """The newest attempt, if that is not this one."""
         found = self.checkpoints.glob(".attempt-*")
@@ -106,4 +116,5 @@ class Fence:
 
     def _cannot_write(self, error: OSError) -> str:
         user = getpass.getuser() if os.geteuid() else "root"
-        return f"user {user} cannot write to {self.checkpoints}: {error}. Mend that, or set `run.root` to another place"
+        where = f"user {user} cannot write to {self.checkpoints}"
+        return f"{where}: {error}. Mend that, or set `{self.setting}` to another place"

@@ -9,7 +9,7 @@ accidents, it is no defence against a forger.
 
 import json
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import Any
 
@@ -54,7 +54,7 @@ def commit(fence: Fence, temporary: Path, final: Path, manifest: dict[str, Any])
 
 def write_manifest(folder: Path, manifest: dict[str, Any]) -> None:
     """Appears whole or not at all, also after a power cut."""
-    write_durably(folder / MANIFEST, json.dumps(manifest | {"checksum": _checksum(manifest)}, indent=1))
+    write_durably(folder / MANIFEST, json.dumps(manifest | {"checksum": checksum(manifest)}, indent=1))
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:
@@ -66,7 +66,7 @@ def read_manifest(folder: Path) -> dict[str, Any]:
         raise DamagedError(f"{path} is missing: the checkpoint was never committed, or files were deleted") from error
     except (OSError, ValueError) as error:
         raise DamagedError(f"{path} cannot be read: {error}") from error
-    if not isinstance(manifest, dict) or manifest.pop("checksum", None) != _checksum(manifest):
+    if not isinstance(manifest, dict) or manifest.pop("checksum", None) != checksum(manifest):
         raise DamagedError(f"{path} was changed after it was written, or is no manifest: its checksum does not fit")
     if manifest["version"] != FORMAT_VERSION:
         raise CheckpointError(
@@ -79,10 +79,13 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     return manifest
 
 
-def damage(folder: Path, share: int = 0, num_shares: int = 1) -> list[str]:
-    """What is wrong with a checkpoint, empty if nothing; hashes every `num_shares`-th file, beginning at `share`."""
+def damage(folder: Path, share: int = 0, num_shares: int = 1, names: Collection[str] | None = None) -> list[str]:
+    """What is wrong with a checkpoint, empty if nothing; hashes every `num_shares`-th file, beginning at `share`.
+
+    names: the files that matter; None: all that the manifest names.
+    """
     try:
-        files = read_manifest(folder)["files"]
+        files = files_that_matter(read_manifest(folder), names)
         sizes = wrong_sizes(folder, files)
         if sizes:
             return sizes
@@ -99,6 +102,11 @@ def damage(folder: Path, share: int = 0, num_shares: int = 1) -> list[str]:
         return [str(error)]
 
 
+def files_that_matter(manifest: dict[str, Any], names: Collection[str] | None) -> dict[str, Any]:
+    """Entries of the manifest: of these files, or of all."""
+    return {name: entry for name, entry in manifest["files"].items() if names is None or name in names}
+
+
 def wrong_sizes(folder: Path, files: dict[str, Any]) -> list[str]:
     if folder.is_symlink():
         return [f"{folder.name} is a link, not a folder"]
@@ -112,7 +120,7 @@ def wrong_sizes(folder: Path, files: dict[str, Any]) -> list[str]:
     return problems
 
 
-def _checksum(manifest: dict[str, Any]) -> str:
+def checksum(manifest: dict[str, Any]) -> str:
     """Of the content, not of the bytes: the manifest may be indented anew, and holds its own checksum."""
     return xxhash.xxh3_128_hexdigest(json.dumps(manifest, sort_keys=True).encode())
 

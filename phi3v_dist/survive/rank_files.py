@@ -11,7 +11,7 @@ import errno
 import json
 import math
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -26,6 +26,7 @@ from phi3v_dist.parallel.partitions import TensorSpec
 from phi3v_dist.survive.durable import fsync_folder, no_links
 from phi3v_dist.survive.manifest import (
     DamagedError,
+    files_that_matter,
     hash_file,
     rank_file_name,
     read_manifest,
@@ -90,12 +91,16 @@ def _specs(tensors: Mapping[str, Tensor]) -> Specs:
 
 
 class TensorReader:
-    """The tensors of a committed checkpoint, read when asked for: of every rank, in any process, without an engine."""
+    """The tensors of a committed checkpoint, read when asked for: of every rank, in any process, without an engine.
 
-    def __init__(self, path: Path):
+    names: files to read, where others are not here; None: all.
+    """
+
+    def __init__(self, path: Path, names: Collection[str] | None = None):
         self.path = path
         self.manifest = read_manifest(path)
-        sizes = wrong_sizes(path, self.manifest["files"])
+        self._names = files_that_matter(self.manifest, names)
+        sizes = wrong_sizes(path, self._names)
         if sizes:
             raise DamagedError([f"{path / problem}" for problem in sizes])
         self.specs = {
@@ -155,7 +160,7 @@ class TensorReader:
     def _pieces(self) -> dict[str, list[tuple[str, int, int]]]:
         """Tensor name → (file, start, length) of every piece that is not empty."""
         pieces: dict[str, list[tuple[str, int, int]]] = {name: [] for name in self.specs}
-        for file in self.manifest["files"]:
+        for file in self._names:
             for name, (start, length) in json.loads(self._open(file).metadata()["pieces"]).items():
                 if length:
                     pieces[name].append((file, start, length))

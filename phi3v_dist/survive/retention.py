@@ -17,8 +17,16 @@ STEP_FOLDER = re.compile(r"step-(\d{8,})(\.replaced)?")
 def committed(folder: Path) -> list[Path]:
     """Checkpoints in a folder, newest first; one that was being replaced comes after the one that replaces it."""
     folders = folder.iterdir() if folder.is_dir() else []
-    found = [(match, path) for path in folders if (match := STEP_FOLDER.fullmatch(path.name))]
-    return [path for _, path in sorted(found, key=lambda item: (-int(item[0][1]), bool(item[0][2])))]
+    return sorted(
+        (path for path in folders if STEP_FOLDER.fullmatch(path.name)), key=lambda path: newest_first(path.name)
+    )
+
+
+def newest_first(name: str) -> tuple[int, bool]:
+    """What to sort names of checkpoints by."""
+    match = STEP_FOLDER.fullmatch(name)
+    assert match, name
+    return -int(match[1]), bool(match[2])
 
 
 def step_of(path: Path) -> int | None:

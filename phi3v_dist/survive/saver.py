@@ -35,10 +35,10 @@ class Saver:
     interval: Interval
     tracker: Tracker
     grace_s: float
-    committed_step: int = 0  # the newest that is on the disk
+    committed_step: int = 0  # the newest that is in the run folder
     _begun_step: int = 0
     _due: bool = False  # also when the one before was still being written
-    _save_s: float = 0.0  # what the last one took
+    _save_s: float = 0.0  # what the last one into the run folder took
     _warned_slow: bool = False
     _said: bool = False  # what interval follows from the first save's cost
 
@@ -65,23 +65,26 @@ class Saver:
             )
         return replace(asked, save=asked.save and not asked.busy)
 
-    def begin(self, engine: Any, position: Position) -> None:
-        """Copy the state of this step and have it written while training goes on, after the save before."""
+    def begin(self, engine: Any, position: Position, must_last: bool = False) -> None:
+        """Copy the state of this step and have it written while training goes on, after the save before.
+
+        must_last: in the run folder, also when it would be the turn of the nodes' own disks.
+        """
         heartbeat.enter("snapshot", position.step)
         self.settle()
-        self.checkpoints.begin(engine, position)
+        self.checkpoints.begin(engine, position, must_last)
         self._begun_step, self._due = position.step, False
         self.interval.began(position.step)
         self.requests.saved()
 
     def save(self, engine: Any, position: Position) -> None:
-        """As `begin`, until it is on the disk, as fast as the disk takes it; tried again when it fails.
+        """As `begin`, until it is in the run folder, as fast as the disk takes it; tried again when it fails.
 
         Raises:
             CheckpointError: the third save in a row failed.
         """
         while self.committed_step < position.step:
-            self.begin(engine, position)
+            self.begin(engine, position, must_last=True)
             self.settle()
 
     def settle(self) -> None:
@@ -96,15 +99,16 @@ class Saver:
     def _heard(self, outcome: Saved | CheckpointError | None) -> None:
         """Write down what became of the last save. One that failed is tried again when the next is due."""
         if isinstance(outcome, Saved):
-            self.committed_step = outcome.step
-            self._save_s = outcome.blocked_s + outcome.write_s
+            save_s = outcome.blocked_s + outcome.write_s
+            if outcome.is_shared:
+                self.committed_step, self._save_s = outcome.step, save_s
             self.interval.saved(outcome.step, outcome.blocked_s, outcome.write_s)
             if self.topology.is_main and not self._said and self.interval.every_steps is None:
                 self._said = True
                 log.info("from here on %s", self.interval)
             self.tracker.log(
                 {
-                    "train/step": outcome.step, "ckpt/save_s": self._save_s, "time/ckpt_s": outcome.blocked_s,
+                    "train/step": outcome.step, "ckpt/save_s": save_s, "time/ckpt_s": outcome.blocked_s,
                     "ckpt/size_gib": outcome.size_bytes / 2**30,
                 }
             )  # fmt: skip

@@ -15,9 +15,10 @@ FEW = 2  # further checkpoints for which there should be room
 
 @dataclass(frozen=True)
 class Room:
-    """What one rank needs, and what it is told is free; bytes. rank: its name and host."""
+    """What one rank needs in a folder, and what it is told is free; bytes. rank: its name and host."""
 
     rank: str
+    folder: Path
     needed_bytes: int
     free_bytes: int
 
@@ -27,13 +28,13 @@ def free_bytes(folder: Path) -> int:
     return status.f_bavail * status.f_frsize
 
 
-def shortage(folder: Path, rooms: list[Room]) -> str | None:
-    """Why a checkpoint of all these ranks does not fit, if it does not. The rank with least space speaks for all."""
+def shortage(rooms: list[Room]) -> str | None:
+    """Why the files of these ranks do not fit into their folder, if so. The rank with least space speaks for all."""
     needed = sum(room.needed_bytes for room in rooms)
     least = min(rooms, key=lambda room: room.free_bytes)
     if needed <= least.free_bytes:
         return None
-    return f"{no_space(folder, needed, least.free_bytes)} ({least.rank}). Free some, or lower `checkpoint.keep`"
+    return f"{no_space(least.folder, needed, least.free_bytes)} ({least.rank})"
 
 
 def no_space(folder: Path, needed: int, free: int) -> str:

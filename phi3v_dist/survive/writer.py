@@ -2,7 +2,8 @@
 
 In: this rank's `Snapshot`, at a step that all ranks agreed on. Out: `Saved`, or the CheckpointError that every rank
 gets alike. A save has four phases, and all ranks learn how each of the first three went before the next begins: room
-(is there space?), write (all files, flushed and read back), commit (rank 0: manifest and name), prune (rank 0).
+(is there space?), write (all files, flushed and read back), commit (manifest and name), prune. The last two are done by
+rank 0, or, on the nodes' own disks, by the first rank of each node.
 
 Surprise: a failed save does not stop the run, since the one before it is still good; the third in a row does.
 """
@@ -10,7 +11,7 @@ Surprise: a failed save does not stop the run, since the one before it is still 
 import logging
 import threading
 import time
-from collections.abc import Callable, Collection
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Generic, TypeVar
@@ -18,11 +19,12 @@ from typing import Any, Generic, TypeVar
 from phi3v_dist.errors import CheckpointError
 from phi3v_dist.survive import retention, space
 from phi3v_dist.survive.agreement import LostRankError, Ranks
-from phi3v_dist.survive.fence import Fence, FencedError
+from phi3v_dist.survive.fence import FencedError
 from phi3v_dist.survive.manifest import commit, rank_file_name
 from phi3v_dist.survive.pace import Pace
 from phi3v_dist.survive.rank_files import rank_file_bytes, require_finite, write_rank_file
 from phi3v_dist.survive.snapshot import Snapshot
+from phi3v_dist.survive.store import Store
 from phi3v_dist.watch import heartbeat
 
 log = logging.getLogger(__name__)
@@ -36,6 +38,7 @@ class Saved:
     """A checkpoint that was committed.
 
     blocked_s: what training waited for it. write_s: from then to the commit. size_bytes: the files of all ranks.
+    is_shared: whether it is in the run folder, not on the nodes' own disks; there, `path` is this rank's.
     """
 
     path: Path
@@ -43,6 +46,7 @@ class Saved:
     blocked_s: float
     write_s: float
     size_bytes: int
+    is_shared: bool
 
 
 @dataclass(frozen=True)
@@ -56,22 +60,16 @@ class Report(Generic[T]):
 
 
 class Writer:
-    """Writes one snapshot at a time in a thread of its own. Ranks must begin the same saves in the same order."""
+    """Writes one snapshot at a time in a thread of its own. Ranks must begin the same saves in the same order.
 
-    def __init__(
-        self,
-        fence: Fence,
-        ranks: Ranks,
-        keep: int,
-        write_mb_per_s: float | None,
-        keep_also: Callable[[], Collection[Path]],
-    ):
-        self.sound: dict[Path, bool] = {}  # what the last look at every byte found
+    store: where a save goes that names no other one.
+    """
+
+    def __init__(self, store: Store, ranks: Ranks, write_mb_per_s: float | None):
         self.failures_in_a_row = 0
-        self._fence = fence
+        self._usual = store
+        self._store = store  # of the save in hand
         self._ranks = ranks
-        self._keep = keep
-        self._keep_also = keep_also
         self._pace = Pace(write_mb_per_s and write_mb_per_s * 1e6)
         self._thread: threading.Thread | None = None
         self._outcome: Saved | Exception | None = None
@@ -81,9 +79,10 @@ class Writer:
         """Whether this rank still works on a save."""
         return self._thread is not None and self._thread.is_alive()
 
-    def begin(self, snapshot: Snapshot, blocked_s: float) -> None:
+    def begin(self, snapshot: Snapshot, blocked_s: float, store: Store | None = None) -> None:
         """Start writing. The outcome of the save before must have been asked for."""
         assert not self.busy and self._outcome is None, "one save at a time, and each must be polled"
+        self._store = store or self._usual
         self._pace.hurry(False)
         self._thread = threading.Thread(target=self._run, args=(snapshot, blocked_s), name="checkpoint", daemon=True)
         self._thread.start()
@@ -122,8 +121,9 @@ class Writer:
         began = time.monotonic()
         try:
             path, size_bytes = self._save(snapshot)
-            self._outcome = Saved(path, snapshot.step, blocked_s, time.monotonic() - began, size_bytes)
-            if self._ranks.is_main:
+            write_s = time.monotonic() - began
+            self._outcome = Saved(path, snapshot.step, blocked_s, write_s, size_bytes, self._store.is_shared)
+            if self._store.is_main:
                 self._prune(path, snapshot.step)
         except Exception as error:  # whatever it is belongs to the thread that asked for the save
             self._outcome = error
@@ -131,38 +131,41 @@ class Writer:
             heartbeat.enter("idle", snapshot.step, lane=heartbeat.SAVE)
 
     def _save(self, snapshot: Snapshot) -> tuple[Path, int]:
-        final = self._fence.checkpoints / f"step-{snapshot.step:08d}"
-        temporary = self._fence.folder / final.name
-        manifest = snapshot.manifest() if self._ranks.is_main else {}
+        final = self._store.folder / f"step-{snapshot.step:08d}"
+        temporary = self._store.fence.folder / final.name
+        manifest = self._ranks.first(snapshot.manifest() if self._ranks.is_main else {})
         rooms = self._together(snapshot, temporary, lambda: self._room(snapshot, temporary))
         self._require_room(rooms, final, temporary)
         entries = self._together(snapshot, temporary, lambda: self._write(snapshot, temporary))
         manifest["files"] = {rank_file_name(rank): entry for rank, entry in enumerate(entries)}
         self._together(snapshot, temporary, lambda: self._commit(snapshot, temporary, final, manifest))
-        self.sound[final] = True
+        self._store.sound[final] = True
         return final, sum(entry["size_bytes"] for entry in entries)
 
     def _room(self, snapshot: Snapshot, temporary: Path) -> space.Room:
-        """Rank 0 makes the folder, and no parents: without ours we are fenced."""
-        if self._ranks.is_main:
-            self._fence.remove(temporary)
+        """The first rank of each folder makes ours, and no parents: without ours we are fenced."""
+        if self._store.is_main:
+            self._store.fence.remove(temporary)
             temporary.mkdir()
         needed = rank_file_bytes(snapshot.tensors, snapshot.metadata)
-        return space.Room(self._ranks.name, needed, space.free_bytes(self._fence.folder))
+        free = space.free_bytes(self._store.fence.folder)
+        return space.Room(self._ranks.name, self._store.folder, needed, free)
 
     def _require_room(self, rooms: list[space.Room], final: Path, temporary: Path) -> None:
-        shortage = space.shortage(self._fence.checkpoints, rooms)
+        shortages = (space.shortage([rooms[rank] for rank in group]) for group in self._store.groups)
+        shortage = next(filter(None, shortages), None)
         if shortage:
             self._discard(temporary)
-            raise CheckpointError(f"step {final.name.removeprefix('step-')} is not saved: {shortage}")
-        if not self._ranks.is_main:
+            step = final.name.removeprefix("step-")
+            raise CheckpointError(f"step {step} is not saved: {shortage}. {self._store.advice}")
+        if not (self._ranks.is_main and self._store.is_shared):
             return
         freed = sum(map(retention.size_bytes, self._superfluous(final)))
         further = space.num_further(rooms, freed)
         if further < space.FEW:
             log.warning(
                 "%s has room for %d more checkpoint%s of %s after this one",
-                self._fence.checkpoints, further, "" if further == 1 else "s",
+                self._store.folder, further, "" if further == 1 else "s",
                 space.size(sum(room.needed_bytes for room in rooms)),
             )  # fmt: skip
 
@@ -180,26 +183,26 @@ class Writer:
             what = f"writing {path}: {error.strerror}"
             if error.errno in space.FULL:
                 needed = rank_file_bytes(snapshot.tensors, snapshot.metadata)
-                what += f"; {space.no_space(temporary, needed, space.free_bytes(self._fence.folder))}"
+                what += f"; {space.no_space(temporary, needed, space.free_bytes(self._store.fence.folder))}"
             raise OSError(error.errno, what) from error
 
     def _commit(self, snapshot: Snapshot, temporary: Path, final: Path, manifest: dict[str, Any]) -> None:
         heartbeat.enter("commit", snapshot.step, final.name, heartbeat.SAVE)
-        if self._ranks.is_main:
-            commit(self._fence, temporary, final, manifest)
+        if self._store.is_main:
+            commit(self._store.fence, temporary, final, manifest)
 
     def _prune(self, saved: Path, step: int) -> None:
         """What cannot be removed costs only space."""
         try:
             heartbeat.enter("prune", step, saved.name, heartbeat.SAVE)
             for path in self._superfluous(saved):
-                self._fence.remove(path)
+                self._store.fence.remove(path)
                 heartbeat.beat(path.name, heartbeat.SAVE)
         except OSError as error:
             log.warning("older checkpoints than %s are not removed: %s", saved, error)
 
     def _superfluous(self, saved: Path) -> list[Path]:
-        return retention.superfluous(saved, self._keep, self._keep_also(), self.sound)
+        return retention.superfluous(saved, self._store.keep, self._store.keep_also(), self._store.sound)
 
     def _together(self, snapshot: Snapshot, temporary: Path, task: Callable[[], T]) -> list[T]:
         """Do a phase's task, hear how it went elsewhere; all get all results, or raise the same error."""
@@ -207,20 +210,20 @@ class Writer:
         try:
             report = Report(snapshot.step, task())
         except (OSError, CheckpointError) as error:
-            report = Report(snapshot.step, None, f"{self._ranks.name}: {error}", self._fence.newer())
+            report = Report(snapshot.step, None, f"{self._ranks.name}: {error}", self._store.fence.newer())
         reports = self._ranks.everyone(report)
         steps = {found.step for found in reports}
         assert len(steps) == 1, f"ranks save different steps: {steps}"
         newer = max(found.newer or 0 for found in reports)
         if newer:
-            raise FencedError(f"step {snapshot.step} is not saved: {self._fence.stopped_by(newer)}")
+            raise FencedError(f"step {snapshot.step} is not saved: {self._store.fence.stopped_by(newer)}")
         problems = [found.problem for found in reports if found.problem]
         if problems:
             self._discard(temporary)
-            head = f"cannot save step {snapshot.step} to {self._fence.checkpoints}; older checkpoints are untouched"
+            head = f"cannot save step {snapshot.step} to {self._store.folder}; older checkpoints are untouched"
             raise CheckpointError([head, *problems])
         return [found.value for found in reports]  # type: ignore[misc]
 
     def _discard(self, temporary: Path) -> None:
-        if self._ranks.is_main:
-            self._fence.remove(temporary)
+        if self._store.is_main:
+            self._store.fence.remove(temporary)

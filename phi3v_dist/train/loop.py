@@ -53,7 +53,8 @@ def fit(run: Run) -> dict[str, float] | None:
             run.saver.save(run.engine, _position(run, totals, accounts.state(plan)))
             break
         if asked.save:
-            run.saver.begin(run.engine, _position(run, totals, accounts.state(plan)))
+            position = _position(run, totals, accounts.state(plan))
+            run.saver.begin(run.engine, position, must_last=asked.stop or asked.by_hand)
         if not asked.stop and _evaluation_is_due(run, totals.step):
             _evaluate(run, totals.step, run.settings.eval.samples)
             asked = run.saver.edge(totals.step)
@@ -109,14 +110,13 @@ class Totals:
 def _start(run: Run) -> tuple[Totals, dict[str, Any] | None, Accounts]:
     """Open the sinks and go back to the newest checkpoint: what was done, where the data goes on, and the books."""
     run.tracker.start(run.resolved)
-    checkpoints = run.saver.checkpoints
-    checkpoints.prepare(run.engine)
-    newest = checkpoints.newest()
-    position = checkpoints.load(run.engine, newest) if newest else None
+    run.saver.checkpoints.prepare(run.engine)
+    newest, position = run.saver.checkpoints.resume(run.engine) or (None, None)
     accounts = run.accounts(position.loader or None if position else None)  # an imported one has no data behind it
     if position is None:
         return Totals(), None, accounts
-    run.saver.committed_step = position.step
+    if newest.is_relative_to(run.folder):
+        run.saver.committed_step = position.step
     log.info("continuing from %s, step %d of %d", newest, position.step, run.num_steps)
     return Totals(**position.extra), plan_state(position.loader), accounts
 
@@ -196,4 +196,5 @@ def _finish(run: Run, totals: Totals) -> dict[str, float] | None:
         run.requests.forget()
     run.tracker.finish(summary)
     run.topology.barrier()
+    run.saver.checkpoints.finish()
     return summary

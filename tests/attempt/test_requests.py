@@ -101,7 +101,7 @@ def test_files_ask_for_a_stop_and_a_save_and_are_removed_when_it_is_done(request
     assert requests.agreed(Topology()) == Asked()
     (tmp_path / "SAVE").touch()
     requests._looked_s = -10.0
-    assert requests.agreed(Topology()) == Asked(save=True)
+    assert requests.agreed(Topology()) == Asked(save=True, by_hand=True)
     requests.saved()
     assert not (tmp_path / "SAVE").exists() and requests.agreed(Topology()) == Asked()
     (tmp_path / "STOP").touch()
@@ -115,7 +115,7 @@ def test_files_ask_for_a_stop_and_a_save_and_are_removed_when_it_is_done(request
 def test_a_wish_of_any_rank_is_everyones(requests):
     class OtherRankStops(Topology):
         def max(self, values: list[float]) -> list[float]:
-            return [max(pair) for pair in zip(values, [1.0, 0.0, 1.0, 0.0, 5.0], strict=True)]
+            return [max(pair) for pair in zip(values, [1.0, 0.0, 1.0, 0.0, 5.0, 0.0], strict=True)]
 
     assert requests.agreed(OtherRankStops(), save=True) == Asked(stop=True, save=True, busy=True, notice_age_s=5.0)
 

@@ -280,7 +280,7 @@ def test_a_disk_that_fills_up_during_a_save_is_named_with_what_is_needed_and_the
     checkpoints = Checkpoints(small_disk, keep=5)
     for step in (1, 2, 3):
         save(checkpoints, step, LARGE_BYTES // 4)
-    monkeypatch.setattr(space, "shortage", lambda folder, rooms: None)  # others take the space after it was asked for
+    monkeypatch.setattr(space, "shortage", lambda rooms: None)  # others take the space after it was asked for
     outcome = save(checkpoints, 4, LARGE_BYTES // 4)
     assert isinstance(outcome, CheckpointError) and "No space left on device" in str(outcome)
     assert "need 21 MB, have " in str(outcome) and "rank-00000.safetensors" in str(outcome)

@@ -51,7 +51,7 @@ def made_up(step: int, rank: int = 0, world_size: int = 1, num_elements: int = N
     piece = content(step, num_elements)[rank * share : (rank + 1) * share].clone()
     spec = TensorSpec((num_elements,), "trained", 0, {"weight": "float32"})
     manifest = {
-        "format": FORMAT, "version": FORMAT_VERSION, "upgrade": UPGRADE, "step": step, "aliases": {},
+        "format": FORMAT, "version": FORMAT_VERSION, "upgrade": UPGRADE, "step": step, "attempt": 1, "aliases": {},
         "world_size": world_size, "tensors": {"w": asdict(spec)},
     }  # fmt: skip
     pieces = json.dumps({"w": [rank * share, len(piece)]})

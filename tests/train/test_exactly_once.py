@@ -24,6 +24,7 @@ from phi3v_dist.data.ledger import Head, LedgerReader
 from phi3v_dist.errors import DataError
 from phi3v_dist.run import Data, count_steps, plan
 from phi3v_dist.survive.manifest import read_manifest
+from phi3v_dist.survive.retention import committed
 
 WEIGHTS = (3.0, 1.0, 2.0)  # three sources, none of whose epochs are the run's
 WORLD_SIZES = (8, 6, 16, 1)
@@ -179,7 +180,7 @@ def prove(run: Path, num_ranks: set[int]) -> None:
     assert [record.rows for record in records] == [tuple(row.sample_ids for row in step.rows) for step in planner]
     assert len(records) == count_steps(settings, planner) and {record.world_size for record in records} == num_ranks
     assert not any(record.not_trained for record in records)
-    for folder in (run / "checkpoints").iterdir():
+    for folder in committed(run / "checkpoints"):
         state = read_manifest(folder)["position"]["loader"]
         assert len(json.dumps(state)) <= 64 * 1024
 

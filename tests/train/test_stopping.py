@@ -11,6 +11,7 @@ from conftest import REPOSITORY, environment
 from launching import TIMEOUT_S, command, launch, losses
 
 from phi3v_dist.observe.tracker import read_metrics
+from phi3v_dist.survive.retention import committed
 
 
 def stopped(folder) -> dict:
@@ -38,6 +39,21 @@ def test_a_notice_to_any_one_rank_stops_all_after_the_same_step_and_nothing_is_l
     assert went_on_as_if_nothing_had_happened(root, config, name, reference)
     attempts = [row["run/attempt"] for row in read_metrics(root / name) if "train/loss" in row]
     assert attempts == [1] * step + [2] * (10 - step), "no step was done twice"
+
+
+@pytest.mark.slow
+@pytest.mark.fault(3)
+def test_a_run_whose_rank_died_goes_on_from_the_copies_on_its_nodes(launched, reference, monkeypatch, tmp_path):
+    config, root = launched
+    local = (f"checkpoint.local={tmp_path}", "checkpoint.every_steps=2")
+    monkeypatch.setenv("PHI3V_FAULT", "1:backward:8:kill9")
+    assert launch("torchrun", config, "run.name=copied", *local).returncode
+    monkeypatch.delenv("PHI3V_FAULT")
+    assert [path.name for path in committed(root / "copied" / "checkpoints")] == ["step-00000002"]
+    done = launch("torchrun", config, "run.name=copied", *local)
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    assert f"continuing from {tmp_path}" in done.stdout and losses(root / "copied") == losses(reference)
+    assert committed(root / "copied" / "checkpoints")[0].name == "step-00000010" and not list(tmp_path.iterdir())
 
 
 @pytest.mark.fault(10)
