@@ -88,7 +88,7 @@ def main() -> None:
     arguments, words = parser.parse_known_args()  # argparse takes no `*` in two places
     if words and arguments.run not in (import_records, import_deepspeed):
         parser.error(f"unrecognized arguments: {' '.join(words)}")
-    arguments.words = words
+    arguments.setting_words = words
     arguments.run(arguments)
 
 
@@ -119,7 +119,7 @@ def import_records(arguments: argparse.Namespace) -> None:
     from phi3v_dist.data.importers.importer import Import
 
     ranks = [f"num_ranks={arguments.num_ranks}"] if arguments.num_ranks is not None else []
-    mapping = settings.load(arguments.mapping, [*arguments.words, *ranks])
+    mapping = settings.load(arguments.mapping, [*arguments.setting_words, *ranks])
     columns = (*Progress.get_default_columns(), MofNCompleteColumn())
     with Progress(*columns, disable=not sys.stdout.isatty()) as bar:
         tasks: dict[str, TaskID] = {}
@@ -154,7 +154,7 @@ def import_deepspeed(arguments: argparse.Namespace) -> None:
     from phi3v_dist.survive.deepspeed_files import DeepSpeedCheckpoint
     from phi3v_dist.survive.deepspeed_import import import_checkpoint
 
-    settings = config.load(arguments.config, arguments.words)
+    settings = config.load(arguments.config, arguments.setting_words)
     source = DeepSpeedCheckpoint.open(arguments.source, arguments.tag)
     folder = import_checkpoint(source, settings)
     logging.info(

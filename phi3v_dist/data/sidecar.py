@@ -54,7 +54,8 @@ def save_sidecar(address: str, suffix: str, columns: Columns, metadata: dict[str
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         partial.write_bytes(save(columns, metadata))
-        if os.path.dirname(address) == os.path.dirname(path):  # whoever may read the tar may read its index
+        if os.path.isfile(address) and os.path.dirname(address) == os.path.dirname(path):
+            # Whoever may read the tar may read its index.
             partial.chmod(os.stat(address).st_mode & 0o666)
         partial.rename(path)
     except (OSError, SafetensorError) as error:

@@ -111,10 +111,11 @@ def _start(run: Run) -> tuple[Totals, dict[str, Any] | None, Accounts]:
     """Open the sinks and go back to the newest checkpoint: what was done, where the data goes on, and the books."""
     run.tracker.start(run.resolved)
     run.saver.checkpoints.prepare(run.engine)
-    newest, position = run.saver.checkpoints.resume(run.engine) or (None, None)
-    accounts = run.accounts(position.loader or None if position else None)  # an imported one has no data behind it
-    if position is None:
+    resumed = run.saver.checkpoints.resume(run.engine)
+    accounts = run.accounts(resumed[1].loader or None if resumed else None)  # an imported one has no data behind it
+    if resumed is None:
         return Totals(), None, accounts
+    newest, position = resumed
     if newest.is_relative_to(run.folder):
         run.saver.committed_step = position.step
     log.info("continuing from %s, step %d of %d", newest, position.step, run.num_steps)
