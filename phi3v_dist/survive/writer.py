@@ -17,7 +17,7 @@ from typing import Any, Generic, TypeVar
 
 from phi3v_dist.errors import CheckpointError
 from phi3v_dist.survive import retention, space
-from phi3v_dist.survive.agreement import LostRankError, Ranks
+from phi3v_dist.survive.agreement import Ranks
 from phi3v_dist.survive.fence import Fence, FencedError
 from phi3v_dist.survive.manifest import commit, rank_file_name
 from phi3v_dist.survive.pace import Pace
@@ -103,9 +103,9 @@ class Writer:
             self.failures_in_a_row = 0
             return outcome
         if not isinstance(outcome, CheckpointError):
-            raise outcome  # a mistake in the program, or an injected fault
+            raise outcome  # a lost rank, a mistake in the program, or an injected fault
         self.failures_in_a_row += 1
-        if isinstance(outcome, FencedError | LostRankError):
+        if isinstance(outcome, FencedError):
             raise outcome
         if self.failures_in_a_row >= MOST_FAILURES:
             raise CheckpointError([f"{self.failures_in_a_row} saves in a row failed, the last one:", *outcome.problems])

@@ -14,12 +14,13 @@ import pytest
 import torch
 from writer_ranks import content, made_up, step_and_content
 
-from phi3v_dist.errors import CheckpointError
+from phi3v_dist.errors import CheckpointError, LostRankError
 from phi3v_dist.survive import space, writer
 from phi3v_dist.survive.checkpoint import Checkpoints, Saved, committed
 from phi3v_dist.survive.fence import FencedError
 from phi3v_dist.survive.snapshot import HostMemory
 from phi3v_dist.watch import faults
+from phi3v_dist.watch.supervise import HOPELESS
 
 RANKS = Path(__file__).parent / "writer_ranks.py"
 SMALL = 1000  # elements
@@ -136,7 +137,8 @@ def test_a_rank_killed_while_writing_or_before_the_commit_leaves_the_checkpoint_
     trial = injected[fault]
     assert trial["newest"] == 2 and -9 in trial["codes"]
     survivor = next(rank for rank in trial["notes"] if rank[-1]["what"] == "stopped")
-    assert "lost another rank" in survivor[-1]["text"]
+    assert survivor[-1]["text"].startswith("LostRankError: ") and "lost another rank" in survivor[-1]["text"]
+    assert LostRankError.exit_code not in HOPELESS, "the run is started again"
 
 
 @pytest.mark.fault(43)
@@ -164,7 +166,7 @@ def test_the_third_failure_in_a_row_stops_the_run_and_the_last_good_checkpoint_i
     assert trial["newest"] == 1 and not trial["left"]
     for rank in trial["notes"]:
         assert [note["what"] for note in rank] == ["resumed", "saved", "failed", "failed", "stopped"]
-        assert rank[-1]["text"].startswith("3 saves in a row failed")
+        assert rank[-1]["text"].startswith("CheckpointError: 3 saves in a row failed")
 
 
 @pytest.mark.fault(36)
