@@ -173,9 +173,12 @@ class Writer:
             heartbeat.beat(path.name, heartbeat.SAVE)
             self._pace.spend(num_bytes)
 
+        def on_flush() -> None:  # the file is read back in this phase, too
+            heartbeat.enter("flush", snapshot.step, path.name, heartbeat.SAVE)
+
         try:
             heartbeat.enter("write", snapshot.step, path.name, heartbeat.SAVE)
-            return write_rank_file(path, snapshot.tensors, snapshot.metadata, require_finite, on_block)
+            return write_rank_file(path, snapshot.tensors, snapshot.metadata, require_finite, on_block, on_flush)
         except OSError as error:
             what = f"writing {path}: {error.strerror}"
             if error.errno in space.FULL:

@@ -15,11 +15,12 @@ import torch
 from writer_ranks import content, made_up, step_and_content
 
 from phi3v_dist.errors import CheckpointError, LostRankError
-from phi3v_dist.survive import space, writer
+from phi3v_dist.survive import rank_files, space, tensor_file, writer
 from phi3v_dist.survive.checkpoint import Checkpoints, Saved, committed
 from phi3v_dist.survive.fence import FencedError
 from phi3v_dist.survive.snapshot import HostMemory
-from phi3v_dist.watch import faults
+from phi3v_dist.watch import faults, heartbeat
+from phi3v_dist.watch.beat_file import beats_path, read_beats
 from phi3v_dist.watch.supervise import HOPELESS
 
 RANKS = Path(__file__).parent / "writer_ranks.py"
@@ -319,6 +320,41 @@ def test_a_slow_disk_holds_up_the_writer_alone_and_who_waits_is_not_held_to_its_
     outcome = checkpoints.wait(timeout_s=20.0)
     assert isinstance(outcome, Saved) and not checkpoints.busy and checkpoints.poll() is None
     assert (outcome.step, outcome.path, outcome.write_s >= 0.3) == (1, folder / "step-00000001", True)
+
+
+@pytest.mark.fault(44)
+def test_a_disk_that_flushes_slowly_is_heard_of_between_blocks_and_has_the_first_bound_at_the_end(
+    folder, tmp_path, monkeypatch
+):
+    """Between two signs of life no more is flushed than FLUSH_BYTES, and the last flush is in a phase without median."""
+    bounds_s, num_heard = {"fdatasync": [], "fsync": []}, []
+
+    def lane():
+        return read_beats(beats_path(tmp_path / "beats", 0)).lanes[heartbeat.SAVE]
+
+    def watched(name):
+        flush = getattr(os, name)
+
+        def flushed(file):
+            flush(file)
+            if "rank-" in os.readlink(f"/proc/self/fd/{file}"):
+                bounds_s[name].append((lane().phase, lane().bound_s))
+                num_heard.append(lane().beats)
+
+        return flushed
+
+    monkeypatch.setattr(rank_files, "FLUSH_BYTES", tensor_file.BLOCK_BYTES)
+    for name in bounds_s:
+        monkeypatch.setattr(os, name, watched(name))
+    (tmp_path / "beats").mkdir()
+    heartbeat.open(tmp_path / "beats", 0, "node-a", heartbeat.Bounds(hang_s=1.0, hang_factor=10.0, first_s=600.0))
+    try:
+        assert isinstance(save(Checkpoints(folder, keep=1), 1, LARGE_BYTES // 4), Saved)
+    finally:
+        heartbeat.close(heartbeat.DONE)
+    assert [phase for phase, _ in bounds_s["fdatasync"]] == ["write", "write"], "20 MiB in blocks of 8"
+    assert num_heard == sorted(set(num_heard)), "a sign of life between any two flushes"
+    assert bounds_s["fsync"] == [("flush", 600.0)]
 
 
 def test_an_exception_that_is_no_failed_save_reaches_the_thread_that_asks(folder, monkeypatch):
