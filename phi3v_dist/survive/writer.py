@@ -133,12 +133,12 @@ class Writer:
     def _save(self, snapshot: Snapshot) -> tuple[Path, int]:
         final = self._fence.checkpoints / f"step-{snapshot.step:08d}"
         temporary = self._fence.folder / final.name
-        manifest = snapshot.manifest() if self._ranks.is_main else {}
         rooms = self._together(snapshot, temporary, lambda: self._room(snapshot, temporary))
         self._require_room(rooms, final, temporary)
+        self._together(snapshot, temporary, lambda: self._warn_of_little_room(rooms, final))
         entries = self._together(snapshot, temporary, lambda: self._write(snapshot, temporary))
-        manifest["files"] = {rank_file_name(rank): entry for rank, entry in enumerate(entries)}
-        self._together(snapshot, temporary, lambda: self._commit(snapshot, temporary, final, manifest))
+        files = {rank_file_name(rank): entry for rank, entry in enumerate(entries)}
+        self._together(snapshot, temporary, lambda: self._commit(snapshot, temporary, final, files))
         self.sound[final] = True
         return final, sum(entry["size_bytes"] for entry in entries)
 
@@ -155,9 +155,15 @@ class Writer:
         if shortage:
             self._discard(temporary)
             raise CheckpointError(f"step {final.name.removeprefix('step-')} is not saved: {shortage}")
+
+    def _warn_of_little_room(self, rooms: list[space.Room], final: Path) -> None:
         if not self._ranks.is_main:
             return
-        freed = sum(map(retention.size_bytes, self._superfluous(final)))
+        try:
+            freed = sum(map(retention.size_bytes, self._superfluous(final)))
+        except OSError as error:  # somebody removes one meanwhile, or has put something else there
+            log.warning("older checkpoints than %s cannot be listed: %s", final, error)
+            return
         further = space.num_further(rooms, freed)
         if further < space.FEW:
             log.warning(
@@ -186,10 +192,10 @@ class Writer:
                 what += f"; {space.no_space(temporary, needed, space.free_bytes(self._fence.folder))}"
             raise OSError(error.errno, what) from error
 
-    def _commit(self, snapshot: Snapshot, temporary: Path, final: Path, manifest: dict[str, Any]) -> None:
+    def _commit(self, snapshot: Snapshot, temporary: Path, final: Path, files: dict[str, Any]) -> None:
         heartbeat.enter("commit", snapshot.step, final.name, heartbeat.SAVE)
         if self._ranks.is_main:
-            commit(self._fence, temporary, final, manifest)
+            commit(self._fence, temporary, final, snapshot.manifest() | {"files": files})
 
     def _prune(self, saved: Path, step: int) -> None:
         """What cannot be removed costs only space."""
@@ -205,13 +211,22 @@ class Writer:
         return retention.superfluous(saved, self._keep, self._keep_also(), self.sound)
 
     def _together(self, snapshot: Snapshot, temporary: Path, task: Callable[[], T]) -> list[T]:
-        """Do a phase's task, hear how it went elsewhere; all get all results, or raise the same error."""
+        """Do a phase's task, hear how it went elsewhere; all get all results, or raise the same error.
+
+        An exception that is no failed save (a mistake in the program) is raised as it is, once the others know of it.
+        """
         report: Report[T] = Report(snapshot.step)
+        mistake = None
         try:
             report = Report(snapshot.step, task())
         except (OSError, CheckpointError) as error:
             report = Report(snapshot.step, None, f"{self._ranks.name}: {error}", self._fence.newer())
+        except Exception as error:
+            mistake = error
+            report = Report(snapshot.step, None, f"{self._ranks.name}: {type(error).__name__}: {error}")
         reports = self._ranks.everyone(report)
+        if mistake:
+            raise mistake
         steps = {found.step for found in reports}
         assert len(steps) == 1, f"ranks save different steps: {steps}"
         newer = max(found.newer or 0 for found in reports)

@@ -127,6 +127,7 @@ def injected(tmp_path_factory) -> dict[str, dict]:
         "1:write:3:enospc",
         "0:commit:3:eio",
         "1:write:2+:enospc",
+        "1:write:3:raise",
     ]
     return {trial["fault"]: trial for trial in trials("faults", tmp_path_factory.mktemp("injected"), *asked)}
 
@@ -355,6 +356,30 @@ def test_a_disk_that_flushes_slowly_is_heard_of_between_blocks_and_has_the_first
     assert [phase for phase, _ in bounds_s["fdatasync"]] == ["write", "write"], "20 MiB in blocks of 8"
     assert num_heard == sorted(set(num_heard)), "a sign of life between any two flushes"
     assert bounds_s["fsync"] == [("flush", 600.0)]
+
+
+@pytest.mark.fault(43)
+@pytest.mark.parametrize("stranger", ["a plain file", "a dangling link", "one removed meanwhile"])
+def test_what_people_do_to_older_checkpoints_costs_no_save(folder, monkeypatch, caplog, stranger):
+    checkpoints = Checkpoints(folder, keep=1)
+    save(checkpoints, 2)
+    older = folder / "step-00000001"
+    if stranger == "a plain file":
+        older.write_text("notes")
+    elif stranger == "a dangling link":
+        older.symlink_to(folder / "nowhere")
+    else:
+        monkeypatch.setattr(writer.retention, "superfluous", lambda *_: [older])
+    with caplog.at_level(logging.WARNING):
+        assert isinstance(save(checkpoints, 3), Saved)
+    assert "older checkpoints than" in caplog.text and "cannot be listed" in caplog.text
+
+
+def test_a_mistake_on_one_rank_ends_the_save_on_all_and_nobody_waits(injected):
+    trial = injected["1:write:3:raise"]
+    assert trial["newest"] == 2 and trial["codes"][1] == 1
+    assert [note["what"] for note in trial["notes"][0]][:4] == ["resumed", "saved", "saved", "failed"]
+    assert "rank 1 on " in trial["notes"][0][3]["text"] and "injected into phase write" in trial["notes"][0][3]["text"]
 
 
 def test_an_exception_that_is_no_failed_save_reaches_the_thread_that_asks(folder, monkeypatch):
