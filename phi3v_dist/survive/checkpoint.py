@@ -135,11 +135,13 @@ class Checkpoints:
 
     def newest(self) -> Path | None:
         """The newest checkpoint whose every byte is as it was written; None if none was ever committed. Damaged ones
-        are named and passed over.
+        are named and passed over. A save in flight is waited for: two threads must not talk in the group at once.
 
         Raises:
             CheckpointError: there are some, and all are damaged.
         """
+        heartbeat.enter("load")
+        self.writer.join()
         found = self._ranks.everyone(committed(self.folder) if self._ranks.is_main else [])[0]
         damaged = []
         for path in found:

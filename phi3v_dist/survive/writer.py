@@ -113,10 +113,14 @@ class Writer:
 
     def wait(self, timeout_s: float | None = None) -> Saved | CheckpointError | None:
         """As `poll`, when the save is done or the time is over; until then it is written as fast as the disk allows."""
+        self.join(timeout_s)
+        return self.poll()
+
+    def join(self, timeout_s: float | None = None) -> None:
+        """As `wait`, but the outcome is still to be asked for."""
         if self._thread is not None:
             self._pace.hurry()
             self._thread.join(timeout_s)
-        return self.poll()
 
     def _run(self, snapshot: Snapshot, blocked_s: float) -> None:
         began = time.monotonic()

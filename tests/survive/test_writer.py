@@ -382,6 +382,15 @@ def test_a_mistake_on_one_rank_ends_the_save_on_all_and_nobody_waits(injected):
     assert "rank 1 on " in trial["notes"][0][3]["text"] and "injected into phase write" in trial["notes"][0][3]["text"]
 
 
+@pytest.mark.fault(44)
+def test_who_asks_for_the_newest_checkpoint_waits_for_the_save_in_flight(folder):
+    checkpoints = Checkpoints(folder, keep=2, write_mb_per_s=0.0001)
+    checkpoints.claim()
+    checkpoints.writer.begin(made_up(1, num_elements=SMALL), blocked_s=0.0)  # at this rate it takes a minute
+    assert step_and_content(checkpoints.newest()) == 1 and not checkpoints.busy
+    assert isinstance(checkpoints.poll(), Saved), "the outcome is still told"
+
+
 def test_an_exception_that_is_no_failed_save_reaches_the_thread_that_asks(folder, monkeypatch):
     monkeypatch.setenv(faults.VARIABLE, "0:write:1:raise")
     with pytest.raises(RuntimeError, match="injected into phase write"):
