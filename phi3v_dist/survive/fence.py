@@ -30,6 +30,12 @@ class FencedError(CheckpointError):
     """A newer attempt of this run has started: this one must stop."""
 
 
+def newest(checkpoints: Path) -> int:
+    """Number of the newest attempt that has claimed a folder of checkpoints, 0 without one."""
+    found = map(ATTEMPT_FOLDER.fullmatch, (path.name for path in checkpoints.glob(".attempt-*")))
+    return max((int(match[1]) for match in found if match), default=0)
+
+
 class Fence:
     """The checkpoint folder as one attempt sees it."""
 
@@ -77,9 +83,8 @@ class Fence:
 
     def newer(self) -> int | None:
         """The newest attempt, if that is not this one."""
-        found = self.checkpoints.glob(".attempt-*")
-        newest = max((int(match[1]) for path in found if (match := ATTEMPT_FOLDER.fullmatch(path.name))), default=0)
-        return newest if newest > self.attempt else None
+        number = newest(self.checkpoints)
+        return number if number > self.attempt else None
 
     def require_newest(self) -> None:
         newest = self.newer()

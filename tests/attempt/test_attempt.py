@@ -15,6 +15,7 @@ from phi3v_dist.attempt.attempt import Attempt
 from phi3v_dist.attempt.owner import COUNTER_NAME, Owner, read_owner, write_owner
 from phi3v_dist.errors import LaunchError
 from phi3v_dist.parallel.topology import Topology
+from phi3v_dist.survive.fence import Fence
 
 
 @pytest.fixture(autouse=True)
@@ -95,6 +96,15 @@ def test_a_requeued_slurm_job_takes_over_from_itself_without_waiting(tmp_path, m
     leave(tmp_path, machine="another/1", host="node7", job="4711")
     monkeypatch.setenv("SLURM_JOB_ID", "4711")
     begin(tmp_path).end()
+
+
+@pytest.mark.fault(23)
+def test_a_run_whose_attempts_were_removed_is_not_fenced_off_by_its_own_checkpoints(tmp_path):
+    Fence(tmp_path / "checkpoints", 5).claim()
+    attempt = begin(tmp_path)
+    Fence(tmp_path / "checkpoints", attempt.number).claim()
+    assert attempt.number == 6
+    attempt.end()
 
 
 @pytest.mark.fault(23)
