@@ -2,6 +2,7 @@
 
     checkpoints/.attempt-0004/step-00000050/    being written by attempt 4
     checkpoints/.attempt-0004/removed-…         being removed by it
+    checkpoints/.attempt-0004/held-…            being renamed by it
 
 In: the run's checkpoint folder and an attempt's number. Out: a folder of its own, from which a rename commits. A newer
 attempt takes the folders of older ones away when it starts.
@@ -10,6 +11,7 @@ Surprise: no lock is asked. A rank that wakes up after its job was replaced find
 so its rename, the one thing that could commit or remove a checkpoint, fails by itself, on any file system.
 """
 
+import contextlib
 import getpass
 import logging
 import os
@@ -23,6 +25,7 @@ from phi3v_dist.errors import CheckpointError
 log = logging.getLogger(__name__)
 
 ATTEMPT_FOLDER = re.compile(r"\.attempt-(\d{4,})")
+HELD = "held-"  # begins the name of a checkpoint on its way to another name
 TEMPORARY = ".tmp-"  # begins the name of what older releases left
 
 
@@ -66,6 +69,7 @@ class Fence:
                 self.remove(path)
             if older and os.path.lexists(path):
                 raise CheckpointError(f"{path} cannot be taken away, so an earlier job could still commit: remove it")
+        self._bring_back(self.folder)
         for leftover in self.folder.iterdir():
             shutil.rmtree(leftover, ignore_errors=True)
 
@@ -105,9 +109,30 @@ class Fence:
         try:
             doomed = self.folder / f"removed-{path.name.lstrip('.')}-{secrets.token_hex(4)}"
             os.rename(path, doomed)
+            if ATTEMPT_FOLDER.fullmatch(path.name):
+                self._bring_back(doomed)
             shutil.rmtree(doomed)
         except OSError as error:
             log.warning("%s could not be removed: %s", path, error)
+
+    def rename(self, path: Path, target: Path) -> None:
+        """Give a checkpoint another name, by way of our own folder: an attempt that was replaced while it slept cannot
+        take it from the newer one. Raises OSError."""
+        held = self.folder / f"{HELD}{target.name}"
+        os.rename(path, held)
+        try:
+            os.rename(held, target)
+        except OSError:
+            with contextlib.suppress(OSError):
+                os.rename(held, path)
+            raise
+
+    def _bring_back(self, folder: Path) -> None:
+        """What an attempt held when it died goes where it was on its way to."""
+        for held in list(folder.rglob(f"{HELD}*")):
+            target = self.checkpoints / held.name.removeprefix(HELD)
+            if not os.path.lexists(target):
+                os.rename(held, target)
 
     def _cannot_write(self, error: OSError) -> str:
         user = getpass.getuser() if os.geteuid() else "root"

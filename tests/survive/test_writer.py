@@ -391,6 +391,34 @@ def test_who_asks_for_the_newest_checkpoint_waits_for_the_save_in_flight(folder)
     assert isinstance(checkpoints.poll(), Saved), "the outcome is still told"
 
 
+@pytest.mark.fault(23)
+@pytest.mark.parametrize("asleep_before", ["the first rename", "the second rename", "the commit"])
+def test_a_zombie_that_slept_while_it_replaced_a_checkpoint_takes_nothing_from_the_newer_attempt(
+    folder, monkeypatch, asleep_before
+):
+    zombie = Checkpoints(folder, keep=3, attempt=1)
+    for step in (1, 2):
+        save(zombie, step)
+    newer, chosen = Checkpoints(folder, keep=3, attempt=2), []
+    renames, rename = {"the first rename": 1, "the second rename": 2, "the commit": 3}, os.rename
+
+    def sleepy(source, target):
+        if Path(target).name.removeprefix("held-").startswith("step-00000002"):
+            renames[asleep_before] -= 1
+        if not renames[asleep_before] and not chosen:
+            chosen.append(None)  # what the newer one does is not the zombie's
+            newer.claim()
+            chosen[0] = newer.newest()
+        rename(source, target)
+
+    monkeypatch.setattr(os, "rename", sleepy)
+    monkeypatch.setattr(Path, "rename", sleepy)
+    with pytest.raises(FencedError):
+        save(zombie, 2)
+    assert step_and_content(chosen[0]) == 2 and step_and_content(newer.newest()) == 2
+    assert names(folder)[-1] == chosen[0].name and not leftovers(folder)
+
+
 def test_an_exception_that_is_no_failed_save_reaches_the_thread_that_asks(folder, monkeypatch):
     monkeypatch.setenv(faults.VARIABLE, "0:write:1:raise")
     with pytest.raises(RuntimeError, match="injected into phase write"):
