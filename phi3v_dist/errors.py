@@ -96,3 +96,10 @@ class CorruptedError(Phi3VError):
 
     exit_code = 10
     kind = "silent corruption"
+
+
+class LostRankError(Phi3VError):
+    """Another rank is gone: a crash of that one, from which another start recovers."""
+
+    exit_code = 11
+    kind = "lost rank"

@@ -21,6 +21,7 @@ from phi3v_dist.attempt import owner
 from phi3v_dist.attempt.owner import Owner, read_owner, show_life, write_owner
 from phi3v_dist.errors import LaunchError, Phi3VError
 from phi3v_dist.observe.tracker import last_attempt
+from phi3v_dist.survive import fence
 from phi3v_dist.survive.durable import write_durably
 
 if TYPE_CHECKING:
@@ -108,7 +109,9 @@ def _begin(run_folder: Path, hosts: list[str]) -> Attempt:
 
 
 def _draw(run_folder: Path) -> Attempt:
-    number = max([last_attempt(run_folder), *(int(path.name) for path in folders(run_folder))])
+    """Above every number that anything in the run folder knows: parts of it may be copies, or have been removed."""
+    known = last_attempt(run_folder), fence.newest(run_folder / "checkpoints")
+    number = max([*known, *(int(path.name) for path in folders(run_folder))])
     while True:
         number += 1
         try:

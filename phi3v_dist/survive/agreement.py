@@ -12,14 +12,10 @@ from typing import Any, TypeVar
 
 import torch.distributed as dist
 
-from phi3v_dist.errors import CheckpointError
+from phi3v_dist.errors import LostRankError
 
 SLOWEST_RANK_TIMEOUT_S = 3600  # how long ranks that have written their share wait for the last one
 T = TypeVar("T")
-
-
-class LostRankError(CheckpointError):
-    """Another rank is gone, so nothing more can be agreed on."""
 
 
 class Ranks:

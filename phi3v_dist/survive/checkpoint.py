@@ -170,10 +170,13 @@ class Checkpoints:
     def newest(self) -> Path | None:
         """The newest checkpoint whose every byte is as it was written; None if none was ever committed. Others are
         named and passed over. One on the nodes' own disks counts if every rank finds its own file where it runs.
+        A save in flight is waited for: two threads must not talk in the group at once.
 
         Raises:
             CheckpointError: there are some, and none can be used.
         """
+        heartbeat.enter("load")
+        self.writer.join()
         started = self._started()
         found = [(store, name) for store in self._stores for name in store.found()]
         passed_over = []

@@ -2,6 +2,7 @@
 
     checkpoints/.attempt-0004/step-00000050/    being written by attempt 4
     checkpoints/.attempt-0004/removed-…         being removed by it
+    checkpoints/.attempt-0004/held-…            being renamed by it
 
 In: the run's checkpoint folder and an attempt's number. Out: a folder of its own, from which a rename commits. A newer
 attempt takes the folders of older ones away when it starts.
@@ -10,6 +11,7 @@ Surprise: no lock is asked. A rank that wakes up after its job was replaced find
 so its rename, the one thing that could commit or remove a checkpoint, fails by itself, on any file system.
 """
 
+import contextlib
 import getpass
 import logging
 import os
@@ -23,11 +25,18 @@ from phi3v_dist.errors import CheckpointError
 log = logging.getLogger(__name__)
 
 ATTEMPT_FOLDER = re.compile(r"\.attempt-(\d{4,})")
+HELD = "held-"  # begins the name of a checkpoint on its way to another name
 TEMPORARY = ".tmp-"  # begins the name of what older releases left
 
 
 class FencedError(CheckpointError):
     """A newer attempt of this run has started: this one must stop."""
+
+
+def newest(checkpoints: Path) -> int:
+    """Number of the newest attempt that has claimed a folder of checkpoints, 0 without one."""
+    found = map(ATTEMPT_FOLDER.fullmatch, (path.name for path in checkpoints.glob(".attempt-*")))
+    return max((int(match[1]) for match in found if match), default=0)
 
 
 class Fence:
@@ -62,6 +71,7 @@ class Fence:
                 self.remove(path)
             if older and os.path.lexists(path):
                 raise CheckpointError(f"{path} cannot be taken away, so an earlier job could still commit: remove it")
+        self._bring_back(self.folder)
         for leftover in self.folder.iterdir():
             shutil.rmtree(leftover, ignore_errors=True)
 
@@ -87,9 +97,8 @@ class Fence:
 
     def newer(self) -> int | None:
         """The newest attempt, if that is not this one."""
-        found = self.checkpoints.glob(".attempt-*")
-        newest = max((int(match[1]) for path in found if (match := ATTEMPT_FOLDER.fullmatch(path.name))), default=0)
-        return newest if newest > self.attempt else None
+        number = newest(self.checkpoints)
+        return number if number > self.attempt else None
 
     def require_newest(self) -> None:
         newest = self.newer()
@@ -110,9 +119,30 @@ class Fence:
         try:
             doomed = self.folder / f"removed-{path.name.lstrip('.')}-{secrets.token_hex(4)}"
             os.rename(path, doomed)
+            if ATTEMPT_FOLDER.fullmatch(path.name):
+                self._bring_back(doomed)
             shutil.rmtree(doomed)
         except OSError as error:
             log.warning("%s could not be removed: %s", path, error)
+
+    def rename(self, path: Path, target: Path) -> None:
+        """Give a checkpoint another name, by way of our own folder: an attempt that was replaced while it slept cannot
+        take it from the newer one. Raises OSError."""
+        held = self.folder / f"{HELD}{target.name}"
+        os.rename(path, held)
+        try:
+            os.rename(held, target)
+        except OSError:
+            with contextlib.suppress(OSError):
+                os.rename(held, path)
+            raise
+
+    def _bring_back(self, folder: Path) -> None:
+        """What an attempt held when it died goes where it was on its way to."""
+        for held in list(folder.rglob(f"{HELD}*")):
+            target = self.checkpoints / held.name.removeprefix(HELD)
+            if not os.path.lexists(target):
+                os.rename(held, target)
 
     def _cannot_write(self, error: OSError) -> str:
         user = getpass.getuser() if os.geteuid() else "root"

@@ -46,7 +46,7 @@ def commit(fence: Fence, temporary: Path, final: Path, manifest: dict[str, Any])
     if final.exists():
         fence.require_newest()
         fence.remove(replaced)
-        final.rename(replaced)
+        fence.rename(final, replaced)
     temporary.rename(final)
     fsync_folder(final.parent)
     fence.remove(replaced)

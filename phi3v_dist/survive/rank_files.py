@@ -35,6 +35,8 @@ from phi3v_dist.survive.manifest import (
 from phi3v_dist.survive.tensor_file import Specs, blocks, header
 from phi3v_dist.watch import heartbeat
 
+FLUSH_BYTES = 64 * 2**20  # written between two flushes: what is not yet on the disk then never takes long to get there
+
 
 def require_finite(key: str, tensor: Tensor) -> None:
     """Raises CheckpointError. A sum is not finite if a value is not, and costs a fraction of looking at each."""
@@ -50,11 +52,13 @@ def write_rank_file(
     metadata: Mapping[str, str],
     on_tensor: Callable[[str, Tensor], None] = lambda key, tensor: None,
     on_block: Callable[[int], None] = lambda num_bytes: None,
+    on_flush: Callable[[], None] = lambda: None,
 ) -> dict[str, Any]:
     """Write, flush to the disk, read back; returns the manifest's entry.
 
     on_tensor: sees each tensor before it is written, and may refuse it.
-    on_block: told after each block, written or read back, how many bytes it had.
+    on_block: told after each block, written or read back, how many bytes it had, and after each flush between (0).
+    on_flush: called once all is written, before the last flush: nothing is heard while the disk works.
 
     Raises:
         OSError: the disk is full or broken.
@@ -64,12 +68,19 @@ def write_rank_file(
         on_tensor(key, tensors[key])
         return tensors[key]
 
-    digest = xxhash.xxh3_128()
+    digest, num_unflushed = xxhash.xxh3_128(), 0
     with open(path, "xb", opener=no_links) as file:
         for block in blocks(_specs(tensors), seen, metadata):
             file.write(block)
             digest.update(block)
             on_block(len(block))
+            num_unflushed += len(block)
+            if num_unflushed >= FLUSH_BYTES:
+                file.flush()
+                os.fdatasync(file.fileno())
+                num_unflushed = 0
+                on_block(0)
+        on_flush()
         file.flush()
         os.fsync(file.fileno())
         # Forget the cached pages: what is read back then comes from the disk.

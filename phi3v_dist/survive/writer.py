@@ -18,7 +18,7 @@ from typing import Any, Generic, TypeVar
 
 from phi3v_dist.errors import CheckpointError
 from phi3v_dist.survive import retention, space
-from phi3v_dist.survive.agreement import LostRankError, Ranks
+from phi3v_dist.survive.agreement import Ranks
 from phi3v_dist.survive.fence import FencedError
 from phi3v_dist.survive.manifest import commit, rank_file_name
 from phi3v_dist.survive.pace import Pace
@@ -102,9 +102,9 @@ class Writer:
             self.failures_in_a_row = 0
             return outcome
         if not isinstance(outcome, CheckpointError):
-            raise outcome  # a mistake in the program, or an injected fault
+            raise outcome  # a lost rank, a mistake in the program, or an injected fault
         self.failures_in_a_row += 1
-        if isinstance(outcome, FencedError | LostRankError):
+        if isinstance(outcome, FencedError):
             raise outcome
         if self.failures_in_a_row >= MOST_FAILURES:
             raise CheckpointError([f"{self.failures_in_a_row} saves in a row failed, the last one:", *outcome.problems])
@@ -112,10 +112,14 @@ class Writer:
 
     def wait(self, timeout_s: float | None = None) -> Saved | CheckpointError | None:
         """As `poll`, when the save is done or the time is over; until then it is written as fast as the disk allows."""
+        self.join(timeout_s)
+        return self.poll()
+
+    def join(self, timeout_s: float | None = None) -> None:
+        """As `wait`, but the outcome is still to be asked for."""
         if self._thread is not None:
             self._pace.hurry()
             self._thread.join(timeout_s)
-        return self.poll()
 
     def _run(self, snapshot: Snapshot, blocked_s: float) -> None:
         began = time.monotonic()
@@ -133,11 +137,12 @@ class Writer:
     def _save(self, snapshot: Snapshot) -> tuple[Path, int]:
         final = self._store.folder / f"step-{snapshot.step:08d}"
         temporary = self._store.fence.folder / final.name
-        manifest = self._ranks.first(snapshot.manifest() if self._ranks.is_main else {})
+        manifests = self._together(snapshot, temporary, lambda: snapshot.manifest() if self._ranks.is_main else {})
         rooms = self._together(snapshot, temporary, lambda: self._room(snapshot, temporary))
         self._require_room(rooms, final, temporary)
+        self._together(snapshot, temporary, lambda: self._warn_of_little_room(rooms, final))
         entries = self._together(snapshot, temporary, lambda: self._write(snapshot, temporary))
-        manifest["files"] = {rank_file_name(rank): entry for rank, entry in enumerate(entries)}
+        manifest = manifests[0] | {"files": {rank_file_name(rank): entry for rank, entry in enumerate(entries)}}
         self._together(snapshot, temporary, lambda: self._commit(snapshot, temporary, final, manifest))
         self._store.sound[final] = True
         return final, sum(entry["size_bytes"] for entry in entries)
@@ -158,9 +163,15 @@ class Writer:
             self._discard(temporary)
             step = final.name.removeprefix("step-")
             raise CheckpointError(f"step {step} is not saved: {shortage}. {self._store.advice}")
+
+    def _warn_of_little_room(self, rooms: list[space.Room], final: Path) -> None:
         if not (self._ranks.is_main and self._store.is_shared):
             return
-        freed = sum(map(retention.size_bytes, self._superfluous(final)))
+        try:
+            freed = sum(map(retention.size_bytes, self._superfluous(final)))
+        except OSError as error:  # somebody removes one meanwhile, or has put something else there
+            log.warning("older checkpoints than %s cannot be listed: %s", final, error)
+            return
         further = space.num_further(rooms, freed)
         if further < space.FEW:
             log.warning(
@@ -176,9 +187,12 @@ class Writer:
             heartbeat.beat(path.name, heartbeat.SAVE)
             self._pace.spend(num_bytes)
 
+        def on_flush() -> None:  # the file is read back in this phase, too
+            heartbeat.enter("flush", snapshot.step, path.name, heartbeat.SAVE)
+
         try:
             heartbeat.enter("write", snapshot.step, path.name, heartbeat.SAVE)
-            return write_rank_file(path, snapshot.tensors, snapshot.metadata, require_finite, on_block)
+            return write_rank_file(path, snapshot.tensors, snapshot.metadata, require_finite, on_block, on_flush)
         except OSError as error:
             what = f"writing {path}: {error.strerror}"
             if error.errno in space.FULL:
@@ -205,13 +219,22 @@ class Writer:
         return retention.superfluous(saved, self._store.keep, self._store.keep_also(), self._store.sound)
 
     def _together(self, snapshot: Snapshot, temporary: Path, task: Callable[[], T]) -> list[T]:
-        """Do a phase's task, hear how it went elsewhere; all get all results, or raise the same error."""
+        """Do a phase's task, hear how it went elsewhere; all get all results, or raise the same error.
+
+        An exception that is no failed save (a mistake in the program) is raised as it is, once the others know of it.
+        """
         report: Report[T] = Report(snapshot.step)
+        mistake = None
         try:
             report = Report(snapshot.step, task())
         except (OSError, CheckpointError) as error:
             report = Report(snapshot.step, None, f"{self._ranks.name}: {error}", self._store.fence.newer())
+        except Exception as error:
+            mistake = error
+            report = Report(snapshot.step, None, f"{self._ranks.name}: {type(error).__name__}: {error}")
         reports = self._ranks.everyone(report)
+        if mistake:
+            raise mistake
         steps = {found.step for found in reports}
         assert len(steps) == 1, f"ranks save different steps: {steps}"
         newer = max(found.newer or 0 for found in reports)

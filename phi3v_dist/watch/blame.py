@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 TRAIN, SAVE = "train", "save"
-FOR_THE_WRITER = ("snapshot", "export", "finish")  # phases that may wait for a save in the background
+FOR_THE_WRITER = ("load", "snapshot", "export", "finish")  # phases that may wait for a save in the background
 FROZEN = ("T", "t", "D")  # states of a process that does nothing
 
 

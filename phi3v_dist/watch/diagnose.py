@@ -38,6 +38,7 @@ ADVICE_ON_HANG = {
     "again, take the sample out.",
     "evaluate": "See the stacks: an evaluation waits for storage, or for one rank's answers.",
     "write": "See whether the disk of the run folder answers and has space (df, dmesg on that node).",
+    "flush": "See whether the disk of the run folder answers (dmesg on that node).",
     "commit": "See whether the disk of the run folder answers, and whether all nodes see the same folder.",
     "load": "See whether the storage of the model and of the checkpoints answers on that node.",
 }

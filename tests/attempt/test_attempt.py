@@ -15,6 +15,7 @@ from phi3v_dist.attempt.attempt import Attempt
 from phi3v_dist.attempt.owner import COUNTER_NAME, Owner, read_owner, write_owner
 from phi3v_dist.errors import LaunchError
 from phi3v_dist.parallel.topology import Topology
+from phi3v_dist.survive.fence import Fence
 
 
 @pytest.fixture(autouse=True)
@@ -107,6 +108,15 @@ def test_two_programs_of_one_slurm_job_do_not_take_over_from_each_other(tmp_path
     with pytest.raises(LaunchError, match="Slurm job 4711 on node7"):
         begin(tmp_path)
     ended.set()
+
+
+@pytest.mark.fault(23)
+def test_a_run_whose_attempts_were_removed_is_not_fenced_off_by_its_own_checkpoints(tmp_path):
+    Fence(tmp_path / "checkpoints", 5).claim()
+    attempt = begin(tmp_path)
+    Fence(tmp_path / "checkpoints", attempt.number).claim()
+    assert attempt.number == 6
+    attempt.end()
 
 
 @pytest.mark.fault(23)

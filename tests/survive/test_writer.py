@@ -14,12 +14,14 @@ import pytest
 import torch
 from writer_ranks import content, made_up, step_and_content
 
-from phi3v_dist.errors import CheckpointError
-from phi3v_dist.survive import space, writer
+from phi3v_dist.errors import CheckpointError, LostRankError
+from phi3v_dist.survive import rank_files, space, tensor_file, writer
 from phi3v_dist.survive.checkpoint import Checkpoints, Saved, committed
 from phi3v_dist.survive.fence import FencedError
 from phi3v_dist.survive.snapshot import HostMemory
-from phi3v_dist.watch import faults
+from phi3v_dist.watch import faults, heartbeat
+from phi3v_dist.watch.beat_file import beats_path, read_beats
+from phi3v_dist.watch.supervise import HOPELESS
 
 RANKS = Path(__file__).parent / "writer_ranks.py"
 SMALL = 1000  # elements
@@ -125,6 +127,7 @@ def injected(tmp_path_factory) -> dict[str, dict]:
         "1:write:3:enospc",
         "0:commit:3:eio",
         "1:write:2+:enospc",
+        "1:write:3:raise",
     ]
     return {trial["fault"]: trial for trial in trials("faults", tmp_path_factory.mktemp("injected"), *asked)}
 
@@ -136,7 +139,8 @@ def test_a_rank_killed_while_writing_or_before_the_commit_leaves_the_checkpoint_
     trial = injected[fault]
     assert trial["newest"] == 2 and -9 in trial["codes"]
     survivor = next(rank for rank in trial["notes"] if rank[-1]["what"] == "stopped")
-    assert "lost another rank" in survivor[-1]["text"]
+    assert survivor[-1]["text"].startswith("LostRankError: ") and "lost another rank" in survivor[-1]["text"]
+    assert LostRankError.exit_code not in HOPELESS, "the run is started again"
 
 
 @pytest.mark.fault(43)
@@ -164,7 +168,7 @@ def test_the_third_failure_in_a_row_stops_the_run_and_the_last_good_checkpoint_i
     assert trial["newest"] == 1 and not trial["left"]
     for rank in trial["notes"]:
         assert [note["what"] for note in rank] == ["resumed", "saved", "failed", "failed", "stopped"]
-        assert rank[-1]["text"].startswith("3 saves in a row failed")
+        assert rank[-1]["text"].startswith("CheckpointError: 3 saves in a row failed")
 
 
 @pytest.mark.fault(36)
@@ -317,6 +321,102 @@ def test_a_slow_disk_holds_up_the_writer_alone_and_who_waits_is_not_held_to_its_
     outcome = checkpoints.wait(timeout_s=20.0)
     assert isinstance(outcome, Saved) and not checkpoints.busy and checkpoints.poll() is None
     assert (outcome.step, outcome.path, outcome.write_s >= 0.3) == (1, folder / "step-00000001", True)
+
+
+@pytest.mark.fault(44)
+def test_a_disk_that_flushes_slowly_is_heard_of_between_blocks_and_has_the_first_bound_at_the_end(
+    folder, tmp_path, monkeypatch
+):
+    """Between two signs of life no more is flushed than FLUSH_BYTES, and the last flush is in a phase without median."""
+    bounds_s, num_heard = {"fdatasync": [], "fsync": []}, []
+
+    def lane():
+        return read_beats(beats_path(tmp_path / "beats", 0)).lanes[heartbeat.SAVE]
+
+    def watched(name):
+        flush = getattr(os, name)
+
+        def flushed(file):
+            flush(file)
+            if "rank-" in os.readlink(f"/proc/self/fd/{file}"):
+                bounds_s[name].append((lane().phase, lane().bound_s))
+                num_heard.append(lane().beats)
+
+        return flushed
+
+    monkeypatch.setattr(rank_files, "FLUSH_BYTES", tensor_file.BLOCK_BYTES)
+    for name in bounds_s:
+        monkeypatch.setattr(os, name, watched(name))
+    (tmp_path / "beats").mkdir()
+    heartbeat.open(tmp_path / "beats", 0, "node-a", heartbeat.Bounds(hang_s=1.0, hang_factor=10.0, first_s=600.0))
+    try:
+        assert isinstance(save(Checkpoints(folder, keep=1), 1, LARGE_BYTES // 4), Saved)
+    finally:
+        heartbeat.close(heartbeat.DONE)
+    assert [phase for phase, _ in bounds_s["fdatasync"]] == ["write", "write"], "20 MiB in blocks of 8"
+    assert num_heard == sorted(set(num_heard)), "a sign of life between any two flushes"
+    assert bounds_s["fsync"] == [("flush", 600.0)]
+
+
+@pytest.mark.fault(43)
+@pytest.mark.parametrize("stranger", ["a plain file", "a dangling link", "one removed meanwhile"])
+def test_what_people_do_to_older_checkpoints_costs_no_save(folder, monkeypatch, caplog, stranger):
+    checkpoints = Checkpoints(folder, keep=1)
+    save(checkpoints, 2)
+    older = folder / "step-00000001"
+    if stranger == "a plain file":
+        older.write_text("notes")
+    elif stranger == "a dangling link":
+        older.symlink_to(folder / "nowhere")
+    else:
+        monkeypatch.setattr(writer.retention, "superfluous", lambda *_: [older])
+    with caplog.at_level(logging.WARNING):
+        assert isinstance(save(checkpoints, 3), Saved)
+    assert "older checkpoints than" in caplog.text and "cannot be listed" in caplog.text
+
+
+def test_a_mistake_on_one_rank_ends_the_save_on_all_and_nobody_waits(injected):
+    trial = injected["1:write:3:raise"]
+    assert trial["newest"] == 2 and trial["codes"][1] == 1
+    assert [note["what"] for note in trial["notes"][0]][:4] == ["resumed", "saved", "saved", "failed"]
+    assert "rank 1 on " in trial["notes"][0][3]["text"] and "injected into phase write" in trial["notes"][0][3]["text"]
+
+
+@pytest.mark.fault(44)
+def test_who_asks_for_the_newest_checkpoint_waits_for_the_save_in_flight(folder):
+    checkpoints = Checkpoints(folder, keep=2, write_mb_per_s=0.0001)
+    checkpoints.claim()
+    checkpoints.writer.begin(made_up(1, num_elements=SMALL), blocked_s=0.0)  # at this rate it takes a minute
+    assert step_and_content(checkpoints.newest()) == 1 and not checkpoints.busy
+    assert isinstance(checkpoints.poll(), Saved), "the outcome is still told"
+
+
+@pytest.mark.fault(23)
+@pytest.mark.parametrize("asleep_before", ["the first rename", "the second rename", "the commit"])
+def test_a_zombie_that_slept_while_it_replaced_a_checkpoint_takes_nothing_from_the_newer_attempt(
+    folder, monkeypatch, asleep_before
+):
+    zombie = Checkpoints(folder, keep=3, attempt=1)
+    for step in (1, 2):
+        save(zombie, step)
+    newer, chosen = Checkpoints(folder, keep=3, attempt=2), []
+    renames, rename = {"the first rename": 1, "the second rename": 2, "the commit": 3}, os.rename
+
+    def sleepy(source, target):
+        if Path(target).name.removeprefix("held-").startswith("step-00000002"):
+            renames[asleep_before] -= 1
+        if not renames[asleep_before] and not chosen:
+            chosen.append(None)  # what the newer one does is not the zombie's
+            newer.claim()
+            chosen[0] = newer.newest()
+        rename(source, target)
+
+    monkeypatch.setattr(os, "rename", sleepy)
+    monkeypatch.setattr(Path, "rename", sleepy)
+    with pytest.raises(FencedError):
+        save(zombie, 2)
+    assert step_and_content(chosen[0]) == 2 and step_and_content(newer.newest()) == 2
+    assert names(folder)[-1] == chosen[0].name and not leftovers(folder)
 
 
 def test_an_exception_that_is_no_failed_save_reaches_the_thread_that_asks(folder, monkeypatch):

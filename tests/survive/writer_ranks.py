@@ -27,7 +27,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from phi3v_dist.errors import CheckpointError
+from phi3v_dist.errors import CheckpointError, LostRankError
 from phi3v_dist.parallel.partitions import TensorSpec
 from phi3v_dist.survive.checkpoint import Checkpoints, Saved
 from phi3v_dist.survive.manifest import FORMAT, FORMAT_VERSION, UPGRADE
@@ -96,8 +96,8 @@ def run_rank(
             checkpoints.writer.begin(made_up(step, rank, world_size), blocked_s=0.0)
             outcome = checkpoints.wait()
             tell(notes, "saved", step) if isinstance(outcome, Saved) else tell(notes, "failed", step, str(outcome))
-        except CheckpointError as error:
-            tell(notes, "stopped", step, str(error))
+        except (CheckpointError, LostRankError) as error:
+            tell(notes, "stopped", step, f"{type(error).__name__}: {error}")
             break
     dist.destroy_process_group()
 
