@@ -34,6 +34,7 @@ from phi3v_dist.watch.node_report import (
     ENDED,
     FAILED,
     HANG,
+    LOST_RANK,
     RUNNING,
     SUSPECT,
     NodeReport,
@@ -42,6 +43,7 @@ from phi3v_dist.watch.node_report import (
     read_report,
     report_path,
     stacks_text_path,
+    tells_why,
 )
 
 if TYPE_CHECKING:
@@ -162,18 +164,30 @@ class Watcher:
             rank.outcome = DIED
         if not dead or self.verdict:
             return bool(dead)
-        failed = self._failed()
-        if failed and failed[0].beats.exit_code > 1 or failed and self.now_s - failed[0].beats.ended_s > LAST_WORDS_S:
-            return False  # that one came first, and the launcher has ended the rest
+        if any(self._came_first(rank) for rank in self._failed()):
+            return False
         of_memory = any(processes.kills_again(rank.kills) for rank in dead)
         actors = [self._actor(rank, blame.TRAIN) for rank in dead]
         peaks = [rank.peak_bytes for rank in dead]
         self._conclude(verdicts.of_death(actors, peaks, of_memory), SURFACE_S)
         return True
 
+    def _came_first(self, failed: _Rank) -> bool:
+        """Whether a failure explains why another rank is gone: the launcher then ended that one."""
+        code = failed.beats.exit_code
+        return tells_why(code) or (code != LOST_RANK and self.now_s - failed.beats.ended_s > LAST_WORDS_S)
+
     def _failed(self) -> list[_Rank]:
+        """Those first that had a reason of their own, then by time."""
         failed = [rank for rank in self.ranks.values() if rank.beats.outcome == FAILED]
-        return sorted(failed, key=lambda rank: (rank.beats.exit_code <= 1, rank.beats.ended_s))
+        return sorted(
+            failed,
+            key=lambda rank: (
+                not tells_why(rank.beats.exit_code),
+                rank.beats.exit_code == LOST_RANK,
+                rank.beats.ended_s,
+            ),
+        )
 
     def _find_failed(self) -> bool:
         """A rank that has said why it ends; those that do not end with it are ended."""

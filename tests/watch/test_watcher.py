@@ -56,6 +56,12 @@ def test_a_killed_rank_is_named_and_the_others_end_within_five_seconds(tmp_path,
     )
 
 
+def test_a_rank_that_failed_for_want_of_the_dead_one_is_not_the_cause(tmp_path):
+    loop = Loop.start(tmp_path, ["n0"], 2, PHI3V_FAULT="1:forward:5:kill9", WATCHED_CODE="11")
+    loop.wait()
+    assert loop.report("n0").status == "died" and blamed(loop) == [(1, "forward", 5)]
+
+
 @pytest.mark.fault(11)
 @pytest.mark.parametrize("fault", ["1:forward:5:hang", "0:data:5:stop", "1:write:5:hang"])
 def test_a_stuck_rank_is_named_with_phase_and_step_and_all_stacks_are_kept(tmp_path, fault):

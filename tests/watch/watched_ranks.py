@@ -3,7 +3,7 @@
     python watched_ranks.py FOLDER ATTEMPT_FOLDER HOST RANK WORLD_SIZE PORT STEPS HANG_S [LOCAL_RANK LOCAL_SIZE]
 
 Faults come through PHI3V_FAULT, as everywhere. WATCHED_RANKS=skip has rank 1 go another way at step 5; with `slow` it
-takes its time at step 6, with signs of life.
+takes its time at step 6, with signs of life. A rank that loses another one ends with WATCHED_CODE.
 """
 
 import os
@@ -46,6 +46,6 @@ try:
         heartbeat.enter("write", step, f"step-{step:08d}", lane=heartbeat.SAVE)
         heartbeat.enter("idle", lane=heartbeat.SAVE)
 except RuntimeError as error:
-    heartbeat.close(heartbeat.FAILED, str(error), 1)
+    heartbeat.close(heartbeat.FAILED, str(error), int(os.environ.get("WATCHED_CODE", "1")))
     raise
 heartbeat.close(heartbeat.DONE)
