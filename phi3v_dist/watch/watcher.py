@@ -29,6 +29,7 @@ from phi3v_dist.watch.beat_file import (
     stacks_path,
 )
 from phi3v_dist.watch.blame import Actor
+from phi3v_dist.watch.neighbours import Neighbours
 from phi3v_dist.watch.node_report import (
     DIED,
     ENDED,
@@ -40,8 +41,6 @@ from phi3v_dist.watch.node_report import (
     NodeReport,
     RankReport,
     Verdict,
-    read_report,
-    report_path,
     stacks_text_path,
     tells_why,
 )
@@ -54,6 +53,7 @@ TICK_S = 0.25
 OTHERS_S = 1.0  # between looks at the files of other nodes
 MEMORY_S = 1.0  # between looks at the ranks' memory
 ANSWER_S = 5.0  # how long a suspicion waits for the other nodes
+PATIENCE_S = 90.0  # the same while all ranks that were heard wait: NFS hides a new file for up to a minute
 SURFACE_S = 1.0  # for the error of a peer to be printed before it is ended too
 SPOKEN_S = 2.0  # more, for one that has said why it ends and only has to leave
 LAST_WORDS_S = 6.0  # a rank that said that it failed may take this long to print why (cli.LAST_WORD_S)
@@ -99,7 +99,8 @@ class Watcher:
         self.status = RUNNING
         self.verdict: Verdict | None = None
         self.actors: list[Actor] = []
-        self.round, self.seen = 0, dict[str, int]()
+        self.neighbours = Neighbours(attempt_folder, host)
+        self._suspects, self._suspected_s = dict[tuple[int, str], int](), 0.0
         self.now_s = time.monotonic()
         self._next_s = dict.fromkeys(("memory", "others", "suspicion"), 0.0)
         self._reported: object = None
@@ -203,65 +204,57 @@ class Watcher:
 
     def _hear_others(self) -> bool:
         """Answer other nodes' suspicions; end with them when one has a verdict."""
-        if not self._is_time("others", OTHERS_S):
-            return self.verdict is not None
-        reports = self._others()
-        for report in reports:
-            if report.verdict and not self.verdict:
-                if report.verdict.kind == HANG:
+        if self._is_time("others", OTHERS_S):
+            self.neighbours.look(self.now_s)
+            judged = self.neighbours.judged()
+            if judged and judged.verdict and not self.verdict:
+                if judged.verdict.kind == HANG:
                     self._dump_stacks()
-                self._conclude(report.verdict, 0 if report.verdict.kind == HANG else SURFACE_S, elsewhere=report.host)
-                return True
-        asked = {report.host: report.round for report in reports if report.status == SUSPECT}
-        if any(self.seen.get(host) != number for host, number in asked.items()):
-            self._dump_stacks()
-            self.seen |= asked
-            self._report()
+                grace_s = 0.0 if judged.verdict.kind == HANG else SURFACE_S
+                self._conclude(judged.verdict, grace_s, elsewhere=judged.host)
+            elif questions := self.neighbours.questions():
+                self._dump_stacks()
+                self.neighbours.seen |= questions
+                self._report()
         return self.verdict is not None
 
     def _find_stuck(self) -> None:
-        silent = [actor for rank in self.ranks.values() for actor in self._actors_of(rank) if actor.overdue]
-        if not silent or not self._is_time("suspicion", RECHECK * max(actor.silent_s for actor in silent)):
+        """Suspect ranks that are silent for too long, ask all other nodes, and judge when they have answered."""
+        silent = {
+            (actor.rank, actor.lane): (rank.beats_seen[actor.lane], actor.silent_s)
+            for rank in self.ranks.values()
+            for actor in self._actors_of(rank)
+            if actor.overdue
+        }
+        beats = {key: number for key, (number, _) in silent.items()}
+        if self.status == SUSPECT and not self._suspects.items() <= beats.items():
+            self._withdraw()  # one of them lives
+        if not silent:
             return
-        self._dump_stacks()
-        everyone = self.actors + self._ask_others()
-        if self.verdict:
-            return
-        guilty = blame.judge(everyone)
-        if guilty:
-            absent = [host for host in self._missing() if host]
-            where = stacks_text_path(self.attempt_folder, self.host)
-            self._conclude(verdicts.of_hang(guilty, everyone, absent, where), 0)
+        if self.status != SUSPECT:
+            if not self._is_time("suspicion", RECHECK * max(silent_s for _, silent_s in silent.values())):
+                return
+            self._suspects, self._suspected_s, self.status = beats, self.now_s, SUSPECT
+            self._dump_stacks()
+            self.neighbours.ask()
+            self._report()
+        self._judge()
 
-    def _ask_others(self) -> list[Actor]:
-        """Where the ranks of the other nodes are; they are given 5 s to say so."""
-        hosts = [report.host for report in self._others() if report.status in (RUNNING, SUSPECT)]
-        if not hosts:
-            return []
-        self.round += 1
-        self.status = SUSPECT
+    def _judge(self) -> None:
+        """A node that does not answer is waited for, longer when only it can have the rank that all others wait for."""
+        everyone = self.actors + self.neighbours.answers()
+        guilty, absent = blame.judge(everyone), self.neighbours.missing()
+        all_wait = bool(guilty) and all(actor.waits for actor in guilty)
+        if absent and self.now_s - self._suspected_s < (PATIENCE_S if all_wait else ANSWER_S):
+            return
+        if not guilty:
+            return self._withdraw()
+        where = stacks_text_path(self.attempt_folder, self.host)
+        self._conclude(verdicts.of_hang(guilty, everyone, absent, where), 0.0)
+
+    def _withdraw(self) -> None:
+        self.status = RUNNING
         self._report()
-        deadline_s = time.monotonic() + ANSWER_S
-        while self.now_s < deadline_s and self.verdict is None and self._missing():
-            time.sleep(TICK_S)
-            self.now_s = time.monotonic()
-            self._hear_others()
-        self.status = self.verdict.kind if self.verdict else RUNNING
-        answers = [report for report in self._others() if report.seen.get(self.host) == self.round]
-        return [actor for report in answers for actor in report.actors]
-
-    def _missing(self) -> list[str]:
-        """Nodes that have not answered the present suspicion."""
-        return [
-            report.host
-            for report in self._others()
-            if report.status in (RUNNING, SUSPECT) and report.seen.get(self.host) != self.round
-        ]
-
-    def _others(self) -> list[NodeReport]:
-        ours = report_path(self.attempt_folder, self.host)
-        paths = [path for path in self.attempt_folder.glob("node-*.json") if path != ours]
-        return [report for report in map(read_report, paths) if report]
 
     def _dump_stacks(self) -> None:
         """Ask all ranks for their stacks; keep the text, and what it says about each."""
@@ -331,11 +324,12 @@ class Watcher:
             )
             for _, rank in sorted(self.ranks.items())
         ]  # fmt: skip
-        news = (self.status, [(rank.pid, rank.outcome) for rank in ranks], self.round, dict(self.seen))
+        number, seen = self.neighbours.round, dict(self.neighbours.seen)
+        news = (self.status, [(rank.pid, rank.outcome) for rank in ranks], number, seen)
         if news == self._reported:
             return
         self._reported = news
-        report = NodeReport(self.host, self.status, ranks, self.actors, self.verdict, self.round, dict(self.seen))
+        report = NodeReport(self.host, self.status, ranks, self.actors, self.verdict, number, seen)
         try:
             report.write(self.attempt_folder)
         except OSError as error:

@@ -14,10 +14,11 @@ import pytest
 from conftest import environment
 from watching import Loop
 
-from phi3v_dist.watch import processes, stacks
-from phi3v_dist.watch.beat_file import folder_of, read_beats
-from phi3v_dist.watch.blame import TRAIN
-from phi3v_dist.watch.node_report import read_report, report_path, stacks_text_path
+from phi3v_dist.watch import neighbours, processes, stacks
+from phi3v_dist.watch.beat_file import BeatFile, Lane, folder_of, read_beats
+from phi3v_dist.watch.blame import TRAIN, Actor
+from phi3v_dist.watch.node_report import NodeReport, read_report, report_path, stacks_text_path
+from phi3v_dist.watch.watcher import Watcher
 
 HANG_S = 2.0
 SLACK_S = 6.0  # polling, stacks, a loaded machine
@@ -111,6 +112,72 @@ def test_watchers_of_two_nodes_agree_through_files_alone(tmp_path):
     for node in loop.nodes:
         assert "most recent call first" in stacks_text_path(loop.attempt_folder, node).read_text()
     assert "waiting for it: rank 0 (forward, step 5)" in loop.said()
+
+
+@pytest.fixture
+def asking(tmp_path, monkeypatch):
+    """A watcher on n0 whose one rank waits in a collective for too long, in a job of two nodes."""
+    attempt_folder = tmp_path / "attempts" / "0001"
+    attempt_folder.mkdir(parents=True)
+    (attempt_folder / "owner.json").write_text('{"hosts": ["n0", "n1"]}')
+    one = Watcher(tmp_path, attempt_folder, "n0", 1)
+    alive = BeatFile.create(tmp_path, 0, "n0")
+    alive.write(TRAIN, Lane("forward", 5, 5, 2, 1, bound_s=HANG_S))
+    one._look()
+    one.ranks[0].since_s[TRAIN] -= 40
+    monkeypatch.setattr(stacks, "ask", lambda pids: dict.fromkeys(pids, ""))
+    monkeypatch.setattr(stacks, "waits_for_others", lambda threads, thread: True)
+    monkeypatch.setattr(one, "_end", lambda grace_s, whom: None)
+    return one, alive
+
+
+def heard(one, seconds: float) -> str:
+    """Time passes, and the watcher goes round once."""
+    one.now_s += seconds
+    one._look()
+    one._hear_others() or one._find_stuck()
+    return one.status
+
+
+def test_a_node_that_does_not_answer_may_be_the_one_that_works(asking):
+    """NFS shows its report a minute late; it was in a long phase all the time."""
+    one, _ = asking
+    assert heard(one, 0) == "suspect" and heard(one, 10) == "suspect" and heard(one, 60) == "suspect"
+    works = actor(1, "evaluate", host="n1", waits=False)
+    NodeReport("n1", "running", [], [works], seen={"n0": one.neighbours.round}).write(one.attempt_folder)
+    assert heard(one, 2) == "running"
+
+
+def test_a_node_that_never_answers_does_not_hold_up_the_verdict_for_ever(asking):
+    one, _ = asking
+    assert heard(one, 0) == "suspect" and heard(one, 80) == "suspect" and heard(one, 11) == "hang"
+    assert "no answer from n1" in " ".join(one.verdict.lines)
+
+
+def test_a_suspicion_ends_with_a_sign_of_life(asking):
+    one, alive = asking
+    assert heard(one, 0) == "suspect"
+    alive.write(TRAIN, Lane("forward", 5, 5, 2, 2, bound_s=HANG_S))
+    assert heard(one, 1) == "running"
+
+
+def test_reports_of_other_nodes_are_read_again_only_when_they_have_changed(tmp_path, monkeypatch):
+    reads = []
+    monkeypatch.setattr(neighbours, "read_report", lambda path: reads.append(path.name) or read_report(path))
+    for number in range(1, 4):
+        NodeReport(f"n{number}", "running", []).write(tmp_path)
+    one = neighbours.Neighbours(tmp_path, "n0")
+    for second in range(20):
+        one.look(float(second))
+    assert sorted(reads) == ["node-n1.json", "node-n2.json", "node-n3.json"]
+    NodeReport("n2", "suspect", [], round=1).write(tmp_path)
+    one.look(30.0)
+    assert reads[3:] == ["node-n2.json"] and one.questions() == {"n2": 1} and len(one.missing()) == 3
+
+
+def actor(rank: int, phase: str, **facts) -> Actor:
+    known = {"pid": 1, "lane": TRAIN, "step": 5, "what": "", "position": (5, 9), "silent_s": 1.0, "bound_s": 30.0}
+    return Actor(rank=rank, phase=phase, **known | facts)
 
 
 def test_a_death_on_one_node_ends_the_ranks_of_the_other(tmp_path):
