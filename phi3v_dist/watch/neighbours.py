@@ -13,7 +13,7 @@ from pathlib import Path
 
 from phi3v_dist.attempt.owner import OWNER_NAME
 from phi3v_dist.watch.blame import Actor
-from phi3v_dist.watch.node_report import RUNNING, SUSPECT, NodeReport, read_report, report_path
+from phi3v_dist.watch.node_report import RUNNING, SUSPECT, NodeReport, left_early, read_report, report_path
 
 RELIST_S = 5.0  # clocks of file systems are coarse: two changes may bear one time
 Version = tuple[int, int, int]
@@ -59,6 +59,10 @@ class Neighbours:
     def judged(self) -> NodeReport | None:
         """One that has a verdict."""
         return next((report for report in self.reports if report.verdict), None)
+
+    def left_early(self) -> bool:
+        """Whether a rank of another node was stopped before the first step."""
+        return any(left_early(rank.outcome, rank.where) for report in self.reports for rank in report.ranks)
 
     def questions(self) -> dict[str, int]:
         """By host, the questions that we have not answered."""

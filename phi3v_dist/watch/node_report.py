@@ -69,6 +69,11 @@ def tells_why(exit_code: int) -> bool:
     return exit_code not in (0, CRASHED, LOST_RANK)
 
 
+def left_early(outcome: str, where: str) -> bool:
+    """Whether a rank was asked to stop before the first step, and did so alone; later all agree on the step."""
+    return outcome == "stopped" and where in ("start", "load")
+
+
 def report_path(attempt_folder: Path, host: str) -> Path:
     return attempt_folder / f"node-{host}.json"
 

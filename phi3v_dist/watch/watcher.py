@@ -41,6 +41,7 @@ from phi3v_dist.watch.node_report import (
     NodeReport,
     RankReport,
     Verdict,
+    left_early,
     stacks_text_path,
     tells_why,
 )
@@ -57,6 +58,7 @@ PATIENCE_S = 90.0  # the same while all ranks that were heard wait: NFS hides a 
 SURFACE_S = 1.0  # for the error of a peer to be printed before it is ended too
 SPOKEN_S = 2.0  # more, for one that has said why it ends and only has to leave
 LAST_WORDS_S = 6.0  # a rank that said that it failed may take this long to print why (cli.LAST_WORD_S)
+LEFT_S = 5.0  # all ranks are usually asked to stop, one a little after the other
 GAP_S = 5.0  # this process itself did not run for so long: the whole machine was asleep, nobody hangs
 FIRST_RANK_S = 600.0
 RECHECK = 0.1  # of the silence so far, before ranks that have an excuse are looked at again
@@ -100,6 +102,7 @@ class Watcher:
         self.verdict: Verdict | None = None
         self.actors: list[Actor] = []
         self.neighbours = Neighbours(attempt_folder, host)
+        self._left_s, self._asked_to_leave = 0.0, False
         self._suspects, self._suspected_s = dict[tuple[int, str], int](), 0.0
         self.now_s = time.monotonic()
         self._next_s = dict.fromkeys(("memory", "others", "suspicion"), 0.0)
@@ -118,7 +121,7 @@ class Watcher:
             if not running and (all_came or self.verdict or self.now_s - began_s > FIRST_RANK_S):
                 break
             if not self._find_dead() and not self._find_failed() and not self._hear_others():
-                self._find_stuck()
+                self._find_left() or self._find_stuck()
         if self.verdict is None:
             self._find_dead() or self._find_failed()
         self.status = self.verdict.kind if self.verdict else ENDED
@@ -160,6 +163,8 @@ class Watcher:
 
     def _find_dead(self) -> bool:
         """A process that is gone without a last word. The others are given a second to say what they saw of it."""
+        if self._left():
+            return False
         dead = [rank for rank in self.ranks.values() if not rank.alive and not rank.outcome]
         for rank in dead:
             rank.outcome = DIED
@@ -168,9 +173,34 @@ class Watcher:
         if any(self._came_first(rank) for rank in self._failed()):
             return False
         of_memory = any(processes.kills_again(rank.kills) for rank in dead)
-        actors = [self._actor(rank, blame.TRAIN) for rank in dead]
+        actors = [self._actor(rank) for rank in dead]
         peaks = [rank.peak_bytes for rank in dead]
         self._conclude(verdicts.of_death(actors, peaks, of_memory), SURFACE_S)
+        return True
+
+    def _left(self) -> bool:
+        """Whether a rank was asked to stop before the first step and left, and nothing else went wrong.
+
+        The others are then not lost without a reason, nor do they hang.
+        """
+        left = any(not rank.alive and left_early(rank.outcome, self._actor(rank).where) for rank in self.ranks.values())
+        reasons = any(tells_why(rank.beats.exit_code) for rank in self._failed())
+        return (left or self.neighbours.left_early()) and not reasons
+
+    def _find_left(self) -> bool:
+        """Ranks that nobody has asked to stop wait for one that has left: ask them too, then end them."""
+        if not self._left():
+            return False
+        self._left_s = self._left_s or self.now_s
+        waited_s, running = self.now_s - self._left_s, [rank for rank in self.ranks.values() if rank.alive]
+        if waited_s > LEFT_S and not self._asked_to_leave:
+            self._asked_to_leave = True
+            _say([f"watcher on {self.host}: a rank was stopped before the first step; the others are stopped too"])
+            for rank in running:
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(rank.beats.pid, signal.SIGTERM)
+        if waited_s > 2 * LEFT_S:
+            self._end(0.0, lambda rank: True)
         return True
 
     def _came_first(self, failed: _Rank) -> bool:
@@ -193,8 +223,8 @@ class Watcher:
     def _find_failed(self) -> bool:
         """A rank that has said why it ends; those that do not end with it are ended."""
         failed = self._failed()
-        if not failed or self.verdict:
-            return bool(failed)
+        if not failed or self.verdict or self._left():
+            return bool(failed and self.verdict)
         waited_s = self.now_s - min(rank.beats.ended_s for rank in failed)
         if waited_s < LAST_WORDS_S and any(rank.alive for rank in failed):
             return True
@@ -272,7 +302,7 @@ class Watcher:
                         waits=stacks.waits_for_others(threads, thread), place=stacks.place(threads, thread),
                     )
                 )  # fmt: skip
-            parts.append(verdicts.stack_text(self._actor(rank, blame.TRAIN), texts[rank.beats.pid]))
+            parts.append(verdicts.stack_text(self._actor(rank), texts[rank.beats.pid]))
         try:
             stacks_text_path(self.attempt_folder, self.host).write_text("\n".join(parts), encoding="utf-8")
         except OSError as error:
@@ -284,7 +314,7 @@ class Watcher:
             return []
         return [self._actor(rank, name) for name, lane in rank.beats.lanes.items() if lane.phase not in ("", "idle")]
 
-    def _actor(self, rank: _Rank, name: str) -> Actor:
+    def _actor(self, rank: _Rank, name: str = blame.TRAIN) -> Actor:
         lane, beats = rank.beats.lanes[name], rank.beats
         return Actor(
             rank=beats.rank, host=self.host, pid=beats.pid, lane=name, phase=lane.phase, step=lane.step,
@@ -319,7 +349,7 @@ class Watcher:
             RankReport(
                 rank=rank.beats.rank, pid=rank.beats.pid, started=rank.beats.started, outcome=rank.outcome,
                 exit_code=rank.beats.exit_code, message=rank.beats.message,
-                where=self._actor(rank, blame.TRAIN).where, what=printable(rank.beats.lanes[blame.TRAIN].what),
+                where=self._actor(rank).where, what=printable(rank.beats.lanes[blame.TRAIN].what),
                 peak_bytes=rank.peak_bytes,
             )
             for _, rank in sorted(self.ranks.items())

@@ -15,6 +15,7 @@ from conftest import environment
 from watching import Loop
 
 from phi3v_dist.watch import neighbours, processes, stacks
+from phi3v_dist.watch.attempts import read_attempts
 from phi3v_dist.watch.beat_file import BeatFile, Lane, folder_of, read_beats
 from phi3v_dist.watch.blame import TRAIN, Actor
 from phi3v_dist.watch.node_report import NodeReport, read_report, report_path, stacks_text_path
@@ -112,6 +113,15 @@ def test_watchers_of_two_nodes_agree_through_files_alone(tmp_path):
     for node in loop.nodes:
         assert "most recent call first" in stacks_text_path(loop.attempt_folder, node).read_text()
     assert "waiting for it: rank 0 (forward, step 5)" in loop.said()
+
+
+@pytest.mark.parametrize("nodes", [["n0"], ["n0", "n1"]])
+def test_ranks_that_wait_for_one_that_was_stopped_while_it_loaded_are_stopped_too(tmp_path, nodes):
+    loop = Loop.start(tmp_path, nodes, 2 // len(nodes), hang_s=HANG_S, WATCHED_RANKS="leaves")
+    codes = loop.wait()
+    assert codes[1] == 0 and codes[0] in (-signal.SIGTERM, -signal.SIGKILL)
+    assert [loop.report(node).verdict for node in nodes] == [None] * len(nodes), loop.said()
+    assert read_attempts(tmp_path)[-1].ending == "stopped" and "the others are stopped too" in loop.said()
 
 
 @pytest.fixture
