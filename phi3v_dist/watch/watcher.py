@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from phi3v_dist.printable import printable
-from phi3v_dist.watch import blame, heartbeat, processes, stacks, verdicts
+from phi3v_dist.watch import blame, flight_recorder, heartbeat, processes, stacks, verdicts
 from phi3v_dist.watch.beat_file import (
     Beats,
     folder_of,
@@ -147,6 +147,8 @@ class Watcher:
         for path in self.folder.glob("rank-*.beats"):
             beats = read_beats(path)
             if beats is not None and beats.host == self.host:
+                if beats.rank not in self.ranks:
+                    flight_recorder.forget(self.attempt_folder, [beats.rank])
                 rank = self.ranks.setdefault(beats.rank, _Rank(beats))
                 rank.beats = beats
         look_at_memory = self._is_time("memory", MEMORY_S)
@@ -327,6 +329,8 @@ class Watcher:
         self.verdict, self.status = verdict, verdict.kind
         _say([f"(node {elsewhere} says:)", *verdict.lines] if elsewhere else verdict.lines)
         self._report()
+        if verdict.kind == HANG:
+            flight_recorder.ask(self.attempt_folder, [rank.beats.rank for rank in self.ranks.values() if rank.alive])
         self._end(grace_s, lambda rank: not rank.beats.outcome)
         self._end(SPOKEN_S if grace_s else 0, lambda rank: True)
 

@@ -148,6 +148,8 @@ def test_a_flight_recorder_dump_is_read_without_running_anything_in_it(run):
 
     dump(0, 7)
     dump(1, 5)
+    (run / "nccl").mkdir()
+    (run / "nccl_trace_rank_1").rename(run / "nccl" / "trace_1")
     canary = run / "canary"
     (run / "nccl_trace_rank_2").write_bytes(pickle.dumps({"entries": [Canary(canary)]}))
     text = says(run)
