@@ -63,6 +63,7 @@ class Evaluator:
             stop: asked before each batch, on this rank alone; once it says yes, nothing is written and None comes back
                 on every rank.
         """
+        heartbeat.enter("evaluate", what="a copy of the model")  # every rank, also one that gets no batch
         copy = local_copy(model)
         sample_ids = self.sample_ids[:num_samples]
         place = {sample_id: i for i, sample_id in enumerate(sample_ids)}
@@ -79,6 +80,7 @@ class Evaluator:
             loss_sum += batch_loss
             label_tokens += batch_labels
         del copy
+        heartbeat.enter("score")  # untimed: ranks with few batches wait here for those with many
         loss_sum, labels, given_up = self.topology.sum([loss_sum, float(label_tokens), float(stop())])
         if given_up:
             return None

@@ -12,7 +12,7 @@ from typing import Any, TypeVar
 
 import torch.distributed as dist
 
-from phi3v_dist.errors import LostRankError
+from phi3v_dist.errors import CheckpointError, LostRankError
 
 SLOWEST_RANK_TIMEOUT_S = 3600  # how long ranks that have written their share wait for the last one
 T = TypeVar("T")

@@ -16,7 +16,17 @@ from phi3v_dist.attempt.owner import OWNER_NAME
 from phi3v_dist.observe.metrics import ATTEMPT, STEP
 from phi3v_dist.observe.tracker import RECORD_NAME
 from phi3v_dist.watch import processes
-from phi3v_dist.watch.node_report import DIED, FAILED, HANG, RUNNING, SUSPECT, NodeReport, read_reports
+from phi3v_dist.watch.node_report import (
+    CRASHED,
+    DIED,
+    FAILED,
+    HANG,
+    RUNNING,
+    SUSPECT,
+    NodeReport,
+    read_reports,
+    tells_why,
+)
 
 FINISHED, STOPPED, RUNS, LOST, UNKNOWN = "finished", "stopped", "running", "lost", "unknown"
 KINDS = (HANG, DIED, FAILED, LOST, STOPPED, FINISHED, RUNS, UNKNOWN)
@@ -49,8 +59,9 @@ class PastAttempt:
 
     @property
     def exit_code(self) -> int:
-        """Of the rank that failed, 0 if none did; see errors.py."""
-        return max((rank.exit_code for report in self.reports for rank in report.ranks), default=0)
+        """Of the rank that failed by itself rather than for want of another one; 0 if none did. See errors.py."""
+        codes = [rank.exit_code for report in self.reports for rank in report.ranks]
+        return max(codes, key=lambda code: (tells_why(code), code == CRASHED, code), default=0)
 
     @property
     def hosts(self) -> list[str]:

@@ -2,7 +2,8 @@
 
 What comes in: `Actor`s, one for each lane of each rank of the whole job. What goes out: those to blame; none when the
 silence has a reason. Surprise: the first rank to be silent for too long is usually innocent. It sits in a collective
-operation and waits for one that is behind, and as long as that one is within its own bound, nothing hangs.
+operation and waits for another one, and as long as that one works and is within its own bound, nothing hangs. Which
+one it waits for cannot be told by positions alone: in an evaluation some ranks have more batches than others.
 """
 
 from collections.abc import Sequence
@@ -68,13 +69,16 @@ def judge(actors: Sequence[Actor]) -> list[Actor]:
 
 
 def _excused(actor: Actor, actors: Sequence[Actor]) -> bool:
-    """Whether it waits for one that is not further than itself and still within its bound."""
+    """Whether it waits for one that is still within its bound: one that is not further, or does work of its own."""
     if actor.frozen and actor.state != "D":
         return False
     for other in actors:
         if other is actor or other.overdue or not _can_wait_for(actor, other):
             continue
-        if other.order < actor.order or (other.order == actor.order and actor.waits):
+        works = not other.waits
+        if other.order < actor.order and (works or actor.waits):
+            return True
+        if actor.waits and (other.order == actor.order or (works and other.lane == actor.lane)):
             return True
     return False
 

@@ -119,7 +119,7 @@ def _sentences(run: Path, attempts: list[PastAttempt], checkpoint: str | None) -
         sentences.append(f"No last word came from {hosts}: lost, or killed with everything on it.")
     if not last.verdict and not last.silent:
         sentences.append(_without_word(last))
-    sentences += flight_recorder.summarize([run, last.folder])
+    sentences += flight_recorder.summarize([run, run / flight_recorder.FOLDER, last.folder])
     sentences.append(_advice(last))
     return [*sentences, again]
 

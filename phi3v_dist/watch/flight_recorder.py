@@ -1,18 +1,30 @@
 """NCCL's flight recorder → which rank did not take part in which collective operation.
 
-What comes in: `nccl_trace_rank_N` files that PyTorch dumps when a collective hangs on GPUs. What goes out: one line.
+What comes in: files that PyTorch dumps when a collective hangs on GPUs, by itself after its own long timeout or when it
+is asked: it makes a named pipe per rank, and something written to it is the question. What goes out: one line.
 Surprise: the files are pickles, and a pickle can run code. Only lists, dicts, texts and numbers are in them, so a
 reader that knows no class and no function at all is enough; whatever asks for one is refused.
+
+The run's environment names the files: TORCH_NCCL_DEBUG_INFO_PIPE_FILE=RUN/nccl/pipe_ and
+TORCH_NCCL_DEBUG_INFO_TEMP_FILE=RUN/nccl/trace_, to which PyTorch adds the rank (and `.pipe`). It looks at the pipe once
+a second where TORCH_NCCL_DUMP_ON_TIMEOUT is set, else only every few minutes.
 
 Format: https://docs.pytorch.org/tutorials/unstable/flight_recorder_tutorial.html
 """
 
+import contextlib
+import os
 import pickle
 import re
+import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, BinaryIO
 
-NAME = re.compile(r"nccl_trace_rank_(\d+)")
+NAME = re.compile(r"(?:nccl_trace_rank|trace)_(\d+)")
+FOLDER, PIPE, TRACE, KEPT = "nccl", "pipe_", "trace_", "nccl_trace_rank_"
+DUMPED_S = 3.0  # for PyTorch to look at its pipe, and to write
+QUIET_S = 0.2  # nothing more for so long: the file is whole
 MAX_BYTES = 256 * 2**20
 COMPLETED = "completed"
 
@@ -25,9 +37,54 @@ class _PlainUnpickler(pickle.Unpickler):
         raise pickle.UnpicklingError("it refers to something outside")
 
 
+def ask(attempt_folder: Path, ranks: Sequence[int]) -> None:
+    """Have ranks of this node that are about to be killed dump what they recorded, into their attempt's folder.
+
+    Takes 3 s at most, and no time for ranks without NCCL.
+    """
+    folder = attempt_folder.parent.parent / FOLDER
+    forget(attempt_folder, ranks)
+    asked = [rank for rank in ranks if _write(folder / f"{PIPE}{rank}.pipe")]
+    deadline_s, sizes, since_s = time.monotonic() + DUMPED_S, [-1] * len(asked), time.monotonic()
+    while asked and (now_s := time.monotonic()) < deadline_s:
+        found = [_size(folder / f"{TRACE}{rank}") for rank in asked]
+        sizes, since_s = found, since_s if found == sizes else now_s
+        if min(sizes) > 0 and now_s - since_s > QUIET_S:
+            break
+        time.sleep(QUIET_S / 4)
+    for rank in asked:
+        with contextlib.suppress(OSError):  # none came: a process that is stopped does not answer
+            (folder / f"{TRACE}{rank}").rename(attempt_folder / f"{KEPT}{rank}")
+
+
+def forget(attempt_folder: Path, ranks: Sequence[int]) -> None:
+    """Remove what these ranks dumped in an earlier attempt: it would be taken for news."""
+    for rank in ranks:
+        with contextlib.suppress(OSError):
+            (attempt_folder.parent.parent / FOLDER / f"{TRACE}{rank}").unlink(missing_ok=True)
+
+
+def _write(pipe: Path) -> bool:
+    """Whether somebody listens at this pipe."""
+    try:
+        descriptor = os.open(pipe, os.O_WRONLY | os.O_NONBLOCK | os.O_NOFOLLOW)
+    except OSError:
+        return False
+    try:
+        return pipe.is_fifo() and os.write(descriptor, b"1") > 0
+    except OSError:
+        return False
+    finally:
+        os.close(descriptor)
+
+
+def _size(path: Path) -> int:
+    return path.stat().st_size if path.is_file() else -1
+
+
 def summarize(folders: list[Path]) -> list[str]:
     """Lines for people; none where there are no dumps."""
-    paths = sorted(path for folder in folders for path in folder.glob("nccl_trace_rank_*") if NAME.fullmatch(path.name))
+    paths = sorted(path for folder in folders for path in folder.glob("*trace_*") if NAME.fullmatch(path.name))
     lines, pending = [], {}
     for path in paths:
         try:

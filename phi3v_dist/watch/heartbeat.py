@@ -28,12 +28,21 @@ from phi3v_dist.watch import faults
 from phi3v_dist.watch.beat_file import BeatFile, Lane, stacks_path
 
 TRAIN, SAVE = "train", "save"  # lanes
-PHASES = ("start", "load", "data", "forward", "backward", "optimizer", "snapshot", "evaluate", "export", "finish")
+PHASES = (
+    "start", "load", "data", "forward", "backward", "optimizer", "snapshot", "evaluate", "score", "export", "finish",
+)  # fmt: skip
 SAVE_PHASES = ("write", "flush", "commit", "prune", "idle")
 DONE, STOPPED, FAILED = "done", "stopped", "failed"  # outcomes
 NEVER_HANGS, FOREVER_S = "idle", 1e9
 READING = ("start", "load", "data", "evaluate")  # phases in which the main thread may wait for data
-UNTIMED = ("start", "load", "export", "finish", "flush")  # made of unlike parts: none says how long the next one takes
+UNTIMED = (
+    "start",
+    "load",
+    "score",
+    "export",
+    "finish",
+    "flush",
+)  # made of unlike parts, none of which foretells the next
 NUMBERED_APART = ("evaluate", "export")  # their steps are numbers of batches or files, not of optimizer steps
 REMEMBERED = 65  # intervals per phase, whose median says what is usual
 LAST_WORD_VARIABLE = "PHI3V_LAST_WORD"  # a file for the supervisor, since launchers swallow exit codes

@@ -16,6 +16,7 @@ from phi3v_dist.watch.blame import Actor
 FORMAT = "phi3v-node-1"
 RUNNING, SUSPECT, ENDED = "running", "suspect", "ended"  # what a node says about itself
 HANG, DIED, FAILED = "hang", "died", "failed"  # and when it has ended its ranks for a reason
+CRASHED, LOST_RANK = 1, 11  # exit codes that follow from another rank's end, or may: errors.LostRankError has 11
 
 
 @dataclass(frozen=True)
@@ -61,6 +62,16 @@ class NodeReport:
         """Raises OSError."""
         text = json.dumps({"format": FORMAT, **asdict(self)}, indent=1)
         write_durably(report_path(attempt_folder, self.host), text + "\n")
+
+
+def tells_why(exit_code: int) -> bool:
+    """Whether a rank that failed with this code had a reason of its own, as far as the code tells."""
+    return exit_code not in (0, CRASHED, LOST_RANK)
+
+
+def left_early(outcome: str, where: str) -> bool:
+    """Whether a rank was asked to stop before the first step, and did so alone; later all agree on the step."""
+    return outcome == "stopped" and where in ("start", "load")
 
 
 def report_path(attempt_folder: Path, host: str) -> Path:

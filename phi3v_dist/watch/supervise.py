@@ -21,7 +21,7 @@ from phi3v_dist.errors import CheckpointError, ConfigError, CrashLoopError, Data
 from phi3v_dist.watch import processes
 from phi3v_dist.watch.attempts import FINISHED, STOPPED, PastAttempt, best_step, read_attempts
 from phi3v_dist.watch.heartbeat import LAST_WORD_VARIABLE
-from phi3v_dist.watch.node_report import read_reports
+from phi3v_dist.watch.node_report import DIED, HANG, read_reports
 
 HOPELESS = {error.exit_code: error.kind for error in (ConfigError, DataError, CheckpointError)}
 MAX_WITHOUT_STEP = 3
@@ -150,7 +150,8 @@ def _how_it_ended(attempt: PastAttempt | None, said: dict[str, object], code: in
     if attempt is not None and attempt.ending in (FINISHED, STOPPED):
         return _Ending(False, f"{attempt.ending}, although the launcher says {code}", 0)
     failed = (attempt.exit_code if attempt else 0) or said_code or code
-    if failed in HOPELESS:
+    was_ended = attempt is not None and attempt.ending in (DIED, HANG)  # whatever others said for want of that rank
+    if failed in HOPELESS and not was_ended:
         return _Ending(False, f"not started again: another start would not mend this {HOPELESS[failed]} error", failed)
     if attempt is not None and attempt.verdict and attempt.verdict.verdict:
         return _Ending(True, "\n".join(attempt.verdict.verdict.lines), failed)

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from phi3v_dist.printable import printable
-from phi3v_dist.watch import blame, heartbeat, processes, stacks, verdicts
+from phi3v_dist.watch import blame, flight_recorder, heartbeat, processes, stacks, verdicts
 from phi3v_dist.watch.beat_file import (
     Beats,
     folder_of,
@@ -29,19 +29,21 @@ from phi3v_dist.watch.beat_file import (
     stacks_path,
 )
 from phi3v_dist.watch.blame import Actor
+from phi3v_dist.watch.neighbours import Neighbours
 from phi3v_dist.watch.node_report import (
     DIED,
     ENDED,
     FAILED,
     HANG,
+    LOST_RANK,
     RUNNING,
     SUSPECT,
     NodeReport,
     RankReport,
     Verdict,
-    read_report,
-    report_path,
+    left_early,
     stacks_text_path,
+    tells_why,
 )
 
 if TYPE_CHECKING:
@@ -52,9 +54,11 @@ TICK_S = 0.25
 OTHERS_S = 1.0  # between looks at the files of other nodes
 MEMORY_S = 1.0  # between looks at the ranks' memory
 ANSWER_S = 5.0  # how long a suspicion waits for the other nodes
+PATIENCE_S = 90.0  # the same while all ranks that were heard wait: NFS hides a new file for up to a minute
 SURFACE_S = 1.0  # for the error of a peer to be printed before it is ended too
 SPOKEN_S = 2.0  # more, for one that has said why it ends and only has to leave
 LAST_WORDS_S = 6.0  # a rank that said that it failed may take this long to print why (cli.LAST_WORD_S)
+LEFT_S = 5.0  # all ranks are usually asked to stop, one a little after the other
 GAP_S = 5.0  # this process itself did not run for so long: the whole machine was asleep, nobody hangs
 FIRST_RANK_S = 600.0
 RECHECK = 0.1  # of the silence so far, before ranks that have an excuse are looked at again
@@ -97,7 +101,9 @@ class Watcher:
         self.status = RUNNING
         self.verdict: Verdict | None = None
         self.actors: list[Actor] = []
-        self.round, self.seen = 0, dict[str, int]()
+        self.neighbours = Neighbours(attempt_folder, host)
+        self._left_s, self._asked_to_leave = 0.0, False
+        self._suspects, self._suspected_s = dict[tuple[int, str], int](), 0.0
         self.now_s = time.monotonic()
         self._next_s = dict.fromkeys(("memory", "others", "suspicion"), 0.0)
         self._reported: object = None
@@ -115,7 +121,7 @@ class Watcher:
             if not running and (all_came or self.verdict or self.now_s - began_s > FIRST_RANK_S):
                 break
             if not self._find_dead() and not self._find_failed() and not self._hear_others():
-                self._find_stuck()
+                self._find_left() or self._find_stuck()
         if self.verdict is None:
             self._find_dead() or self._find_failed()
         self.status = self.verdict.kind if self.verdict else ENDED
@@ -141,6 +147,8 @@ class Watcher:
         for path in self.folder.glob("rank-*.beats"):
             beats = read_beats(path)
             if beats is not None and beats.host == self.host:
+                if beats.rank not in self.ranks:
+                    flight_recorder.forget(self.attempt_folder, [beats.rank])
                 rank = self.ranks.setdefault(beats.rank, _Rank(beats))
                 rank.beats = beats
         look_at_memory = self._is_time("memory", MEMORY_S)
@@ -157,29 +165,68 @@ class Watcher:
 
     def _find_dead(self) -> bool:
         """A process that is gone without a last word. The others are given a second to say what they saw of it."""
+        if self._left():
+            return False
         dead = [rank for rank in self.ranks.values() if not rank.alive and not rank.outcome]
         for rank in dead:
             rank.outcome = DIED
         if not dead or self.verdict:
             return bool(dead)
-        failed = self._failed()
-        if failed and failed[0].beats.exit_code > 1 or failed and self.now_s - failed[0].beats.ended_s > LAST_WORDS_S:
-            return False  # that one came first, and the launcher has ended the rest
+        if any(self._came_first(rank) for rank in self._failed()):
+            return False
         of_memory = any(processes.kills_again(rank.kills) for rank in dead)
-        actors = [self._actor(rank, blame.TRAIN) for rank in dead]
+        actors = [self._actor(rank) for rank in dead]
         peaks = [rank.peak_bytes for rank in dead]
         self._conclude(verdicts.of_death(actors, peaks, of_memory), SURFACE_S)
         return True
 
+    def _left(self) -> bool:
+        """Whether a rank was asked to stop before the first step and left, and nothing else went wrong.
+
+        The others are then not lost without a reason, nor do they hang.
+        """
+        left = any(not rank.alive and left_early(rank.outcome, self._actor(rank).where) for rank in self.ranks.values())
+        reasons = any(tells_why(rank.beats.exit_code) for rank in self._failed())
+        return (left or self.neighbours.left_early()) and not reasons
+
+    def _find_left(self) -> bool:
+        """Ranks that nobody has asked to stop wait for one that has left: ask them too, then end them."""
+        if not self._left():
+            return False
+        self._left_s = self._left_s or self.now_s
+        waited_s, running = self.now_s - self._left_s, [rank for rank in self.ranks.values() if rank.alive]
+        if waited_s > LEFT_S and not self._asked_to_leave:
+            self._asked_to_leave = True
+            _say([f"watcher on {self.host}: a rank was stopped before the first step; the others are stopped too"])
+            for rank in running:
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(rank.beats.pid, signal.SIGTERM)
+        if waited_s > 2 * LEFT_S:
+            self._end(0.0, lambda rank: True)
+        return True
+
+    def _came_first(self, failed: _Rank) -> bool:
+        """Whether a failure explains why another rank is gone: the launcher then ended that one."""
+        code = failed.beats.exit_code
+        return tells_why(code) or (code != LOST_RANK and self.now_s - failed.beats.ended_s > LAST_WORDS_S)
+
     def _failed(self) -> list[_Rank]:
+        """Those first that had a reason of their own, then by time."""
         failed = [rank for rank in self.ranks.values() if rank.beats.outcome == FAILED]
-        return sorted(failed, key=lambda rank: (rank.beats.exit_code <= 1, rank.beats.ended_s))
+        return sorted(
+            failed,
+            key=lambda rank: (
+                not tells_why(rank.beats.exit_code),
+                rank.beats.exit_code == LOST_RANK,
+                rank.beats.ended_s,
+            ),
+        )
 
     def _find_failed(self) -> bool:
         """A rank that has said why it ends; those that do not end with it are ended."""
         failed = self._failed()
-        if not failed or self.verdict:
-            return bool(failed)
+        if not failed or self.verdict or self._left():
+            return bool(failed and self.verdict)
         waited_s = self.now_s - min(rank.beats.ended_s for rank in failed)
         if waited_s < LAST_WORDS_S and any(rank.alive for rank in failed):
             return True
@@ -189,65 +236,57 @@ class Watcher:
 
     def _hear_others(self) -> bool:
         """Answer other nodes' suspicions; end with them when one has a verdict."""
-        if not self._is_time("others", OTHERS_S):
-            return self.verdict is not None
-        reports = self._others()
-        for report in reports:
-            if report.verdict and not self.verdict:
-                if report.verdict.kind == HANG:
+        if self._is_time("others", OTHERS_S):
+            self.neighbours.look(self.now_s)
+            judged = self.neighbours.judged()
+            if judged and judged.verdict and not self.verdict:
+                if judged.verdict.kind == HANG:
                     self._dump_stacks()
-                self._conclude(report.verdict, 0 if report.verdict.kind == HANG else SURFACE_S, elsewhere=report.host)
-                return True
-        asked = {report.host: report.round for report in reports if report.status == SUSPECT}
-        if any(self.seen.get(host) != number for host, number in asked.items()):
-            self._dump_stacks()
-            self.seen |= asked
-            self._report()
+                grace_s = 0.0 if judged.verdict.kind == HANG else SURFACE_S
+                self._conclude(judged.verdict, grace_s, elsewhere=judged.host)
+            elif questions := self.neighbours.questions():
+                self._dump_stacks()
+                self.neighbours.seen |= questions
+                self._report()
         return self.verdict is not None
 
     def _find_stuck(self) -> None:
-        silent = [actor for rank in self.ranks.values() for actor in self._actors_of(rank) if actor.overdue]
-        if not silent or not self._is_time("suspicion", RECHECK * max(actor.silent_s for actor in silent)):
+        """Suspect ranks that are silent for too long, ask all other nodes, and judge when they have answered."""
+        silent = {
+            (actor.rank, actor.lane): (rank.beats_seen[actor.lane], actor.silent_s)
+            for rank in self.ranks.values()
+            for actor in self._actors_of(rank)
+            if actor.overdue
+        }
+        beats = {key: number for key, (number, _) in silent.items()}
+        if self.status == SUSPECT and not self._suspects.items() <= beats.items():
+            self._withdraw()  # one of them lives
+        if not silent:
             return
-        self._dump_stacks()
-        everyone = self.actors + self._ask_others()
-        if self.verdict:
-            return
-        guilty = blame.judge(everyone)
-        if guilty:
-            absent = [host for host in self._missing() if host]
-            where = stacks_text_path(self.attempt_folder, self.host)
-            self._conclude(verdicts.of_hang(guilty, everyone, absent, where), 0)
+        if self.status != SUSPECT:
+            if not self._is_time("suspicion", RECHECK * max(silent_s for _, silent_s in silent.values())):
+                return
+            self._suspects, self._suspected_s, self.status = beats, self.now_s, SUSPECT
+            self._dump_stacks()
+            self.neighbours.ask()
+            self._report()
+        self._judge()
 
-    def _ask_others(self) -> list[Actor]:
-        """Where the ranks of the other nodes are; they are given 5 s to say so."""
-        hosts = [report.host for report in self._others() if report.status in (RUNNING, SUSPECT)]
-        if not hosts:
-            return []
-        self.round += 1
-        self.status = SUSPECT
+    def _judge(self) -> None:
+        """A node that does not answer is waited for, longer when only it can have the rank that all others wait for."""
+        everyone = self.actors + self.neighbours.answers()
+        guilty, absent = blame.judge(everyone), self.neighbours.missing()
+        all_wait = bool(guilty) and all(actor.waits for actor in guilty)
+        if absent and self.now_s - self._suspected_s < (PATIENCE_S if all_wait else ANSWER_S):
+            return
+        if not guilty:
+            return self._withdraw()
+        where = stacks_text_path(self.attempt_folder, self.host)
+        self._conclude(verdicts.of_hang(guilty, everyone, absent, where), 0.0)
+
+    def _withdraw(self) -> None:
+        self.status = RUNNING
         self._report()
-        deadline_s = time.monotonic() + ANSWER_S
-        while self.now_s < deadline_s and self.verdict is None and self._missing():
-            time.sleep(TICK_S)
-            self.now_s = time.monotonic()
-            self._hear_others()
-        self.status = self.verdict.kind if self.verdict else RUNNING
-        answers = [report for report in self._others() if report.seen.get(self.host) == self.round]
-        return [actor for report in answers for actor in report.actors]
-
-    def _missing(self) -> list[str]:
-        """Nodes that have not answered the present suspicion."""
-        return [
-            report.host
-            for report in self._others()
-            if report.status in (RUNNING, SUSPECT) and report.seen.get(self.host) != self.round
-        ]
-
-    def _others(self) -> list[NodeReport]:
-        ours = report_path(self.attempt_folder, self.host)
-        paths = [path for path in self.attempt_folder.glob("node-*.json") if path != ours]
-        return [report for report in map(read_report, paths) if report]
 
     def _dump_stacks(self) -> None:
         """Ask all ranks for their stacks; keep the text, and what it says about each."""
@@ -265,7 +304,7 @@ class Watcher:
                         waits=stacks.waits_for_others(threads, thread), place=stacks.place(threads, thread),
                     )
                 )  # fmt: skip
-            parts.append(verdicts.stack_text(self._actor(rank, blame.TRAIN), texts[rank.beats.pid]))
+            parts.append(verdicts.stack_text(self._actor(rank), texts[rank.beats.pid]))
         try:
             stacks_text_path(self.attempt_folder, self.host).write_text("\n".join(parts), encoding="utf-8")
         except OSError as error:
@@ -277,7 +316,7 @@ class Watcher:
             return []
         return [self._actor(rank, name) for name, lane in rank.beats.lanes.items() if lane.phase not in ("", "idle")]
 
-    def _actor(self, rank: _Rank, name: str) -> Actor:
+    def _actor(self, rank: _Rank, name: str = blame.TRAIN) -> Actor:
         lane, beats = rank.beats.lanes[name], rank.beats
         return Actor(
             rank=beats.rank, host=self.host, pid=beats.pid, lane=name, phase=lane.phase, step=lane.step,
@@ -290,6 +329,8 @@ class Watcher:
         self.verdict, self.status = verdict, verdict.kind
         _say([f"(node {elsewhere} says:)", *verdict.lines] if elsewhere else verdict.lines)
         self._report()
+        if verdict.kind == HANG:
+            flight_recorder.ask(self.attempt_folder, [rank.beats.rank for rank in self.ranks.values() if rank.alive])
         self._end(grace_s, lambda rank: not rank.beats.outcome)
         self._end(SPOKEN_S if grace_s else 0, lambda rank: True)
 
@@ -312,16 +353,17 @@ class Watcher:
             RankReport(
                 rank=rank.beats.rank, pid=rank.beats.pid, started=rank.beats.started, outcome=rank.outcome,
                 exit_code=rank.beats.exit_code, message=rank.beats.message,
-                where=self._actor(rank, blame.TRAIN).where, what=printable(rank.beats.lanes[blame.TRAIN].what),
+                where=self._actor(rank).where, what=printable(rank.beats.lanes[blame.TRAIN].what),
                 peak_bytes=rank.peak_bytes,
             )
             for _, rank in sorted(self.ranks.items())
         ]  # fmt: skip
-        news = (self.status, [(rank.pid, rank.outcome) for rank in ranks], self.round, dict(self.seen))
+        number, seen = self.neighbours.round, dict(self.neighbours.seen)
+        news = (self.status, [(rank.pid, rank.outcome) for rank in ranks], number, seen)
         if news == self._reported:
             return
         self._reported = news
-        report = NodeReport(self.host, self.status, ranks, self.actors, self.verdict, self.round, dict(self.seen))
+        report = NodeReport(self.host, self.status, ranks, self.actors, self.verdict, number, seen)
         try:
             report.write(self.attempt_folder)
         except OSError as error:

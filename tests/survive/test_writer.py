@@ -327,7 +327,7 @@ def test_a_slow_disk_holds_up_the_writer_alone_and_who_waits_is_not_held_to_its_
 def test_a_disk_that_flushes_slowly_is_heard_of_between_blocks_and_has_the_first_bound_at_the_end(
     folder, tmp_path, monkeypatch
 ):
-    """Between two signs of life no more is flushed than FLUSH_BYTES, and the last flush is in a phase without median."""
+    """Between two signs of life no more is flushed than FLUSH_BYTES; the last flush is in a phase without median."""
     bounds_s, num_heard = {"fdatasync": [], "fsync": []}, []
 
     def lane():

@@ -10,6 +10,7 @@ import pytest
 from conftest import REPOSITORY, environment
 
 from phi3v_dist.errors import ConfigError
+from phi3v_dist.watch.attempts import read_attempts
 from phi3v_dist.watch.blame import TRAIN, Actor
 from phi3v_dist.watch.diagnose import diagnose
 from phi3v_dist.watch.node_report import NodeReport, RankReport
@@ -72,6 +73,13 @@ def test_a_lost_node_is_named(run):
     leave(run, of_failure(culprit(rank=0, host="n0"), "Connection reset by peer"), "failed", hosts=("n0",))
     assert "No last word came from n1" in says(run) and "sinfo" in says(run)
     assert diagnose(run).facts["ending"] == "lost"
+
+
+@pytest.mark.parametrize("codes, cause", [((11, 1), 1), ((11, 3), 3), ((1, 2, 11), 2), ((11, 11), 11), ((0, 0), 0)])
+def test_the_exit_code_is_that_of_the_rank_that_failed_by_itself(run, codes, cause):
+    ranks = [RankReport(rank, 7, 1, "failed" if code else "done", code) for rank, code in enumerate(codes)]
+    NodeReport("n0", "ended", ranks).write(run / "attempts" / "0002")
+    assert read_attempts(run)[-1].exit_code == cause
 
 
 def test_stopped_finished_and_silent_ends_are_told_apart(run):
@@ -140,6 +148,8 @@ def test_a_flight_recorder_dump_is_read_without_running_anything_in_it(run):
 
     dump(0, 7)
     dump(1, 5)
+    (run / "nccl").mkdir()
+    (run / "nccl_trace_rank_1").rename(run / "nccl" / "trace_1")
     canary = run / "canary"
     (run / "nccl_trace_rank_2").write_bytes(pickle.dumps({"entries": [Canary(canary)]}))
     text = says(run)

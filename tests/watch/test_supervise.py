@@ -15,7 +15,7 @@ SCRIPT = """
 import json, os, sys, time
 from pathlib import Path
 from phi3v_dist.watch import heartbeat
-from phi3v_dist.watch.node_report import NodeReport, RankReport
+from phi3v_dist.watch.node_report import NodeReport, RankReport, Verdict
 from phi3v_dist.watch.processes import start_ticks
 run = Path(sys.argv[1])
 number = 1 + len(list((run / "attempts").glob("[0-9]*")))
@@ -26,9 +26,10 @@ def begin():
 def step(count):
     with (run / "metrics.jsonl").open("a") as file:
         file.write(json.dumps({"train/step": count, "run/attempt": number}) + "\\n")
-def rank(outcome="", exit_code=0, message="", pid=None):
+def rank(outcome="", exit_code=0, message="", pid=None, verdict=None):
     pid = pid or os.getpid()
-    NodeReport("n0", "running", [RankReport(0, pid, start_ticks(pid), outcome, exit_code, message)]).write(folder)
+    ranks = [RankReport(0, pid, start_ticks(pid), outcome, exit_code, message)]
+    NodeReport("n0", verdict.kind if verdict else "running", ranks, verdict=verdict).write(folder)
 """
 
 
@@ -67,6 +68,17 @@ def test_errors_that_another_start_cannot_mend_end_it_at_once(tmp_path, exit_cod
     run = tmp_path / "run"
     text, code = supervise(run, f"begin(); rank('failed', {exit_code}, 'x')\nsys.exit(1)")
     assert code == exit_code and starts(run) == 1 and "would not mend" in text
+
+
+@pytest.mark.parametrize(
+    "ending",
+    ["rank('failed', 11, 'lost another rank')", "rank('failed', 4, 'x', verdict=Verdict('died', ['gone'], []))"],
+)
+def test_what_follows_from_a_lost_rank_is_not_hopeless(tmp_path, ending):
+    run = tmp_path / "run"
+    end = "(run / 'summary.json').write_text('{}')"
+    text, code = supervise(run, f"begin(); step(number)\nif number == 1: {ending}; sys.exit(1)\n{end}")
+    assert code == 0 and starts(run) == 2, text
 
 
 def test_an_error_before_there_is_an_attempt_is_heard_too(tmp_path):

@@ -3,7 +3,8 @@
     python watched_ranks.py FOLDER ATTEMPT_FOLDER HOST RANK WORLD_SIZE PORT STEPS HANG_S [LOCAL_RANK LOCAL_SIZE]
 
 Faults come through PHI3V_FAULT, as everywhere. WATCHED_RANKS=skip has rank 1 go another way at step 5; with `slow` it
-takes its time at step 6, with signs of life.
+takes its time at step 6, with signs of life. With `leaves`
+rank 1 stops while it loads. A rank that loses another one ends with WATCHED_CODE.
 """
 
 import os
@@ -20,6 +21,14 @@ os.environ |= {"RANK": rank, "WORLD_SIZE": world_size, "MASTER_ADDR": "127.0.0.1
 heartbeat.open(Path(folder), int(rank), host, heartbeat.Bounds(float(hang_s), 10, 60))
 if local_rank == 0:
     watcher.start(Path(folder), Path(attempt_folder), host, local_size)
+
+if os.environ.get("WATCHED_RANKS") == "leaves":
+    heartbeat.enter("load")
+    if rank == "1":
+        time.sleep(3)  # a watcher that begins now takes the files of a dead rank of its machine for leftovers
+        heartbeat.close(heartbeat.STOPPED, "SIGTERM", 0)
+        sys.exit()
+    time.sleep(600)  # as if in a collective operation, which no signal but a kill ends in time
 
 import torch  # noqa: E402
 import torch.distributed as dist  # noqa: E402
@@ -46,6 +55,6 @@ try:
         heartbeat.enter("write", step, f"step-{step:08d}", lane=heartbeat.SAVE)
         heartbeat.enter("idle", lane=heartbeat.SAVE)
 except RuntimeError as error:
-    heartbeat.close(heartbeat.FAILED, str(error), 1)
+    heartbeat.close(heartbeat.FAILED, str(error), int(os.environ.get("WATCHED_CODE", "1")))
     raise
 heartbeat.close(heartbeat.DONE)
