@@ -42,7 +42,7 @@ UNTIMED = (
     "export",
     "finish",
     "flush",
-)  # made of unlike parts, none of which foretells the next
+)  # of unlike parts: none foretells the next
 NUMBERED_APART = ("evaluate", "export")  # their steps are numbers of batches or files, not of optimizer steps
 REMEMBERED = 65  # intervals per phase, whose median says what is usual
 LAST_WORD_VARIABLE = "PHI3V_LAST_WORD"  # a file for the supervisor, since launchers swallow exit codes
