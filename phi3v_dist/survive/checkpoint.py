@@ -7,6 +7,7 @@ Surprise: ranks never decide alone. Which step is saved, whether all shares were
 is exchanged first, so that one rank's full disk fails the save on every rank and not the job in a collective.
 """
 
+import itertools
 import logging
 import time
 from collections.abc import Callable, Collection
@@ -20,7 +21,7 @@ from phi3v_dist.survive.agreement import Ranks
 from phi3v_dist.survive.fence import Fence
 from phi3v_dist.survive.manifest import DamagedError, damage
 from phi3v_dist.survive.rank_files import TensorReader
-from phi3v_dist.survive.retention import committed, step_of
+from phi3v_dist.survive.retention import SET_ASIDE, committed, step_of
 from phi3v_dist.survive.snapshot import HostMemory, Position
 from phi3v_dist.survive.writer import Saved, Writer
 from phi3v_dist.watch import heartbeat
@@ -164,7 +165,8 @@ class Checkpoints:
         """Make the engine continue where `path` was saved, at any world size.
 
         Call it after data loaders and their iterators exist: the last thing it sets are the random generators. Frozen
-        weights are not stored; that they are those the checkpoint was made with is verified here.
+        weights are not stored; that they are those the checkpoint was made with is verified here. Newer checkpoints that
+        `newest` passed over are renamed, once this attempt may write.
         """
         assert not self.busy, "the save in flight must end before a checkpoint is loaded"
         heartbeat.enter("load", step_of(path), path.name)
@@ -180,6 +182,8 @@ class Checkpoints:
             raise CheckpointError([head, *differences])
         partitions.restore(reader.specs, settings, reader.read)
         position = Position(**reader.manifest["position"])
+        if self._claimed and path.parent == self.folder:
+            self._agreed(lambda: self._set_aside_before(path) if self._ranks.is_main else None)
         saved_world_size = reader.manifest["world_size"]
         if saved_world_size == self._ranks.world_size:
             random_state.restore(*reader.random_state(self._ranks.rank))
@@ -191,6 +195,24 @@ class Checkpoints:
                     path, saved_world_size, self._ranks.world_size, position.seed, position.step,
                 )  # fmt: skip
         return position
+
+    def _set_aside_before(self, path: Path) -> None:
+        """The run's books will be cut to `path`: what was passed over must not be found again by a later start, even if
+        it can be read then."""
+        for newer in itertools.takewhile(lambda found: found != path, committed(self.folder)):
+            if self.writer.sound.get(newer, True):
+                continue
+            target = newer.with_name(f"{SET_ASIDE}{newer.name}")
+            self._fence.remove(target)
+            try:
+                self._fence.rename(newer, target)
+            except OSError as error:
+                self._fence.require_newest()
+                raise CheckpointError(
+                    f"{newer} is damaged and newer than {path}, from which the run goes on, and cannot be renamed: "
+                    f"{error}. Take it out of the folder, then start again"
+                ) from error
+            log.warning("%s is kept as %s, for you to look at; it is not used again", newer, target.name)
 
     def _damage(self, path: Path) -> list[str]:
         """Every rank hashes its share of the files; all get the same answer."""
