@@ -48,7 +48,7 @@ from phi3v_dist.parallel.topology import Topology
 from phi3v_dist.parallel.waits import Stragglers
 from phi3v_dist.survive.checkpoint import Checkpoints
 from phi3v_dist.survive.durable import write_durably
-from phi3v_dist.survive.interval import Interval
+from phi3v_dist.survive.interval import Earlier, Interval
 from phi3v_dist.survive.saver import Saver
 from phi3v_dist.train.accounts import Accounts
 from phi3v_dist.train.guards import Guards
@@ -267,7 +267,8 @@ def _saver(
         settings.run.folder / "checkpoints", choice.keep, attempt=attempt.number, write_mb_per_s=choice.write_mb_per_s,
         local=choice.local and choice.local / run_id / "checkpoints", shared_every=choice.shared_every,
     )  # fmt: skip
-    interval = Interval(choice, num_nodes=-(-topology.world_size // topology.local_world_size))
+    earlier = Earlier.of(settings.run.folder, attempt.number) if topology.is_main else Earlier()
+    interval = Interval(choice, num_nodes=-(-topology.world_size // topology.local_world_size), earlier=earlier)
     return Saver(topology, attempt, requests, checkpoints, interval, tracker, choice.grace_s)
 
 

@@ -22,7 +22,7 @@ from phi3v_dist.survive.agreement import Ranks
 from phi3v_dist.survive.fence import Fence, FencedError
 from phi3v_dist.survive.manifest import DamagedError, damage
 from phi3v_dist.survive.rank_files import TensorReader
-from phi3v_dist.survive.retention import committed, newest_first, step_of
+from phi3v_dist.survive.retention import SET_ASIDE, committed, newest_first, step_of
 from phi3v_dist.survive.snapshot import HostMemory, Position
 from phi3v_dist.survive.started import Started, read_started, write_started
 from phi3v_dist.survive.store import NodeStore, Store
@@ -199,10 +199,12 @@ class Checkpoints:
 
     def resume(self, engine: Any) -> tuple[Path, Position] | None:
         """Begin an attempt: load `newest`, if there is one, and from here on count no copies on nodes but that one and
-        those still to come. Raises CheckpointError, as `newest` and `load` do."""
+        those still to come. Newer ones that were passed over are renamed. Raises CheckpointError, as `newest` and `load`
+        do."""
         self.claim()
         path = self.newest()
         position = self.load(engine, path) if path else None
+        self._ranks.agreed(lambda: self._set_aside_before(position) if position and self._ranks.is_main else None)
         started = Started(self._attempt, position.step if position else 0, position.attempt if position else 0)
         self._ranks.agreed(lambda: write_started(self._shared.fence, started) if self._ranks.is_main else None)
         if self._local:
@@ -250,6 +252,25 @@ class Checkpoints:
     @property
     def _stores(self) -> list[Store]:
         return [self._shared, *filter(None, [self._local])]
+
+    def _set_aside_before(self, position: Position) -> None:
+        """The run's books will be cut to this position: what was passed over must not be found again by a later start,
+        even if it can be read then."""
+        fence = self._shared.fence
+        for newer in committed(self.folder):
+            if (step_of(newer) or 0) <= position.step or self._shared.sound.get(newer, True):
+                continue
+            target = newer.with_name(f"{SET_ASIDE}{newer.name}")
+            fence.remove(target)
+            try:
+                fence.rename(newer, target)
+            except OSError as error:
+                fence.require_newest()
+                raise CheckpointError(
+                    f"{newer} is damaged and newer than step {position.step}, from which the run goes on, and cannot "
+                    f"be renamed: {error}. Take it out of the folder, then start again"
+                ) from error
+            log.warning("%s is kept as %s, for you to look at; it is not used again", newer, target.name)
 
     def _started(self) -> Started | None:
         return self._ranks.first(read_started(self.folder) if self._ranks.is_main else None)

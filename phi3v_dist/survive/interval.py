@@ -14,14 +14,19 @@ import time
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from statistics import median
 
 from phi3v_dist.config import CheckpointSettings
+from phi3v_dist.observe.tracker import ATTEMPT, read_rows
 
 ESTIMATED_BLOCKED_S = 1.0  # what a save holds training up for, until one is measured
-FIRST_SAVE_S = 300.0  # most failures of a new job come early, and the first save measures what the next ones cost
+FIRST_SAVE_S = 300.0  # most failures of an attempt come early, and the first save measures what the next ones cost
+FRUITLESS_FACTOR = 4.0  # by which it comes earlier for each attempt in a row that ended before it saved anything
+EARLIEST_SAVE_S = 10.0
 MOST_AT_RISK_S = 1800.0  # the failures of a day on a bad machine are not those of the formula: bound what one can cost
 WRITES_BETWEEN = 2.0  # in units of a save's own time in the background: the writer rests half of the time
+SAVE_S, BLOCKED_S = "ckpt/save_s", "time/ckpt_s"  # columns of the run's record: the whole save, and what it held up
 NUM_REMEMBERED = 5  # saves whose median counts: the first one also allocates its buffers
 
 
@@ -31,6 +36,25 @@ class Choice:
 
     interval_s: float
     why: str
+
+
+@dataclass(frozen=True)
+class Earlier:
+    """What earlier attempts of a run say about this one.
+
+    measured: (blocked, write) seconds of the last saves. fruitless: attempts in a row that ended without a save.
+    """
+
+    measured: tuple[tuple[float, float], ...] = ()
+    fruitless: int = 0
+
+    @classmethod
+    def of(cls, run_folder: Path, attempt: int) -> "Earlier":
+        """attempt: the number of this one."""
+        saves = [row for row in read_rows(run_folder) if SAVE_S in row and row[ATTEMPT] < attempt]
+        costs = tuple((row[BLOCKED_S], row[SAVE_S] - row[BLOCKED_S]) for row in saves[-NUM_REMEMBERED:])
+        last = max((int(row[ATTEMPT]) for row in saves), default=0)
+        return cls(costs, max(0, attempt - 1 - last))
 
 
 def daly_s(blocked_s: float, mean_between_failures_s: float) -> float:
@@ -65,23 +89,34 @@ class Interval:
     """
 
     def __init__(
-        self, settings: CheckpointSettings, num_nodes: int, clock: Callable[[], float] = time.monotonic
+        self, settings: CheckpointSettings, num_nodes: int, clock: Callable[[], float] = time.monotonic,
+        earlier: Earlier = Earlier(),  # noqa: B008
     ):  # fmt: skip
         self.every_steps = settings.every_steps
         self.mean_between_failures_s = settings.node_hours_between_failures * 3600 / num_nodes
         self._clock = clock
         self._began_s = clock()
         self._began_step: int | None = None
-        self._measured: deque[tuple[float, float]] = deque(maxlen=NUM_REMEMBERED)  # (blocked, write) seconds
+        self._fruitless, self._is_first = earlier.fruitless, True
+        # (blocked, write) seconds
+        self._measured: deque[tuple[float, float]] = deque(earlier.measured, maxlen=NUM_REMEMBERED)
 
     @property
     def choice(self) -> Choice:
         """As things stand."""
-        if not self._measured:
-            first = choose(ESTIMATED_BLOCKED_S, 0.0, self.mean_between_failures_s)
-            return min(first, Choice(FIRST_SAVE_S, "it measures what a save costs"), key=lambda c: c.interval_s)
-        blocked_s, write_s = (median(seconds) for seconds in zip(*self._measured, strict=True))
-        return choose(blocked_s, write_s, self.mean_between_failures_s)
+        costs = self._measured or [(ESTIMATED_BLOCKED_S, 0.0)]
+        blocked_s, write_s = (median(seconds) for seconds in zip(*costs, strict=True))
+        usual = choose(blocked_s, write_s, self.mean_between_failures_s)
+        return min(usual, self._first, key=lambda c: c.interval_s) if self._is_first else usual
+
+    @property
+    def _first(self) -> Choice:
+        if not self._fruitless:
+            why = "most failures come early" if self._measured else "it measures what a save costs"
+            return Choice(FIRST_SAVE_S, why)
+        attempts = "the last attempt" if self._fruitless == 1 else f"the last {self._fruitless} attempts"
+        early_s = max(EARLIEST_SAVE_S, FIRST_SAVE_S / FRUITLESS_FACTOR ** min(self._fruitless, 10))
+        return Choice(early_s, f"{attempts} ended without a save")
 
     def due(self, step: int) -> bool:
         """Whether to save after this step, which it stays until a save begins. Ask at each step edge."""
@@ -98,13 +133,14 @@ class Interval:
     def saved(self, step: int, blocked_s: float, write_s: float) -> None:
         """A save that began was committed. blocked_s, write_s: as in `choose`."""
         self._measured.append((blocked_s, write_s))
+        self._is_first = False
 
     def __str__(self) -> str:
         """What was chosen and why, as a sentence."""
         if self.every_steps is not None:
             steps = "step" if self.every_steps == 1 else f"{self.every_steps:,} steps"
             return f"a checkpoint every {steps}, as `checkpoint.every_steps` says"
-        first = "the first checkpoint after" if not self._measured else "a checkpoint every"
+        first = "the first checkpoint after" if self._is_first else "a checkpoint every"
         return f"{first} {about(self.choice.interval_s)}: {self.choice.why}"
 
 

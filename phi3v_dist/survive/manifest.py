@@ -7,8 +7,10 @@ Surprise: nothing is unpickled anywhere, so a file from elsewhere may hold wrong
 accidents, it is no defence against a forger.
 """
 
+import errno
 import json
 import re
+import time
 from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import Any
@@ -29,6 +31,10 @@ UPGRADE = (
 )
 MANIFEST = "manifest.json"
 RANK_FILE = re.compile(r"rank-\d{5,}\.safetensors")
+
+
+LOOKS, BETWEEN_LOOKS_S = 3, 1.0  # a file system that answers once with an error may only be busy
+LASTING = (errno.ENOENT, errno.ENOTDIR, errno.ELOOP)  # answers that another look does not change
 
 
 class DamagedError(CheckpointError):
@@ -80,26 +86,40 @@ def read_manifest(folder: Path) -> dict[str, Any]:
 
 
 def damage(folder: Path, share: int = 0, num_shares: int = 1, names: Collection[str] | None = None) -> list[str]:
-    """What is wrong with a checkpoint, empty if nothing; hashes every `num_shares`-th file, beginning at `share`.
+    """What is wrong with a checkpoint, empty if nothing; hashes every `num_shares`-th file, beginning at `share`. What
+    the file system refuses is asked for again.
 
     names: the files that matter; None: all that the manifest names.
     """
-    try:
-        files = files_that_matter(read_manifest(folder), names)
-        sizes = wrong_sizes(folder, files)
-        if sizes:
-            return sizes
-        problems = []
-        for name in list(files)[share::num_shares]:
-            heartbeat.beat(name)
-            found, expected = hash_file(folder / name, lambda _: heartbeat.beat()), files[name]["xxh3_128"]
-            if found != expected:
-                problems.append(f"{name}: its bytes changed (xxh3-128 {found}, {expected} when it was written)")
-        return problems
-    except DamagedError as error:
-        return error.problems
-    except OSError as error:
-        return [str(error)]
+    cause: BaseException | None
+    for look in range(LOOKS):
+        try:
+            return _look(folder, share, num_shares, names)
+        except DamagedError as error:
+            cause, problems = error.__cause__, error.problems
+        except OSError as error:
+            cause, problems = error, [str(error)]
+        if not isinstance(cause, OSError) or cause.errno in LASTING:
+            break
+        if look + 1 < LOOKS:
+            time.sleep(BETWEEN_LOOKS_S)
+            heartbeat.beat(folder.name)
+    return problems
+
+
+def _look(folder: Path, share: int, num_shares: int, names: Collection[str] | None) -> list[str]:
+    """As `damage`. Raises DamagedError and OSError."""
+    files = files_that_matter(read_manifest(folder), names)
+    sizes = wrong_sizes(folder, files)
+    if sizes:
+        return sizes
+    problems = []
+    for name in list(files)[share::num_shares]:
+        heartbeat.beat(name)
+        found, expected = hash_file(folder / name, lambda _: heartbeat.beat()), files[name]["xxh3_128"]
+        if found != expected:
+            problems.append(f"{name}: its bytes changed (xxh3-128 {found}, {expected} when it was written)")
+    return problems
 
 
 def files_that_matter(manifest: dict[str, Any], names: Collection[str] | None) -> dict[str, Any]:

@@ -11,15 +11,18 @@ from pathlib import Path
 from phi3v_dist.errors import CheckpointError
 from phi3v_dist.survive.rank_files import TensorReader
 
+SET_ASIDE = "damaged-"  # begins the name of a checkpoint that a run passed over; kept for a person to look at
 STEP_FOLDER = re.compile(r"step-(\d{8,})(\.replaced)?")
 
 
 def committed(folder: Path) -> list[Path]:
     """Checkpoints in a folder, newest first; one that was being replaced comes after the one that replaces it."""
-    folders = folder.iterdir() if folder.is_dir() else []
-    return sorted(
-        (path for path in folders if STEP_FOLDER.fullmatch(path.name)), key=lambda path: newest_first(path.name)
-    )
+    return _newest_first(folder, "")
+
+
+def set_aside(folder: Path) -> list[Path]:
+    """Checkpoints that were passed over and renamed, newest first."""
+    return _newest_first(folder, SET_ASIDE)
 
 
 def newest_first(name: str) -> tuple[int, bool]:
@@ -29,6 +32,12 @@ def newest_first(name: str) -> tuple[int, bool]:
     return -int(match[1]), bool(match[2])
 
 
+def _newest_first(folder: Path, prefix: str) -> list[Path]:
+    folders = [path for path in folder.iterdir() if path.name.startswith(prefix)] if folder.is_dir() else []
+    found = [path for path in folders if STEP_FOLDER.fullmatch(path.name.removeprefix(prefix))]
+    return sorted(found, key=lambda path: newest_first(path.name.removeprefix(prefix)))
+
+
 def step_of(path: Path) -> int | None:
     """The step a checkpoint's name says; None if it has another name."""
     match = STEP_FOLDER.fullmatch(path.name)
@@ -36,7 +45,8 @@ def step_of(path: Path) -> int | None:
 
 
 def superfluous(saved: Path, keep: int, keep_also: Collection[Path], sound: Mapping[Path, bool]) -> list[Path]:
-    """What may go now that `saved` has been read back: all but it, the newest others up to `keep`, and `keep_also`.
+    """What may go now that `saved` has been read back: all but it, the newest others up to `keep`, `keep_also`, and the
+    newest that was set aside.
 
     sound: what is known of some after a look at every byte; of the others only sizes are looked at.
     """
@@ -49,7 +59,7 @@ def superfluous(saved: Path, keep: int, keep_also: Collection[Path], sound: Mapp
             found.append(path)
         elif sound.get(path, True) and _is_whole(path):
             num_kept += 1
-    return found[::-1]
+    return [*set_aside(saved.parent)[1:], *found][::-1]
 
 
 def size_bytes(path: Path) -> int:

@@ -1,15 +1,18 @@
 """When a checkpoint is due: the formula against its definition, the bounds, a day of saves on a clock of our own."""
 
+import json
 import math
 from itertools import pairwise
+from pathlib import Path
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from phi3v_dist.config import CheckpointSettings
+from phi3v_dist.observe.tracker import ATTEMPT, RECORD_NAME
 from phi3v_dist.survive import interval
-from phi3v_dist.survive.interval import MOST_AT_RISK_S, WRITES_BETWEEN, Interval, about, choose, daly_s
+from phi3v_dist.survive.interval import MOST_AT_RISK_S, WRITES_BETWEEN, Earlier, Interval, about, choose, daly_s
 
 HOUR = 3600.0
 costs = st.floats(0, 600)
@@ -96,6 +99,43 @@ def test_the_first_save_comes_early_and_what_it_costs_decides_about_the_next() -
     gaps_s = [after - before for before, after in pairwise([first_s, *others_s])]
     assert all(wanted_s <= gap_s <= wanted_s + 5 for gap_s in gaps_s)
     assert str(due) == "a checkpoint every 14 min: a save holds training up for 6 s, a failure comes about every 16 h"
+
+
+def record(folder: Path, attempt: int, saves: list[tuple[float, float]]) -> None:
+    """What an attempt leaves in the run's record."""
+    with (folder / RECORD_NAME).open("a") as file:
+        for step, (blocked_s, save_s) in enumerate([(None, None), *saves], start=attempt * 100):
+            row = {"time": 0.0, ATTEMPT: attempt, "train/step": step}
+            file.write(json.dumps(row | ({"time/ckpt_s": blocked_s, "ckpt/save_s": save_s} if save_s else {})) + "\n")
+
+
+@pytest.mark.fault(2)
+def test_a_run_that_fails_before_its_first_save_every_time_still_gets_on(tmp_path):
+    fails_after_s, saves = 100.0, []
+    for attempt in range(1, 6):
+        clock = HandClock()
+        due = Interval(CheckpointSettings(), 1, clock, Earlier.of(tmp_path, attempt))
+        saves = run_for(due, clock, fails_after_s, step_s=1.0, blocked_s=0.5, write_s=1.0)
+        if saves:
+            break
+        record(tmp_path, attempt, [])
+    assert attempt == 2 and saves[0] < fails_after_s
+    again = Interval(CheckpointSettings(), 1, HandClock(), Earlier.of(tmp_path, 2))
+    assert str(again) == "the first checkpoint after 75 s: the last attempt ended without a save"
+    worst = Interval(CheckpointSettings(), 1, HandClock(), Earlier.of(tmp_path, 500))
+    assert worst.choice.interval_s == interval.EARLIEST_SAVE_S
+
+
+def test_what_saves_cost_is_taken_over_from_the_attempts_before(tmp_path):
+    record(tmp_path, 1, [(6.0, 46.0)] * 7)
+    clock = HandClock()
+    earlier = Earlier.of(tmp_path, 2)
+    assert earlier == Earlier(((6.0, 40.0),) * interval.NUM_REMEMBERED, 0)
+    due = Interval(CheckpointSettings(node_hours_between_failures=1000), 64, clock, earlier)
+    assert str(due) == "the first checkpoint after 5 min: most failures come early"
+    due.saved(1, 6.0, 40.0)
+    assert str(due).startswith("a checkpoint every 14 min")
+    assert Earlier.of(tmp_path / "new", 1) == Earlier()
 
 
 def test_bounds_say_that_they_are_what_decided() -> None:

@@ -1,5 +1,6 @@
 """The checkpoint writer alone: killed, fenced off, on full and broken disks. No engine."""
 
+import errno
 import json
 import logging
 import os
@@ -15,7 +16,7 @@ import torch
 from writer_ranks import content, made_up, step_and_content
 
 from phi3v_dist.errors import CheckpointError, LostRankError
-from phi3v_dist.survive import rank_files, space, tensor_file, writer
+from phi3v_dist.survive import manifest, rank_files, space, tensor_file, writer
 from phi3v_dist.survive.checkpoint import Checkpoints, Saved, committed
 from phi3v_dist.survive.fence import FencedError
 from phi3v_dist.survive.snapshot import HostMemory
@@ -417,6 +418,51 @@ def test_a_zombie_that_slept_while_it_replaced_a_checkpoint_takes_nothing_from_t
         save(zombie, 2)
     assert step_and_content(chosen[0]) == 2 and step_and_content(newer.newest()) == 2
     assert names(folder)[-1] == chosen[0].name and not leftovers(folder)
+
+
+@pytest.mark.fault(39)
+@pytest.mark.parametrize("num_errors, found", [(2, 2), (3, 1)])
+def test_a_file_system_that_answers_with_an_error_is_asked_again_before_a_checkpoint_counts_as_damaged(
+    folder, monkeypatch, num_errors, found
+):
+    checkpoints = Checkpoints(folder, keep=3)
+    for step in (1, 2):
+        save(checkpoints, step)
+    left, hash_file = [num_errors], manifest.hash_file
+
+    def failing(path, on_block):
+        if path.parent.name == "step-00000002" and left[0]:
+            left[0] -= 1
+            raise OSError(errno.ESTALE, "Stale file handle")
+        return hash_file(path, on_block)
+
+    monkeypatch.setattr(manifest, "hash_file", failing)
+    monkeypatch.setattr(manifest, "BETWEEN_LOOKS_S", 0.0)
+    assert step_and_content(Checkpoints(folder, keep=3).newest()) == found and not left[0]
+
+
+@pytest.mark.fault(39)
+def test_a_checkpoint_that_was_passed_over_is_not_found_again_when_it_can_be_read_later(folder, caplog):
+    checkpoints = Checkpoints(folder, keep=1)
+    save(checkpoints, 1)
+    shutil.copytree(folder / "step-00000001", folder / "damaged-step-00000001")
+    older = shutil.copytree(folder / "step-00000001", folder / "kept")
+    save(checkpoints, 2)
+    older.rename(folder / "step-00000001")
+    file = folder / "step-00000002" / "rank-00000.safetensors"
+    content = file.read_bytes()
+    file.write_bytes(b"")
+    reader = Checkpoints(folder, keep=1, attempt=2)
+    path = reader.newest()
+    assert file.exists(), "who only reads renames nothing"
+    reader.claim()
+    with caplog.at_level(logging.WARNING):
+        reader._set_aside_before(path)
+    assert "is kept as damaged-step-00000002" in caplog.text
+    (folder / "damaged-step-00000002" / file.name).write_bytes(content)
+    assert step_and_content(Checkpoints(folder, keep=1).newest()) == 1
+    save(reader, 2)
+    assert sorted(path.name for path in folder.glob("[!.]*")) == ["damaged-step-00000002", "step-00000002"]
 
 
 def test_an_exception_that_is_no_failed_save_reaches_the_thread_that_asks(folder, monkeypatch):
