@@ -199,8 +199,11 @@ class Checkpoints:
 
     def resume(self, engine: Any) -> tuple[Path, Position] | None:
         """Begin an attempt: load `newest`, if there is one, and from here on count no copies on nodes but that one and
-        those still to come. Newer ones that were passed over are renamed. Raises CheckpointError, as `newest` and `load`
-        do."""
+        those still to come. Newer ones that were passed over are renamed.
+
+        Raises:
+            CheckpointError: as `newest` and `load`.
+        """
         self.claim()
         path = self.newest()
         position = self.load(engine, path) if path else None
