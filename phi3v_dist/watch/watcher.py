@@ -120,8 +120,9 @@ class Watcher:
             all_came = len(self.ranks) >= self.num_ranks
             if not running and (all_came or self.verdict or self.now_s - began_s > FIRST_RANK_S):
                 break
-            if not self._find_dead() and not self._find_failed() and not self._hear_others():
-                self._find_left() or self._find_stuck()
+            found = self._find_dead() or self._find_failed() or self._hear_others() or self._find_left()
+            if not found:
+                self._find_stuck()
         if self.verdict is None:
             self._find_dead() or self._find_failed()
         self.status = self.verdict.kind if self.verdict else ENDED
