@@ -41,8 +41,10 @@ def main() -> None:
     from phi3v_dist.attempt import environment
     from phi3v_dist.attempt.attempt import Attempt
     from phi3v_dist.train.loop import fit
-    from phi3v_dist.watch import heartbeat, watcher
+    from phi3v_dist.watch import flight_recorder, heartbeat, watcher
 
+    if topology.device.type == "cuda":
+        flight_recorder.record(settings.run.folder)
     topology.start(settings.parallel.timeout_s)
     WAITS.watch(topology)
     environment.require_writable(settings.run.folder, topology)

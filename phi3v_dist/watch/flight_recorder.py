@@ -25,6 +25,7 @@ NAME = re.compile(r"(?:nccl_trace_rank|trace)_(\d+)")
 FOLDER, PIPE, TRACE, KEPT = "nccl", "pipe_", "trace_", "nccl_trace_rank_"
 DUMPED_S = 3.0  # for PyTorch to look at its pipe, and to write
 QUIET_S = 0.2  # nothing more for so long: the file is whole
+REMEMBERED = 2000  # operations of each rank
 MAX_BYTES = 256 * 2**20
 COMPLETED = "completed"
 
@@ -35,6 +36,15 @@ class _PlainUnpickler(pickle.Unpickler):
 
     def persistent_load(self, pid: Any) -> Any:
         raise pickle.UnpicklingError("it refers to something outside")
+
+
+def record(run_folder: Path) -> None:
+    """Have NCCL remember its last operations, and dump them on demand; before the process group is made."""
+    (run_folder / FOLDER).mkdir(parents=True, exist_ok=True)
+    os.environ.setdefault("TORCH_NCCL_TRACE_BUFFER_SIZE", str(REMEMBERED))
+    os.environ.setdefault("TORCH_NCCL_DUMP_ON_TIMEOUT", "1")
+    os.environ.setdefault("TORCH_NCCL_DEBUG_INFO_PIPE_FILE", str(run_folder.resolve() / FOLDER / PIPE))
+    os.environ.setdefault("TORCH_NCCL_DEBUG_INFO_TEMP_FILE", str(run_folder.resolve() / FOLDER / TRACE))
 
 
 def ask(attempt_folder: Path, ranks: Sequence[int]) -> None:

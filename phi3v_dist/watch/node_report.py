@@ -10,13 +10,14 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from phi3v_dist.errors import LostRankError
 from phi3v_dist.survive.durable import write_durably
 from phi3v_dist.watch.blame import Actor
 
 FORMAT = "phi3v-node-1"
 RUNNING, SUSPECT, ENDED = "running", "suspect", "ended"  # what a node says about itself
 HANG, DIED, FAILED = "hang", "died", "failed"  # and when it has ended its ranks for a reason
-CRASHED, LOST_RANK = 1, 11  # exit codes that follow from another rank's end, or may: errors.LostRankError has 11
+CRASHED, LOST_RANK = 1, LostRankError.exit_code  # exit codes that follow from another rank's end, or may
 
 
 @dataclass(frozen=True)
