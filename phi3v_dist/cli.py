@@ -9,6 +9,7 @@ import logging
 import os
 import sys
 import time
+import warnings
 from collections.abc import Callable
 
 from rich.console import Console
@@ -17,9 +18,10 @@ from phi3v_dist.attempt.build_cache import own_build_folder
 from phi3v_dist.errors import Phi3VError
 from phi3v_dist.printable import printable
 from phi3v_dist.secrets import guard_process, redacted
-from phi3v_dist.watch import heartbeat
+from phi3v_dist.watch import faults, heartbeat
 
 LAST_WORD_S = 5.0  # enough for rank 0 to print
+COMPILER_MODULES = ("spawn", "ccompiler", "unixccompiler")  # setuptools', by which DeepSpeed looks what it could build
 OWNER_ONLY = 0o077
 
 
@@ -53,9 +55,12 @@ def run_script(main: Callable[[], None], private: bool = True) -> None:
     rank = int(os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0")))
     handler = logging.StreamHandler(sys.stdout)
     handler.setFormatter(_OwnLines(f"%(asctime)s [{rank}] %(message)s", datefmt="%H:%M:%S"))
+    handler.addFilter(lambda record: record.module not in COMPILER_MODULES)
     logging.basicConfig(level=logging.INFO if rank == 0 else logging.WARNING, handlers=[handler], force=True)
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
+    warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed")  # DeepSpeed's to mend
     try:
+        faults.announce()
         main()
         heartbeat.close(heartbeat.DONE)
     except Phi3VError as error:

@@ -13,6 +13,8 @@ import yaml
 from phi3v_dist.attempt import environment
 from phi3v_dist.config import Settings, dump
 from phi3v_dist.config_file import flattened, validate
+from phi3v_dist.observe.metrics import STEP
+from phi3v_dist.observe.tracker import read_rows
 
 CHANGES_NUMBERS = ("run.seed", "model.", "data.", "train.")
 HARMLESS = (
@@ -26,12 +28,14 @@ RECORDED = ("torch", "transformers", "deepspeed", "webdataset", "wandb", "phi3v-
 
 def problems(settings: Settings) -> list[str]:
     """One message that lists every change, `key: before → now`; empty when the run may go on."""
+    folder = settings.run.folder
+    if (lost := _lost_checkpoints(folder)) and not settings.run.allow_changes:
+        return [lost]
     changed = [
         line for key, line in _changes(settings).items() if key.startswith(CHANGES_NUMBERS) and not _harmless(key)
     ]
     if not changed or settings.run.allow_changes:
         return []
-    folder = settings.run.folder
     return [
         f"{folder} was trained so far with other settings:\n"
         + "\n".join(changed)
@@ -81,6 +85,19 @@ def _changes(settings: Settings) -> dict[str, str]:
         for key in keys
         if before.get(key) != now.get(key) and not _same_place(key, before.get(key), now.get(key))
     }
+
+
+def _lost_checkpoints(folder: Path) -> str | None:
+    """A run that saved, and of which no checkpoint is left, does not begin again at step 0 by itself."""
+    if any(folder.glob("checkpoints/*step-*")):
+        return None
+    saved = [int(row[STEP]) for row in read_rows(folder) if "ckpt/save_s" in row]
+    if not saved:
+        return None
+    return (
+        f"{folder} had a checkpoint of step {saved[-1]}, and none is left in {folder / 'checkpoints'}. Bring it back "
+        "to go on; to begin again at step 0 remove the run folder, give another `run.name`, or say run.allow_changes=true"
+    )
 
 
 def _recorded(folder: Path) -> dict[str, Any] | None:

@@ -106,6 +106,8 @@ class Saver:
             if self.topology.is_main and not self._said and self.interval.every_steps is None:
                 self._said = True
                 log.info("from here on %s", self.interval)
+            if self.topology.is_main:
+                log.info("saved    %s, %.1f s (training waited %.2f s)", outcome.path, save_s, outcome.blocked_s)
             self.tracker.log(
                 {
                     "train/step": outcome.step, "ckpt/save_s": save_s, "time/ckpt_s": outcome.blocked_s,

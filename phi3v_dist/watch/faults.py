@@ -10,7 +10,9 @@ Surprise: the same words work on CPUs, GPUs and Slurm, so every row of docs/faul
 """
 
 import errno
+import logging
 import os
+import re
 import signal
 import time
 from dataclasses import dataclass
@@ -18,11 +20,17 @@ from dataclasses import dataclass
 from phi3v_dist.errors import ConfigError
 
 VARIABLE = "PHI3V_FAULT"
+PHASES = (
+    "start", "load", "data", "forward", "backward", "optimizer", "snapshot", "evaluate", "score", "export", "finish",
+)  # fmt: skip
+SAVE_PHASES = ("write", "flush", "commit", "prune", "idle")  # of the thread that writes checkpoints
 SLOW_S = 0.5
 FOREVER_S = 10**6
 BY_CALLER = ("nan",)  # the loss (phase forward) or the gradients (phase backward) become NaN
 SIGNALS = {"kill9": signal.SIGKILL, "term": signal.SIGTERM, "usr1": signal.SIGUSR1, "stop": signal.SIGSTOP}
 ACTIONS = (*SIGNALS, "hang", "slow", "raise", "enospc", "eio", *BY_CALLER)
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -36,17 +44,35 @@ class Fault:
 
     @classmethod
     def parse(cls, text: str) -> "Fault":
+        """Raises ConfigError, naming what there is to choose from."""
         parts = text.strip().split(":")
-        if len(parts) != 4 or parts[3] not in ACTIONS:
-            raise ConfigError(
-                f"{VARIABLE} has {text!r}: it must be rank:phase:step:action, one of {', '.join(ACTIONS)}"
-            )
-        return cls(*parts)
+        if len(parts) != 4:
+            raise ConfigError(f"{VARIABLE} has {text!r}: it must be rank:phase:step:action, such as 1:forward:5:kill9")
+        rank, phase, step, action = parts
+        found = [
+            (not re.fullmatch(r"\d+|\*", rank), f"rank {rank!r}: a number, or * for every one"),
+            (phase not in PHASES + SAVE_PHASES, f"phase {phase!r}: one of {', '.join(PHASES + SAVE_PHASES)}"),
+            (not re.fullmatch(r"\d+\+?|\*", step), f"step {step!r}: a number, one with + for all from there on, or *"),
+            (action not in ACTIONS, f"action {action!r}: one of {', '.join(ACTIONS)}"),
+        ]
+        if wrong := [f"{VARIABLE} has {text!r}, {message}" for is_wrong, message in found if is_wrong]:
+            raise ConfigError(wrong)
+        return cls(rank, phase, step, action)
+
+    def __str__(self) -> str:
+        return f"rank {self.rank}, phase {self.phase}, step {self.step} ({self.action})"
 
     def applies(self, phase: str, step: int | None, rank: str) -> bool:
         at = self.step == "*" or self.step == str(step)
         after = self.step.endswith("+") and step is not None and step >= int(self.step[:-1])
         return self.phase == phase and self.rank in ("*", rank) and (at or after)
+
+
+def announce() -> None:
+    """Say what is going to go wrong on purpose. Raises ConfigError when the variable cannot be understood."""
+    if asked := os.environ.get(VARIABLE):
+        faults = [Fault.parse(text) for text in asked.split(",")]
+        log.warning("%s is set, so %s will go wrong on purpose", VARIABLE, " and ".join(map(str, faults)))
 
 
 def fire(phase: str, step: int | None) -> str | None:

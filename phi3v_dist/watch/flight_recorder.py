@@ -40,7 +40,8 @@ class _PlainUnpickler(pickle.Unpickler):
 
 def record(run_folder: Path) -> None:
     """Have NCCL remember its last operations, and dump them on demand; before the process group is made."""
-    (run_folder / FOLDER).mkdir(parents=True, exist_ok=True)
+    with contextlib.suppress(OSError):  # a folder that cannot be written is named a moment later
+        (run_folder / FOLDER).mkdir(parents=True, exist_ok=True)
     os.environ.setdefault("TORCH_NCCL_TRACE_BUFFER_SIZE", str(REMEMBERED))
     os.environ.setdefault("TORCH_NCCL_DUMP_ON_TIMEOUT", "1")
     os.environ.setdefault("TORCH_NCCL_DEBUG_INFO_PIPE_FILE", str(run_folder.resolve() / FOLDER / PIPE))

@@ -28,10 +28,6 @@ from phi3v_dist.watch import faults
 from phi3v_dist.watch.beat_file import BeatFile, Lane, stacks_path
 
 TRAIN, SAVE = "train", "save"  # lanes
-PHASES = (
-    "start", "load", "data", "forward", "backward", "optimizer", "snapshot", "evaluate", "score", "export", "finish",
-)  # fmt: skip
-SAVE_PHASES = ("write", "flush", "commit", "prune", "idle")
 DONE, STOPPED, FAILED = "done", "stopped", "failed"  # outcomes
 NEVER_HANGS, FOREVER_S = "idle", 1e9
 READING = ("start", "load", "data", "evaluate")  # phases in which the main thread may wait for data

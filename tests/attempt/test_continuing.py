@@ -1,12 +1,13 @@
 """A run started again with other settings: what stops it, what is only said, and what is no change at all."""
 
+import json
 import subprocess
 
 import pytest
 import yaml
 from conftest import REPOSITORY
 
-from phi3v_dist import run
+from phi3v_dist import config, run
 from phi3v_dist.attempt import continuing, environment
 from phi3v_dist.config import Settings, dump
 
@@ -132,3 +133,17 @@ def test_without_a_checkpoint_nothing_is_compared(begun):
 def test_the_commit_is_the_checkouts():
     git = subprocess.run(["git", "rev-parse", "HEAD"], cwd=REPOSITORY, capture_output=True, text=True)
     assert environment.commit() == (git.stdout.strip() or "unknown")
+
+
+@pytest.mark.fault(40)
+def test_a_run_whose_checkpoints_are_gone_does_not_begin_again_by_itself(config_file):
+    settings = config.load(config_file)
+    folder = settings.run.folder
+    (folder / "checkpoints").mkdir(parents=True)
+    row = {"time": 1.0, "run/attempt": 1, "train/step": 4, "ckpt/save_s": 0.5}
+    (folder / "metrics.jsonl").write_text(json.dumps(row) + "\n")
+    (message,) = continuing.problems(settings)
+    assert "had a checkpoint of step 4, and none is left" in message and "remove the run folder" in message
+    assert continuing.problems(config.load(config_file, ["run.allow_changes=true"])) == []
+    (folder / "checkpoints" / "step-00000004").mkdir()
+    assert continuing.problems(settings) == []
