@@ -96,7 +96,8 @@ def _lost_checkpoints(folder: Path) -> str | None:
         return None
     return (
         f"{folder} had a checkpoint of step {saved[-1]}, and none is left in {folder / 'checkpoints'}. Bring it back "
-        "to go on; to begin again at step 0 remove the run folder, give another `run.name`, or say run.allow_changes=true"
+        "to go on; to begin again at step 0 remove the run folder, give another `run.name`, or say "
+        "run.allow_changes=true"
     )
 
 
