@@ -24,6 +24,7 @@ from phi3v_dist.watch.attempts import (
     read_attempts,
     said_that_it_ended,
 )
+from phi3v_dist.watch.checkpoint_names import goes_on, newest_checkpoint
 from phi3v_dist.watch.node_report import DIED, FAILED, HANG, Verdict
 
 ADVICE = {
@@ -42,7 +43,6 @@ ADVICE_ON_HANG = {
     "commit": "See whether the disk of the run folder answers, and whether all nodes see the same folder.",
     "load": "See whether the storage of the model and of the checkpoints answers on that node.",
 }
-AGAIN = "The same command goes on from the last checkpoint"
 MAX_LINES = 12
 
 
@@ -94,7 +94,7 @@ def diagnose(run: Path) -> Diagnosis:
         )
         raise ConfigError(f"{run} is not a run folder: {found}. Name a folder that launch/train.py made (runs/<name>)")
     attempts = read_attempts(run)
-    checkpoint = _newest_checkpoint(run)
+    checkpoint = newest_checkpoint(run)
     return Diagnosis(run, " ".join(_sentences(run, attempts, checkpoint)), attempts, checkpoint)
 
 
@@ -104,7 +104,7 @@ def _sentences(run: Path, attempts: list[PastAttempt], checkpoint: str | None) -
     last = attempts[-1]
     where = f"step {last.last_step}" if last.last_step is not None else "no step"
     head = f"Attempt {last.number} of {run.name}"
-    again = f"{AGAIN}, {checkpoint}." if checkpoint else "No checkpoint was written yet: it begins at the first step."
+    again = _sentence(goes_on(checkpoint))
     if last.ending == FINISHED:
         return [f"{head} finished at {where}: nothing is left to do."]
     if last.ending == STOPPED:
@@ -127,7 +127,11 @@ def _sentences(run: Path, attempts: list[PastAttempt], checkpoint: str | None) -
 def _told(verdict: Verdict) -> str:
     """The watcher's own lines as sentences, without what it said of the ending."""
     said = [line.strip() for line in verdict.lines if "all ranks are ended" not in line]
-    return " ".join(f"{line.rstrip('.')}." for line in (line[:1].upper() + line[1:] for line in said[:MAX_LINES]))
+    return " ".join(_sentence(line) for line in said[:MAX_LINES])
+
+
+def _sentence(text: str) -> str:
+    return f"{text[:1].upper()}{text[1:].rstrip('.')}."
 
 
 def _without_word(attempt: PastAttempt) -> str:
@@ -156,9 +160,3 @@ def _short(attempt: PastAttempt) -> str:
 
 def _blamed(actor: Any) -> dict[str, Any]:
     return {"rank": actor.rank, "host": actor.host, "phase": actor.phase, "step": actor.step, "what": actor.what}
-
-
-def _newest_checkpoint(run: Path) -> str | None:
-    """By name; whether it is sound is seen at resume."""
-    found = [path.name for path in (run / "checkpoints").glob("step-*") if path.name[5:].isdecimal()]
-    return max(found, default=None)

@@ -20,6 +20,7 @@ from phi3v_dist.attempt.requests import STOP_NAME
 from phi3v_dist.errors import CheckpointError, ConfigError, CrashLoopError, DataError
 from phi3v_dist.watch import processes
 from phi3v_dist.watch.attempts import FINISHED, STOPPED, PastAttempt, best_step, read_attempts
+from phi3v_dist.watch.checkpoint_names import goes_on, newest_checkpoint
 from phi3v_dist.watch.heartbeat import LAST_WORD_VARIABLE
 from phi3v_dist.watch.node_report import DIED, HANG, read_reports
 
@@ -80,7 +81,8 @@ class Supervisor:
             self._wait(without_step)
             if self._asked_to_stop:
                 return 0
-            log.warning("start %d of at most %d, going on from step %d", num_restarts + 1, self.restarts + 1, best)
+            again = goes_on(newest_checkpoint(self.run))
+            log.warning("start %d of at most %d: %s", num_restarts + 1, self.restarts + 1, again)
 
     def _start_once(self) -> _Ending:
         before = {attempt.number for attempt in read_attempts(self.run)}

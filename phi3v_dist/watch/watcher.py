@@ -29,6 +29,7 @@ from phi3v_dist.watch.beat_file import (
     stacks_path,
 )
 from phi3v_dist.watch.blame import Actor
+from phi3v_dist.watch.checkpoint_names import newest_checkpoint
 from phi3v_dist.watch.neighbours import Neighbours
 from phi3v_dist.watch.node_report import (
     DIED,
@@ -96,7 +97,7 @@ class _Rank:
 class Watcher:
     def __init__(self, folder: Path, attempt_folder: Path, host: str, num_ranks: int):
         self.folder, self.attempt_folder, self.host = folder, attempt_folder, host
-        self.num_ranks = num_ranks
+        self.run_folder, self.num_ranks = attempt_folder.parents[1], num_ranks
         self.ranks: dict[int, _Rank] = {}
         self.status = RUNNING
         self.verdict: Verdict | None = None
@@ -177,7 +178,7 @@ class Watcher:
         of_memory = any(processes.kills_again(rank.kills) for rank in dead)
         actors = [self._actor(rank) for rank in dead]
         peaks = [rank.peak_bytes for rank in dead]
-        self._conclude(verdicts.of_death(actors, peaks, of_memory), SURFACE_S)
+        self._conclude(verdicts.of_death(actors, peaks, of_memory, newest_checkpoint(self.run_folder)), SURFACE_S)
         return True
 
     def _left(self) -> bool:
@@ -282,7 +283,7 @@ class Watcher:
         if not guilty:
             return self._withdraw()
         where = stacks_text_path(self.attempt_folder, self.host)
-        self._conclude(verdicts.of_hang(guilty, everyone, absent, where), 0.0)
+        self._conclude(verdicts.of_hang(guilty, everyone, absent, where, newest_checkpoint(self.run_folder)), 0.0)
 
     def _withdraw(self) -> None:
         self.status = RUNNING

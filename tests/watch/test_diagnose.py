@@ -51,7 +51,7 @@ def says(run) -> str:
 
 def test_a_hang_is_told_with_rank_host_phase_sample_and_advice(run):
     guilty = culprit(place="`_stream` (store.py, line 12)")
-    leave(run, of_hang([guilty], [guilty], [], run / "attempts/0002/stacks-n1.txt"), "hang")
+    leave(run, of_hang([guilty], [guilty], [], run / "attempts/0002/stacks-n1.txt", "step-00000004"), "hang")
     text = says(run)
     for word in ("Attempt 2 of quickstart", "step 6", "rank 1 on n1", "31 s", "data", "train-001.tar:00042", "_stream"):
         assert word in text, word
@@ -61,8 +61,20 @@ def test_a_hang_is_told_with_rank_host_phase_sample_and_advice(run):
     assert [(one["from_step"], one["to_step"]) for one in facts["attempts"]] == [(1, 4), (5, 6)]
 
 
+@pytest.mark.parametrize("checkpoint", ["step-00000004", None])
+def test_from_where_the_same_command_goes_on_is_said_only_where_there_is_a_checkpoint(run, checkpoint):
+    if checkpoint is None:
+        (run / "checkpoints" / "step-00000004").rmdir()
+    death = of_death([culprit()], [2**30], of_memory=False, checkpoint=checkpoint)
+    leave(run, death, "died")
+    for text in (says(run), " ".join(death.lines)):
+        assert ("goes on from the last checkpoint, step-00000004" in text) == bool(checkpoint)
+        assert ("no checkpoint was written yet" in text.lower()) != bool(checkpoint)
+    assert diagnose(run).facts["last_checkpoint"] == checkpoint
+
+
 def test_a_death_and_a_failure_are_told(run):
-    leave(run, of_death([culprit()], [3 * 2**30], of_memory=True), "died")
+    leave(run, of_death([culprit()], [3 * 2**30], of_memory=True, checkpoint="step-00000004"), "died")
     assert "killed by the kernel, probably memory" in says(run).lower() and "3.0 GiB" in says(run)
     leave(run, of_failure(culprit(), "data: 1 problem\n  - no such shard"), "failed")
     assert "no such shard" in says(run) and "Mend what the error names" in says(run)
@@ -120,7 +132,7 @@ def test_a_wrong_folder_is_an_error_with_exit_code_2(tmp_path):
 
 def test_the_command_prints_a_paragraph_and_a_table_or_json(run):
     guilty = culprit()
-    leave(run, of_hang([guilty], [guilty], [], run / "attempts/0002/stacks-n1.txt"), "hang")
+    leave(run, of_hang([guilty], [guilty], [], run / "attempts/0002/stacks-n1.txt", "step-00000004"), "hang")
     words = [sys.executable, "launch/diagnose.py", str(run)]
     options = {"cwd": REPOSITORY, "env": environment(COLUMNS="120"), "capture_output": True, "text": True}
     text = subprocess.run(words, **options, timeout=60).stdout
