@@ -16,12 +16,16 @@ from phi3v_dist.watch.processes import STATES
 NAMED = 4  # ranks in a line; of a thousand the rest is counted
 
 
-def of_death(dead: Sequence[Actor], peaks_bytes: Sequence[int], of_memory: bool, checkpoint: str | None) -> Verdict:
-    """of_memory: the kernel has killed for want of memory meanwhile. checkpoint: the newest one, by name."""
+def of_death(
+    dead: Sequence[Actor], peaks_bytes: Sequence[int], machine_bytes: int, of_memory: bool, checkpoint: str | None
+) -> Verdict:
+    """machine_bytes: memory of the machine, 0 if not known. of_memory: the kernel has killed for want of memory
+    meanwhile. checkpoint: the newest one, by name."""
     lines = []
+    machine = f"; the machine has {_gib(machine_bytes)}" if machine_bytes else ""
     for actor, peak_bytes in list(zip(dead, peaks_bytes, strict=True))[:NAMED]:
         lines.append(f"died: {_who(actor)} is gone without a word, last in {_where(actor)}")
-        lines.append(f"  it held up to {peak_bytes / 2**30:.1f} GiB of memory")
+        lines.append(f"  it held up to {_gib(peak_bytes)} of memory{machine}")
     if of_memory:
         lines.append(
             "  killed by the kernel, probably memory: give the job more of it, or lower `data.num_workers` or "
@@ -74,6 +78,10 @@ def _named(actors: Sequence[Actor]) -> str:
     named = [f"rank {actor.rank} ({actor.where})" for actor in sorted(actors, key=lambda one: one.rank)[:NAMED]]
     more = f" and {len(actors) - NAMED} more" if len(actors) > NAMED else ""
     return ", ".join(named) + more
+
+
+def _gib(size_bytes: int) -> str:
+    return f"{size_bytes / 2**30:.1f} GiB"
 
 
 def _who(actor: Actor) -> str:

@@ -178,7 +178,8 @@ class Watcher:
         of_memory = any(processes.kills_again(rank.kills) for rank in dead)
         actors = [self._actor(rank) for rank in dead]
         peaks = [rank.peak_bytes for rank in dead]
-        self._conclude(verdicts.of_death(actors, peaks, of_memory, newest_checkpoint(self.run_folder)), SURFACE_S)
+        machine_bytes, checkpoint = processes.machine_memory_bytes(), newest_checkpoint(self.run_folder)
+        self._conclude(verdicts.of_death(actors, peaks, machine_bytes, of_memory, checkpoint), SURFACE_S)
         return True
 
     def _left(self) -> bool:
