@@ -35,6 +35,7 @@ COSTS = {  # option and field of `Costs` → what it says
     "write_s": "seconds that a save then takes in the background",
     "restart_s": "seconds from a failure to the next step: noticing, scheduling, importing, loading",
 }
+EXAMPLE_COSTS = "--step-s 4 --blocked-s 0.2 --write-s 30 --restart-s 240"
 
 
 def main() -> None:
@@ -120,9 +121,13 @@ def costs_from(arguments: argparse.Namespace) -> Costs:
     if given.get("step_s") == 0:
         wrong.append("--step-s is 0: a step takes time")
     if arguments.goodput_of is None:
-        missing = [f"{option[name]} is missing: {what}" for name, what in COSTS.items() if name not in given]
+        missing = [f"  {option[name]}: {what}" for name, what in COSTS.items() if name not in given]
         if missing:
-            wrong += [*missing, "or name a run that has them: --goodput-of runs/NAME"]
+            lines = "\n".join(missing)
+            wrong.append(
+                f"--goodput needs to know what things take, and these are missing:\n{lines}\nGive them, for example "
+                f"{EXAMPLE_COSTS}, or name a run that has them: --goodput-of runs/NAME"
+            )
     if wrong:
         raise ConfigError(wrong)
     if arguments.goodput_of is None:

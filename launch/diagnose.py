@@ -2,6 +2,9 @@
 
 python launch/diagnose.py runs/quickstart
 python launch/diagnose.py runs/quickstart --json
+
+The exit code is 0 whatever has happened to the run: scripts read `ending` (hang, died, failed, lost, stopped, finished,
+running, unknown) in --json. It is 2 when RUN is not a run folder.
 """
 
 import argparse

@@ -13,6 +13,7 @@ from typing import Any
 
 from phi3v_dist.attempt.attempt import ENDED_NAME, STOPPED_NAME, folders
 from phi3v_dist.attempt.owner import OWNER_NAME
+from phi3v_dist.errors import CheckpointError
 from phi3v_dist.observe.metrics import ATTEMPT, STEP
 from phi3v_dist.observe.tracker import RECORD_NAME
 from phi3v_dist.watch import processes
@@ -62,6 +63,14 @@ class PastAttempt:
         """Of the rank that failed by itself rather than for want of another one; 0 if none did. See errors.py."""
         codes = [rank.exit_code for report in self.reports for rank in report.ranks]
         return max(codes, key=lambda code: (tells_why(code), code == CRASHED, code), default=0)
+
+    @property
+    def refused_checkpoints(self) -> bool:
+        """Whether it ended because none of the run's checkpoints could be used: the same command ends so again."""
+        ranks = [rank for report in self.reports for rank in report.ranks]
+        return any(
+            rank.exit_code == CheckpointError.exit_code and rank.where.partition(",")[0] == "load" for rank in ranks
+        )
 
     @property
     def hosts(self) -> list[str]:

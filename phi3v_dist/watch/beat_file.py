@@ -167,14 +167,22 @@ def shared_memory() -> Path:
 
 def folder_of(attempt_folder: Path, host: str) -> Path:
     """The folder of one attempt (`RUN/attempts/NNNN`) on this node, made if need be, for this user's eyes only."""
-    run = attempt_folder.resolve().parents[1]
-    digest = hashlib.sha256(str(run).encode()).hexdigest()[:8]
-    name = f"phi3v-{os.getuid()}-{run.name[:40]}-{digest}-{attempt_folder.name}-{host}"
-    path = shared_memory() / name
+    path = _place_of(attempt_folder, host)
     path.mkdir(mode=0o700, exist_ok=True)
     if path.is_symlink() or path.stat().st_uid != os.getuid() or path.stat().st_mode & 0o077:
         raise PermissionError(f"{path} belongs to somebody else, or others may read it: remove it")
     return path
+
+
+def is_watched(attempt_folder: Path, host: str) -> bool:
+    """Whether the watcher of this attempt still works here; it removes the folder once it has written its report."""
+    return _place_of(attempt_folder, host).is_dir()
+
+
+def _place_of(attempt_folder: Path, host: str) -> Path:
+    run = attempt_folder.resolve().parents[1]
+    digest = hashlib.sha256(str(run).encode()).hexdigest()[:8]
+    return shared_memory() / f"phi3v-{os.getuid()}-{run.name[:40]}-{digest}-{attempt_folder.name}-{host}"
 
 
 def remove_leftovers(keep: Path) -> int:

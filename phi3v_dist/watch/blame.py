@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 TRAIN, SAVE = "train", "save"
 FOR_THE_WRITER = ("load", "snapshot", "export", "finish")  # phases that may wait for a save in the background
+NUMBERED = {"evaluate": "batch", "load": "checkpoint of step"}  # what a step is in other phases
 FROZEN = ("T", "t", "D")  # states of a process that does nothing
 
 
@@ -53,8 +54,9 @@ class Actor:
 
     @property
     def where(self) -> str:
-        step = "" if self.step is None else f", {'batch' if self.phase == 'evaluate' else 'step'} {self.step}"
-        return f"{self.phase}{step}"
+        if self.step is None:
+            return self.phase
+        return f"{self.phase}, {NUMBERED.get(self.phase, 'step')} {self.step}"
 
 
 def judge(actors: Sequence[Actor]) -> list[Actor]:

@@ -24,13 +24,19 @@ from phi3v_dist.watch.attempts import (
     read_attempts,
     said_that_it_ended,
 )
+from phi3v_dist.watch.checkpoint_names import goes_on, newest_checkpoint
 from phi3v_dist.watch.node_report import DIED, FAILED, HANG, Verdict
 
 ADVICE = {
-    DIED: "See the node's log (dmesg, sacct -j JOB --format=State,ExitCode,MaxRSS). If the same node comes up again, "
-    "leave it out.",
-    LOST: "See whether that node is up (sinfo -R, ping); start again without it (sbatch --exclude).",
+    DIED: "See the machine's log (dmesg). If the same machine comes up again, leave it out.",
+    LOST: "See whether that machine is up (ping); start again without it.",
     FAILED: "Mend what the error names, then start again.",
+    HANG: "See the stacks. If the same machine comes up again, leave it out.",
+}
+ADVICE_UNDER_SLURM = {
+    DIED: "See the node's log (dmesg, sacct -j {job} --format=State,ExitCode,MaxRSS). If the same node comes up again, "
+    "leave it out (sbatch --exclude).",
+    LOST: "See whether that node is up (sinfo -R, ping); start again without it (sbatch --exclude).",
     HANG: "See the stacks. If the same node comes up again, leave it out (sbatch --exclude).",
 }
 ADVICE_ON_HANG = {
@@ -42,13 +48,14 @@ ADVICE_ON_HANG = {
     "commit": "See whether the disk of the run folder answers, and whether all nodes see the same folder.",
     "load": "See whether the storage of the model and of the checkpoints answers on that node.",
 }
-AGAIN = "The same command goes on from the last checkpoint"
 MAX_LINES = 12
+BULLET = "- "
 
 
 @dataclass(frozen=True)
 class Diagnosis:
-    """paragraph: for people. facts: the same for scripts."""
+    """paragraph: for people. facts: the same for scripts. checkpoint: the newest one by name; None where there is none,
+    and where the last attempt could not use those that there are."""
 
     run: Path
     paragraph: str
@@ -89,12 +96,13 @@ def diagnose(run: Path) -> Diagnosis:
     """Raises ConfigError when `run` is not a run folder."""
     names = ("config.yaml", RECORD_NAME, "attempts")
     if not any((run / name).exists() for name in names):
-        found = (
-            "it holds neither config.yaml, metrics.jsonl nor attempts" if run.is_dir() else "there is no such folder"
-        )
+        found = "there is no such folder"
+        if run.exists():
+            found = "it holds neither config.yaml, metrics.jsonl nor attempts" if run.is_dir() else "it is a file"
         raise ConfigError(f"{run} is not a run folder: {found}. Name a folder that launch/train.py made (runs/<name>)")
     attempts = read_attempts(run)
-    checkpoint = _newest_checkpoint(run)
+    is_refused = bool(attempts) and attempts[-1].refused_checkpoints
+    checkpoint = None if is_refused else newest_checkpoint(run)
     return Diagnosis(run, " ".join(_sentences(run, attempts, checkpoint)), attempts, checkpoint)
 
 
@@ -104,14 +112,15 @@ def _sentences(run: Path, attempts: list[PastAttempt], checkpoint: str | None) -
     last = attempts[-1]
     where = f"step {last.last_step}" if last.last_step is not None else "no step"
     head = f"Attempt {last.number} of {run.name}"
-    again = f"{AGAIN}, {checkpoint}." if checkpoint else "No checkpoint was written yet: it begins at the first step."
+    again = [] if last.refused_checkpoints else [_sentence(goes_on(checkpoint))]
     if last.ending == FINISHED:
         return [f"{head} finished at {where}: nothing is left to do."]
     if last.ending == STOPPED:
-        return [f"{head} was asked to stop and did so after {where}, saved.", again]
+        return [f"{head} was asked to stop and did so after {where}, saved.", *again]
     if last.ending == RUNS:
         return [f"{head} is running: {where} so far."]
-    sentences = [f"{head} ended after {where}."]
+    came_to = "before its first step" if last.last_step is None else f"after {where}"
+    sentences = [f"{head} ended {came_to}."]
     if last.verdict and last.verdict.verdict:
         sentences.append(_told(last.verdict.verdict))
     if last.silent:
@@ -121,13 +130,29 @@ def _sentences(run: Path, attempts: list[PastAttempt], checkpoint: str | None) -
         sentences.append(_without_word(last))
     sentences += flight_recorder.summarize([run, run / flight_recorder.FOLDER, last.folder])
     sentences.append(_advice(last))
-    return [*sentences, again]
+    return [*sentences, *again]
 
 
 def _told(verdict: Verdict) -> str:
-    """The watcher's own lines as sentences, without what it said of the ending."""
-    said = [line.strip() for line in verdict.lines if "all ranks are ended" not in line]
-    return " ".join(f"{line.rstrip('.')}." for line in (line[:1].upper() + line[1:] for line in said[:MAX_LINES]))
+    """The watcher's own lines as sentences, without what it said of the ending; problems in a list are numbered."""
+    said = [line.strip() for line in verdict.lines if "all ranks are ended" not in line][:MAX_LINES]
+    sentences: list[str] = []
+    number, is_in_list = 0, False
+    num_problems = sum(line.startswith(BULLET) for line in said)
+    for line in said:
+        if line.startswith(BULLET):
+            number, is_in_list = number + 1, True
+            problem = line.removeprefix(BULLET)
+            sentences.append(f"({number}) {problem}" if num_problems > 1 else problem)
+        elif is_in_list:  # a problem of several lines
+            sentences[-1] += f" {line}"
+        else:
+            sentences.append(line)
+    return " ".join(map(_sentence, sentences))
+
+
+def _sentence(text: str) -> str:
+    return f"{text[:1].upper()}{text[1:].rstrip('.')}."
 
 
 def _without_word(attempt: PastAttempt) -> str:
@@ -138,6 +163,8 @@ def _without_word(attempt: PastAttempt) -> str:
 
 def _advice(attempt: PastAttempt) -> str:
     advice = ADVICE.get(attempt.ending, "See the log of the job.")
+    if job := str(attempt.owner.get("job") or ""):
+        advice = ADVICE_UNDER_SLURM.get(attempt.ending, advice).format(job=job)
     blamed = attempt.verdict.verdict.blamed if attempt.verdict and attempt.verdict.verdict else []
     if attempt.ending == HANG and blamed and not blamed[0].frozen:
         return ADVICE_ON_HANG.get(blamed[0].phase, advice)
@@ -156,9 +183,3 @@ def _short(attempt: PastAttempt) -> str:
 
 def _blamed(actor: Any) -> dict[str, Any]:
     return {"rank": actor.rank, "host": actor.host, "phase": actor.phase, "step": actor.step, "what": actor.what}
-
-
-def _newest_checkpoint(run: Path) -> str | None:
-    """By name; whether it is sound is seen at resume."""
-    found = [path.name for path in (run / "checkpoints").glob("step-*") if path.name[5:].isdecimal()]
-    return max(found, default=None)

@@ -72,7 +72,7 @@ def tells_why(exit_code: int) -> bool:
 
 def left_early(outcome: str, where: str) -> bool:
     """Whether a rank was asked to stop before the first step, and did so alone; later all agree on the step."""
-    return outcome == "stopped" and where in ("start", "load")
+    return outcome == "stopped" and where.partition(",")[0] in ("start", "load")  # a load may name a checkpoint
 
 
 def report_path(attempt_folder: Path, host: str) -> Path:

@@ -48,6 +48,12 @@ def peak_memory_bytes(pid: int) -> int:
     return int(match[1]) * 1024 if match else 0
 
 
+def machine_memory_bytes() -> int:
+    """Of the whole machine; 0 where the kernel does not say. A container or a job may be given less."""
+    match = re.search(r"^MemTotal:\s+(\d+) kB", _read(PROC / "meminfo"), re.MULTILINE)
+    return int(match[1]) * 1024 if match else 0
+
+
 def out_of_memory_kills(pid: int) -> dict[str, int]:
     """How often the kernel has killed for want of memory: counters of the process's control group and of the machine.
 

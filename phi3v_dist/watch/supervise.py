@@ -5,21 +5,26 @@ try. Surprise: the launchers' exit codes are of little use (torchrun answers 1 t
 is read from what its ranks and watchers left in `RUN/attempts/`.
 """
 
+import contextlib
 import json
 import logging
 import os
+import shutil
 import signal
 import subprocess
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import FrameType
 
+from phi3v_dist.attempt.attempt import ATTEMPTS_NAME
 from phi3v_dist.attempt.requests import STOP_NAME
 from phi3v_dist.errors import CheckpointError, ConfigError, CrashLoopError, DataError
 from phi3v_dist.watch import processes
-from phi3v_dist.watch.attempts import FINISHED, STOPPED, PastAttempt, best_step, read_attempts
+from phi3v_dist.watch.attempts import FINISHED, STOPPED, SUMMARY_NAME, PastAttempt, best_step, read_attempts
+from phi3v_dist.watch.beat_file import is_watched
+from phi3v_dist.watch.checkpoint_names import goes_on, newest_checkpoint
 from phi3v_dist.watch.heartbeat import LAST_WORD_VARIABLE
 from phi3v_dist.watch.node_report import DIED, HANG, read_reports
 
@@ -27,8 +32,10 @@ HOPELESS = {error.exit_code: error.kind for error in (ConfigError, DataError, Ch
 MAX_WITHOUT_STEP = 3
 FIRST_WAIT_S, LONGEST_WAIT_S = 2.0, 300.0
 LEFTOVER_S = 10.0  # for processes of the last attempt to end by themselves
+REPORT_S = 10.0  # for the watcher to write what it saw, after the last rank is gone
 FORWARDED = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 LAST_WORD_NAME = "last-word.json"
+SIGNALLED = 128
 
 log = logging.getLogger(__name__)
 
@@ -54,8 +61,11 @@ class Supervisor:
         """The exit code of the last start.
 
         Raises:
+            ConfigError: the command cannot be started, or does not train in the run folder.
             CrashLoopError: three starts in a row without a new step.
         """
+        if shutil.which(self.command[0]) is None:
+            raise ConfigError(f"{self.command[0]} cannot be started: there is no such program, or it may not be run")
         for number in FORWARDED:
             signal.signal(number, self._forward)
         without_step, num_restarts, best = 0, 0, best_step(self.run)
@@ -80,24 +90,54 @@ class Supervisor:
             self._wait(without_step)
             if self._asked_to_stop:
                 return 0
-            log.warning("start %d of at most %d, going on from step %d", num_restarts + 1, self.restarts + 1, best)
+            again = goes_on(newest_checkpoint(self.run))
+            log.warning("start %d of at most %d: %s", num_restarts + 1, self.restarts + 1, again)
 
     def _start_once(self) -> _Ending:
         before = {attempt.number for attempt in read_attempts(self.run)}
-        last_word = self.run / "attempts" / LAST_WORD_NAME
+        last_word = self.run / ATTEMPTS_NAME / LAST_WORD_NAME
         last_word.parent.mkdir(parents=True, exist_ok=True)
         last_word.unlink(missing_ok=True)
         env = os.environ | {LAST_WORD_VARIABLE: str(last_word.absolute())}
         try:
             self._launcher = subprocess.Popen(self.command, env=env, start_new_session=True)
         except OSError as error:
+            self._remove_if_empty()
             raise ConfigError(f"{self.command[0]} cannot be started: {error}") from error
         code = self._launcher.wait()
         self._end_leftovers()
+        self._hear_watchers(before)
         new = [attempt for attempt in read_attempts(self.run) if attempt.number not in before]
         said = json.loads(last_word.read_text()) if last_word.is_file() else {}
         last_word.unlink(missing_ok=True)
-        return _how_it_ended(new[-1] if new else None, said, code)
+        if new:
+            return _how_it_ended(new[-1], said, code)
+        self._remove_if_empty()
+        return self._without_attempt(said, code)
+
+    def _without_attempt(self, said: dict[str, object], code: int) -> _Ending:
+        """Nothing new is in the run folder. Raises ConfigError when the command ended well, and did nothing there."""
+        nowhere = f"no attempt was made in {self.run}: does the command train there (run.root and run.name)?"
+        if code != 0:
+            ending = _how_it_ended(None, said, code)
+            return replace(ending, why=f"{ending.why}\n{nowhere}") if ending.again else ending
+        was_stopped = self._asked_to_stop or said.get("outcome") == STOPPED
+        if not was_stopped and not (self.run / SUMMARY_NAME).is_file():
+            raise ConfigError(f"{self.command[0]} ended with 0, but {nowhere}")
+        return _how_it_ended(None, said, code)
+
+    def _remove_if_empty(self) -> None:
+        """What was made for rank 0's last word, where nobody else has made anything."""
+        for folder in (self.run / ATTEMPTS_NAME, self.run):
+            with contextlib.suppress(OSError):  # it is not empty, or is gone
+                folder.rmdir()
+
+    def _hear_watchers(self, before: set[int]) -> None:
+        """Without a launcher in between, the command ends before the watcher has seen that."""
+        deadline_s = time.monotonic() + REPORT_S
+        new = [attempt for attempt in read_attempts(self.run) if attempt.number not in before]
+        while time.monotonic() < deadline_s and any(is_watched(one.folder, host) for one in new for host in one.hosts):
+            time.sleep(0.1)
 
     def _wait(self, without_step: int) -> None:
         seconds = min(LONGEST_WAIT_S, self.first_wait_s * 2**without_step)
@@ -145,15 +185,24 @@ class Supervisor:
 def _how_it_ended(attempt: PastAttempt | None, said: dict[str, object], code: int) -> _Ending:
     """said: rank 0's own last word, which also comes when it ends before there is an attempt."""
     said_code = int(str(said.get("exit_code", 0)))
+    ended = f"was killed by {_signal_name(-code)}" if code < 0 else f"ended with {code}"
+    code = SIGNALLED - code if code < 0 else code  # as a shell tells it
     if code == 0:
         return _Ending(False, "finished, or stopped cleanly", 0)
     if attempt is not None and attempt.ending in (FINISHED, STOPPED):
-        return _Ending(False, f"{attempt.ending}, although the launcher says {code}", 0)
+        return _Ending(False, f"{attempt.ending}, although the launcher {ended}", 0)
     failed = (attempt.exit_code if attempt else 0) or said_code or code
     was_ended = attempt is not None and attempt.ending in (DIED, HANG)  # whatever others said for want of that rank
     if failed in HOPELESS and not was_ended:
         return _Ending(False, f"not started again: another start would not mend this {HOPELESS[failed]} error", failed)
     if attempt is not None and attempt.verdict and attempt.verdict.verdict:
         return _Ending(True, "\n".join(attempt.verdict.verdict.lines), failed)
-    message = str(said.get("message", "")) or f"the launcher ended with {code} and no rank said why"
+    message = str(said.get("message", "")) or f"the launcher {ended} and no rank said why"
     return _Ending(True, message, failed)
+
+
+def _signal_name(number: int) -> str:
+    try:
+        return signal.Signals(number).name
+    except ValueError:  # a real-time signal
+        return f"signal {number}"

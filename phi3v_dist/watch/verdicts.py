@@ -9,19 +9,23 @@ from pathlib import Path
 
 from phi3v_dist.printable import printable
 from phi3v_dist.watch.blame import Actor
+from phi3v_dist.watch.checkpoint_names import goes_on
 from phi3v_dist.watch.node_report import DIED, FAILED, HANG, Verdict
 from phi3v_dist.watch.processes import STATES
 
 NAMED = 4  # ranks in a line; of a thousand the rest is counted
-GO_ON = "started again with the same words, the run goes on from its last checkpoint"
 
 
-def of_death(dead: Sequence[Actor], peaks_bytes: Sequence[int], of_memory: bool) -> Verdict:
-    """of_memory: the kernel has killed for want of memory meanwhile."""
+def of_death(
+    dead: Sequence[Actor], peaks_bytes: Sequence[int], machine_bytes: int, of_memory: bool, checkpoint: str | None
+) -> Verdict:
+    """machine_bytes: memory of the machine, 0 if not known. of_memory: the kernel has killed for want of memory
+    meanwhile. checkpoint: the newest one, by name."""
     lines = []
+    machine = f"; the machine has {_gib(machine_bytes)}" if machine_bytes else ""
     for actor, peak_bytes in list(zip(dead, peaks_bytes, strict=True))[:NAMED]:
         lines.append(f"died: {_who(actor)} is gone without a word, last in {_where(actor)}")
-        lines.append(f"  it held up to {peak_bytes / 2**30:.1f} GiB of memory")
+        lines.append(f"  it held up to {_gib(peak_bytes)} of memory{machine}")
     if of_memory:
         lines.append(
             "  killed by the kernel, probably memory: give the job more of it, or lower `data.num_workers` or "
@@ -29,7 +33,7 @@ def of_death(dead: Sequence[Actor], peaks_bytes: Sequence[int], of_memory: bool)
         )
     else:
         lines.append("  nothing says why: a signal from outside (scontrol, kill -9), or a crash in native code")
-    return Verdict(DIED, [*lines, f"  all ranks are ended; {GO_ON}"], list(dead))
+    return Verdict(DIED, [*lines, f"  all ranks are ended; {goes_on(checkpoint)}"], list(dead))
 
 
 def of_failure(actor: Actor, message: str) -> Verdict:
@@ -38,8 +42,10 @@ def of_failure(actor: Actor, message: str) -> Verdict:
     return Verdict(FAILED, [head, *said, "  all ranks are ended"], [actor])
 
 
-def of_hang(guilty: Sequence[Actor], everyone: Sequence[Actor], absent: Sequence[str], stacks: Path) -> Verdict:
-    """absent: nodes that did not answer when asked where their ranks are."""
+def of_hang(
+    guilty: Sequence[Actor], everyone: Sequence[Actor], absent: Sequence[str], stacks: Path, checkpoint: str | None
+) -> Verdict:
+    """absent: nodes that did not answer when asked where their ranks are. checkpoint: the newest one, by name."""
     lines = []
     for actor in guilty[:NAMED]:
         lines.append(
@@ -56,7 +62,7 @@ def of_hang(guilty: Sequence[Actor], everyone: Sequence[Actor], absent: Sequence
         lines.append(f"  waiting for it: {_named(waiting)}")
     if absent:
         lines.append(f"  no answer from {', '.join(absent)}: see whether these nodes are up")
-    lines += [f"  stacks of all ranks: {stacks.parent}/stacks-*.txt", f"  all ranks are ended; {GO_ON}"]
+    lines += [f"  stacks of all ranks: {stacks.parent}/stacks-*.txt", f"  all ranks are ended; {goes_on(checkpoint)}"]
     return Verdict(HANG, lines, list(guilty))
 
 
@@ -72,6 +78,10 @@ def _named(actors: Sequence[Actor]) -> str:
     named = [f"rank {actor.rank} ({actor.where})" for actor in sorted(actors, key=lambda one: one.rank)[:NAMED]]
     more = f" and {len(actors) - NAMED} more" if len(actors) > NAMED else ""
     return ", ".join(named) + more
+
+
+def _gib(size_bytes: int) -> str:
+    return f"{size_bytes / 2**30:.1f} GiB"
 
 
 def _who(actor: Actor) -> str:

@@ -29,8 +29,10 @@ from phi3v_dist.watch.beat_file import (
     stacks_path,
 )
 from phi3v_dist.watch.blame import Actor
+from phi3v_dist.watch.checkpoint_names import newest_checkpoint
 from phi3v_dist.watch.neighbours import Neighbours
 from phi3v_dist.watch.node_report import (
+    CRASHED,
     DIED,
     ENDED,
     FAILED,
@@ -57,7 +59,8 @@ ANSWER_S = 5.0  # how long a suspicion waits for the other nodes
 PATIENCE_S = 90.0  # the same while all ranks that were heard wait: NFS hides a new file for up to a minute
 SURFACE_S = 1.0  # for the error of a peer to be printed before it is ended too
 SPOKEN_S = 2.0  # more, for one that has said why it ends and only has to leave
-LAST_WORDS_S = 6.0  # a rank that said that it failed may take this long to print why (cli.LAST_WORD_S)
+LAST_WORD_S = 5.0  # ranks other than 0 wait so long before they print why they fail (cli.py)
+LAST_WORDS_S = 6.0  # and may take this long in all
 LEFT_S = 5.0  # all ranks are usually asked to stop, one a little after the other
 GAP_S = 5.0  # this process itself did not run for so long: the whole machine was asleep, nobody hangs
 FIRST_RANK_S = 600.0
@@ -87,6 +90,7 @@ class _Rank:
     beats: Beats
     alive: bool = True
     outcome: str = ""
+    died_s: float = 0.0
     peak_bytes: int = 0
     kills: dict[str, int] = field(default_factory=dict)
     beats_seen: dict[str, int] = field(default_factory=dict)
@@ -96,7 +100,7 @@ class _Rank:
 class Watcher:
     def __init__(self, folder: Path, attempt_folder: Path, host: str, num_ranks: int):
         self.folder, self.attempt_folder, self.host = folder, attempt_folder, host
-        self.num_ranks = num_ranks
+        self.run_folder, self.num_ranks = attempt_folder.parents[1], num_ranks
         self.ranks: dict[int, _Rank] = {}
         self.status = RUNNING
         self.verdict: Verdict | None = None
@@ -160,7 +164,8 @@ class Watcher:
             for name, lane in rank.beats.lanes.items():
                 if lane.beats != rank.beats_seen.get(name):
                     rank.beats_seen[name], rank.since_s[name] = lane.beats, self.now_s
-            rank.alive = rank.alive and processes.is_alive(pid, rank.beats.started)
+            if rank.alive and not processes.is_alive(pid, rank.beats.started):
+                rank.alive, rank.died_s = False, self.now_s
             rank.outcome = rank.outcome or rank.beats.outcome
 
     def _find_dead(self) -> bool:
@@ -177,7 +182,8 @@ class Watcher:
         of_memory = any(processes.kills_again(rank.kills) for rank in dead)
         actors = [self._actor(rank) for rank in dead]
         peaks = [rank.peak_bytes for rank in dead]
-        self._conclude(verdicts.of_death(actors, peaks, of_memory), SURFACE_S)
+        machine_bytes, checkpoint = processes.machine_memory_bytes(), newest_checkpoint(self.run_folder)
+        self._conclude(verdicts.of_death(actors, peaks, machine_bytes, of_memory, checkpoint), SURFACE_S)
         return True
 
     def _left(self) -> bool:
@@ -230,8 +236,10 @@ class Watcher:
         waited_s = self.now_s - min(rank.beats.ended_s for rank in failed)
         if waited_s < LAST_WORDS_S and any(rank.alive for rank in failed):
             return True
-        actors = [self._actor(failed[0], blame.TRAIN)]
-        self._conclude(verdicts.of_failure(actors[0], failed[0].beats.message), SURFACE_S)
+        actor = self._actor(failed[0], blame.TRAIN)
+        verdict = verdicts.of_failure(actor, failed[0].beats.message)
+        printed = any(_has_printed(rank) for rank in failed if rank.beats.message == failed[0].beats.message)
+        self._conclude(verdict, SURFACE_S, said=verdict.lines[:1] if printed else verdict.lines)
         return True
 
     def _hear_others(self) -> bool:
@@ -282,7 +290,7 @@ class Watcher:
         if not guilty:
             return self._withdraw()
         where = stacks_text_path(self.attempt_folder, self.host)
-        self._conclude(verdicts.of_hang(guilty, everyone, absent, where), 0.0)
+        self._conclude(verdicts.of_hang(guilty, everyone, absent, where, newest_checkpoint(self.run_folder)), 0.0)
 
     def _withdraw(self) -> None:
         self.status = RUNNING
@@ -324,10 +332,12 @@ class Watcher:
             bound_s=lane.bound_s,
         )  # fmt: skip
 
-    def _conclude(self, verdict: Verdict, grace_s: float, elsewhere: str = "") -> None:
-        """Say it, write it, and end all ranks of this node."""
+    def _conclude(self, verdict: Verdict, grace_s: float, said: list[str] | None = None, elsewhere: str = "") -> None:
+        """Say it, write it, and end all ranks of this node. said: the lines that nobody has printed yet; None: all."""
         self.verdict, self.status = verdict, verdict.kind
-        _say([f"(node {elsewhere} says:)", *verdict.lines] if elsewhere else verdict.lines)
+        lines = verdict.lines if said is None else said
+        more = f"  more: phi3v-diagnose {self.run_folder}"
+        _say([*([f"(node {elsewhere} says:)"] if elsewhere else []), *lines, more])
         self._report()
         if verdict.kind == HANG:
             flight_recorder.ask(self.attempt_folder, [rank.beats.rank for rank in self.ranks.values() if rank.alive])
@@ -368,6 +378,13 @@ class Watcher:
             report.write(self.attempt_folder)
         except OSError as error:
             _say([f"watcher on {self.host}: its report could not be written: {error}"])
+
+
+def _has_printed(rank: _Rank) -> bool:
+    """Whether a rank that failed has shown its report itself: rank 0 and a crash do so at once, other ranks wait first,
+    and may be killed meanwhile."""
+    waited = not rank.alive and rank.died_s - rank.beats.ended_s >= LAST_WORD_S
+    return rank.beats.rank == 0 or rank.beats.exit_code == CRASHED or waited
 
 
 def _say(lines: list[str]) -> None:

@@ -212,7 +212,13 @@ def test_check_takes_costs_from_a_run_and_given_ones_before_those(
     [
         (
             ("--goodput", "--step-s", "4"),
-            ["--blocked-s is missing", "--restart-s is missing", "--goodput-of runs/NAME"],
+            [
+                "1 problem\n",
+                "--blocked-s: seconds",
+                "--restart-s: seconds",
+                "example --step-s 4 ",
+                "--goodput-of runs/NAME",
+            ],
         ),
         (("--goodput", "--step-s", "0", "--write-s", "nan"), ["a step takes time", "--write-s is nan", "--blocked-s"]),
         (("--goodput-of", "nowhere"), ["nowhere cannot say what a run costs"]),

@@ -5,6 +5,7 @@ from dataclasses import replace
 import pytest
 
 from phi3v_dist.watch.blame import SAVE, TRAIN, Actor, judge
+from phi3v_dist.watch.node_report import left_early
 
 BOUND_S = 30.0
 
@@ -84,3 +85,9 @@ def test_a_frozen_process_is_named_with_all_that_it_has_in_hand():
     idle_writer = writer(1, "write", (4, 2), 3, state="T")
     assert judge([waiting(0, "forward", (5, 2), 31), frozen, idle_writer]) == [frozen, idle_writer]
     assert judge([replace(frozen, silent_s=3.0), idle_writer]) == []
+
+
+def test_the_step_of_a_load_is_its_checkpoints_and_a_stop_in_it_is_one_before_the_first_step():
+    loads = actor(0, "load", (4, 1), 1)
+    assert loads.where == "load, checkpoint of step 4" and left_early("stopped", loads.where)
+    assert actor(0, "forward", (4, 1), 1).where == "forward, step 4" and not left_early("stopped", "forward, step 4")

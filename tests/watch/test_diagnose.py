@@ -51,7 +51,7 @@ def says(run) -> str:
 
 def test_a_hang_is_told_with_rank_host_phase_sample_and_advice(run):
     guilty = culprit(place="`_stream` (store.py, line 12)")
-    leave(run, of_hang([guilty], [guilty], [], run / "attempts/0002/stacks-n1.txt"), "hang")
+    leave(run, of_hang([guilty], [guilty], [], run / "attempts/0002/stacks-n1.txt", "step-00000004"), "hang")
     text = says(run)
     for word in ("Attempt 2 of quickstart", "step 6", "rank 1 on n1", "31 s", "data", "train-001.tar:00042", "_stream"):
         assert word in text, word
@@ -61,17 +61,30 @@ def test_a_hang_is_told_with_rank_host_phase_sample_and_advice(run):
     assert [(one["from_step"], one["to_step"]) for one in facts["attempts"]] == [(1, 4), (5, 6)]
 
 
+@pytest.mark.parametrize("checkpoint", ["step-00000004", None])
+def test_from_where_the_same_command_goes_on_is_said_only_where_there_is_a_checkpoint(run, checkpoint):
+    if checkpoint is None:
+        (run / "checkpoints" / "step-00000004").rmdir()
+    death = of_death([culprit()], [2**30], 0, of_memory=False, checkpoint=checkpoint)
+    leave(run, death, "died")
+    for text in (says(run), " ".join(death.lines)):
+        assert ("goes on from the last checkpoint, step-00000004" in text) == bool(checkpoint)
+        assert ("no checkpoint was written yet" in text.lower()) != bool(checkpoint)
+    assert diagnose(run).facts["last_checkpoint"] == checkpoint
+
+
 def test_a_death_and_a_failure_are_told(run):
-    leave(run, of_death([culprit()], [3 * 2**30], of_memory=True), "died")
-    assert "killed by the kernel, probably memory" in says(run).lower() and "3.0 GiB" in says(run)
+    leave(run, of_death([culprit()], [3 * 2**30], 8 * 2**30, of_memory=True, checkpoint="step-00000004"), "died")
+    assert "killed by the kernel, probably memory" in says(run).lower()
+    assert "3.0 GiB of memory; the machine has 8.0 GiB" in says(run)
     leave(run, of_failure(culprit(), "data: 1 problem\n  - no such shard"), "failed")
-    assert "no such shard" in says(run) and "Mend what the error names" in says(run)
+    assert "Data: 1 problem. No such shard." in says(run) and "Mend what the error names" in says(run)
 
 
 @pytest.mark.fault(8)
 def test_a_lost_node_is_named(run):
     leave(run, of_failure(culprit(rank=0, host="n0"), "Connection reset by peer"), "failed", hosts=("n0",))
-    assert "No last word came from n1" in says(run) and "sinfo" in says(run)
+    assert "No last word came from n1" in says(run) and "(ping)" in says(run)
     assert diagnose(run).facts["ending"] == "lost"
 
 
@@ -80,6 +93,33 @@ def test_the_exit_code_is_that_of_the_rank_that_failed_by_itself(run, codes, cau
     ranks = [RankReport(rank, 7, 1, "failed" if code else "done", code) for rank, code in enumerate(codes)]
     NodeReport("n0", "ended", ranks).write(run / "attempts" / "0002")
     assert read_attempts(run)[-1].exit_code == cause
+
+
+def test_slurms_commands_are_named_only_where_a_job_of_slurm_ran(run):
+    leave(run, of_death([culprit()], [2**30], 0, of_memory=False, checkpoint=None), "died")
+    assert "dmesg" in says(run) and not {"sacct", "sbatch", "sinfo"} & set(says(run).replace("(", " ").split())
+    path = run / "attempts" / "0002" / "owner.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"job": "4711"}))
+    assert "sacct -j 4711" in says(run)
+
+
+def test_checkpoints_that_could_not_be_used_are_not_named_as_the_place_to_go_on_from(run):
+    report = "checkpoint: 2 problems\n  - none of the 1 checkpoints can be used\n  - /r/step-4 is damaged\n    in full."
+    verdict = of_failure(culprit(phase="load", step=4), report)
+    ranks = [RankReport(0, 7, 1, "failed", 4, report, "load, checkpoint of step 4")]
+    NodeReport("n0", "failed", ranks, verdict=verdict).write(run / "attempts" / "0002")
+    NodeReport("n1", "ended", []).write(run / "attempts" / "0002")
+    (run / "metrics.jsonl").unlink()
+    text = says(run)
+    assert "goes on" not in text and diagnose(run).facts["last_checkpoint"] is None
+    assert "ended before its first step" in text and "phase load, checkpoint of step 4" in text
+    assert (
+        "Checkpoint: 2 problems. (1) none of the 1 checkpoints can be used. (2) /r/step-4 is damaged in full." in text
+    )
+    assert "- " not in text
+    saving = [RankReport(0, 7, 1, "failed", 4, report, "snapshot, step 6")]
+    NodeReport("n0", "failed", saving, verdict=verdict).write(run / "attempts" / "0002")
+    assert "goes on from the last checkpoint, step-00000004" in says(run), "a save that failed spoils no earlier one"
 
 
 def test_stopped_finished_and_silent_ends_are_told_apart(run):
@@ -109,8 +149,11 @@ def test_damaged_files_do_not_hide_the_rest(run):
 
 
 def test_a_wrong_folder_is_an_error_with_exit_code_2(tmp_path):
-    with pytest.raises(ConfigError, match="not a run folder"):
+    with pytest.raises(ConfigError, match="not a run folder: there is no such folder"):
         diagnose(tmp_path / "none")
+    (tmp_path / "file").touch()
+    with pytest.raises(ConfigError, match="not a run folder: it is a file"):
+        diagnose(tmp_path / "file")
     done = subprocess.run(
         [sys.executable, "launch/diagnose.py", str(tmp_path)], cwd=REPOSITORY, env=environment(), capture_output=True,
         text=True, timeout=60,
@@ -120,7 +163,7 @@ def test_a_wrong_folder_is_an_error_with_exit_code_2(tmp_path):
 
 def test_the_command_prints_a_paragraph_and_a_table_or_json(run):
     guilty = culprit()
-    leave(run, of_hang([guilty], [guilty], [], run / "attempts/0002/stacks-n1.txt"), "hang")
+    leave(run, of_hang([guilty], [guilty], [], run / "attempts/0002/stacks-n1.txt", "step-00000004"), "hang")
     words = [sys.executable, "launch/diagnose.py", str(run)]
     options = {"cwd": REPOSITORY, "env": environment(COLUMNS="120"), "capture_output": True, "text": True}
     text = subprocess.run(words, **options, timeout=60).stdout

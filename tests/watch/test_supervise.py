@@ -52,7 +52,7 @@ def test_a_crash_is_started_again_until_the_run_finishes(tmp_path):
         "begin(); step(number)\nif number < 3: sys.exit(1)\n(run / 'summary.json').write_text('{}')",
     )
     assert code == 0 and starts(tmp_path / "run") == 3, text
-    assert "start 2 of at most 6" in text
+    assert "start 2 of at most 6: no checkpoint was written yet" in text
 
 
 @pytest.mark.fault(17)
@@ -132,3 +132,45 @@ def test_a_command_that_does_not_exist_is_a_clear_error(tmp_path):
         env=environment(), capture_output=True, text=True, timeout=60,
     )  # fmt: skip
     assert done.returncode == 2 and "no-such-launcher cannot be started" in done.stderr
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_number_of_restarts_below_none_is_refused(tmp_path):
+    text, code = supervise(tmp_path / "run", "begin()", "--restarts", "-1")
+    assert code == 2 and "--restarts is -1" in text and starts(tmp_path / "run") == 0
+
+
+def test_a_command_that_ends_well_without_an_attempt_is_no_finished_run(tmp_path):
+    run = tmp_path / "run"
+    text, code = supervise(run, "heartbeat.close('done')")
+    assert code == 2 and f"no attempt was made in {run}: does the command train there" in text and not run.exists()
+    run.mkdir()
+    (run / "summary.json").write_text("{}")
+    assert supervise(run, "heartbeat.close('done')")[1] == 0, "finished before"
+
+
+def test_a_command_that_is_stopped_before_its_attempt_is_stopped_cleanly(tmp_path):
+    assert supervise(tmp_path / "run", "heartbeat.close('stopped', 'SIGTERM')")[1] == 0
+
+
+def test_a_run_folder_in_which_nothing_happens_is_named_after_each_crash(tmp_path):
+    text, code = supervise(tmp_path / "mistyped", "sys.exit(1)", "--restarts", "0")
+    assert code == 1 and "no attempt was made in" in text and "mistyped: does the command train there" in text
+    assert not (tmp_path / "mistyped").exists()
+
+
+def test_without_a_launcher_the_watcher_is_heard_and_the_exit_code_is_that_of_the_signal(tmp_path):
+    """The rank is the command itself, and ends before its watcher has seen that."""
+    run = tmp_path / "run"
+    text, code = supervise(
+        run,
+        "import signal\nfrom phi3v_dist.watch import beat_file, watcher\nbegin()\n"
+        "place = beat_file.folder_of(folder, 'n0')\nheartbeat.open(place, 0, 'n0')\n"
+        "watcher.start(place, folder, 'n0', 1)\nheartbeat.enter('forward', 2)\n"
+        "while not (folder / 'node-n0.json').exists(): time.sleep(0.01)\n"
+        "os.kill(os.getpid(), signal.SIGKILL)",
+        "--restarts", "0",
+    )  # fmt: skip
+    assert code == 128 + signal.SIGKILL, text
+    assert "no rank said why" not in text
+    assert "rank 0 on n0" in text[: text.index("restarts are used up")] and "phase forward, step 2" in text

@@ -57,9 +57,10 @@ def test_a_killed_rank_is_named_and_the_others_end_within_five_seconds(tmp_path,
     assert time.monotonic() - began < 5
     loop.wait()
     assert loop.report("n0").status == "died" and blamed(loop) == [(1, phase, 5)]
-    assert f"rank 1 on n0 (process {loop.processes[1].pid}) is gone without a word, last in phase {phase}, step 5" in (
-        loop.said()
-    )
+    said = loop.said()
+    assert f"rank 1 on n0 (process {loop.processes[1].pid}) is gone without a word" in said
+    assert f"last in phase {phase}, step 5" in said
+    assert "no checkpoint was written yet: the same command begins at the first step" in said
 
 
 @pytest.mark.fault(11)
@@ -150,6 +151,43 @@ def heard(one, seconds: float) -> str:
     one._look()
     one._hear_others() or one._find_stuck()
     return one.status
+
+
+REPORT = "data: 2 problems\n  - no such shard\n  - no such index"
+
+
+@pytest.fixture
+def failing(tmp_path, monkeypatch, capfd):
+    """A function: a rank fails with an exit code, after that lives for some seconds → what its watcher prints."""
+    attempt_folder = tmp_path / "runs" / "own" / "attempts" / "0001"
+    attempt_folder.mkdir(parents=True)
+
+    def fail(rank: int, exit_code: int, lived_s: float) -> str:
+        one = Watcher(tmp_path, attempt_folder, "n0", 1)
+        beats = BeatFile.create(tmp_path, rank, "n0")
+        beats.write(TRAIN, Lane("data", 5, 5, 2, 1, bound_s=HANG_S))
+        beats.close("failed", REPORT, exit_code)
+        monkeypatch.setattr(processes, "is_alive", lambda pid, started: False)
+        one._look()
+        one.ranks[rank].died_s = one.ranks[rank].beats.ended_s + lived_s
+        assert one._find_failed()
+        told = read_report(report_path(attempt_folder, "n0")).verdict.lines
+        assert "no such index" in " ".join(told), "the report has all of it in any case"
+        return capfd.readouterr().err
+
+    return fail
+
+
+@pytest.mark.parametrize("rank, exit_code, lived_s", [(0, 3, 0.0), (1, 1, 0.0), (1, 3, 5.1)])
+def test_what_a_rank_has_printed_itself_is_not_printed_again(failing, rank, exit_code, lived_s):
+    printed = failing(rank, exit_code, lived_s).splitlines()
+    assert len(printed) == 2 and printed[0].startswith(f"failed: rank {rank} on n0") and "no such" not in printed[0]
+    assert printed[1].strip().startswith("more: phi3v-diagnose /") and printed[1].endswith("runs/own")
+
+
+def test_a_rank_that_was_ended_before_it_could_print_why_it_failed_is_quoted(failing):
+    printed = failing(1, 3, 2.0)
+    assert "no such shard" in printed and "no such index" in printed and "phi3v-diagnose" in printed
 
 
 def test_a_node_that_does_not_answer_may_be_the_one_that_works(asking):
