@@ -91,6 +91,7 @@ def test_the_imported_checkpoint_is_one_of_ours(old: Path) -> None:
 
 
 @pytest.mark.fault(22)
+@pytest.mark.slow
 def test_the_command_imports_and_the_run_goes_on_from_it(old: Path, tmp_path: Path) -> None:
     options = {"cwd": REPOSITORY, "env": environment(), "capture_output": True, "text": True, "timeout": TIMEOUT_S}
     words = [f"run.root={tmp_path}", "run.name=new", "train.steps=1", "train.warmup_steps=0", "data.validation=[]"]

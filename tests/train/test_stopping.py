@@ -27,7 +27,7 @@ def went_on_as_if_nothing_had_happened(root, config, name: str, reference) -> bo
 
 
 @pytest.mark.fault(9)
-@pytest.mark.parametrize("fault", ["1:forward:5:term", "0:optimizer:6:usr1"])
+@pytest.mark.parametrize("fault", ["1:forward:5:term", pytest.param("0:optimizer:6:usr1", marks=pytest.mark.slow)])
 def test_a_notice_to_any_one_rank_stops_all_after_the_same_step_and_nothing_is_lost(launched, reference, fault):
     config, root = launched
     name = "noticed-" + fault.split(":")[-1]
@@ -56,6 +56,7 @@ def test_a_run_whose_rank_died_goes_on_from_the_copies_on_its_nodes(launched, re
     assert committed(root / "copied" / "checkpoints")[0].name == "step-00000010" and not list(tmp_path.iterdir())
 
 
+@pytest.mark.slow
 @pytest.mark.fault(10)
 def test_more_notices_during_the_save_change_nothing(launched):
     config, root = launched
@@ -96,7 +97,7 @@ def test_a_file_saves_now_and_another_stops(launched):
 
 
 @pytest.mark.fault(9)
-@pytest.mark.parametrize("name", ["torchrun", "deepspeed"])
+@pytest.mark.parametrize("name", [pytest.param("torchrun", marks=pytest.mark.slow), "deepspeed"])
 def test_a_launcher_that_is_told_to_end_lets_the_ranks_save(launched, name):
     config, root = launched
     folder = root / f"launcher-{name}"
@@ -142,10 +143,9 @@ def wait_for(condition, process: subprocess.Popen) -> None:
 
 
 @pytest.mark.fault(100)
-@pytest.mark.parametrize("name", ["single", "torchrun"])
-def test_a_finished_run_started_again_says_so_and_changes_nothing(launched, reference, name):
+def test_a_finished_run_started_again_says_so_and_changes_nothing(launched, reference):
     config, _ = launched
     before = {path: path.stat().st_mtime_ns for path in reference.rglob("*") if path.is_file()}
-    done = launch(name, config, "run.name=reference", "observe.wandb=offline")
+    done = launch("single", config, "run.name=reference", "observe.wandb=offline")
     assert done.returncode == 0 and "reference is finished" in done.stdout
     assert {path: path.stat().st_mtime_ns for path in reference.rglob("*") if path.is_file()} == before
