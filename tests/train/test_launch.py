@@ -49,6 +49,7 @@ def test_losses_do_not_depend_on_the_launcher_or_the_number_of_ranks(launched, r
         assert found[step] == pytest.approx(loss, rel=SAME_IN_FP32), step
 
 
+@pytest.mark.slow
 @pytest.mark.fault(31)
 def test_a_killed_run_continues_bit_for_bit(launched, reference):
     config, root = launched
@@ -122,6 +123,7 @@ def test_a_bad_picture_is_left_out_named_and_the_loss_stays_a_mean(launched, tmp
     assert empty["train/grad_norm"] == 0 and all(0 < row["train/loss"] < 12 for row in steps if row is not empty)
 
 
+@pytest.mark.slow
 def test_one_batch_can_be_learned_by_heart(launched):
     config, root = launched
     words = ("train.overfit_one_batch=true", "train.steps=150", "train.rows_per_step=1", "data.validation=[]")
