@@ -253,9 +253,7 @@ def test_checkpoints_of_our_own_are_told_from_those_of_deepspeed(tmp_path: Path)
     checkpoint.mkdir(parents=True)
     (checkpoint / "manifest.json").write_text("{}")
     for folder in (tmp_path / "run", checkpoint.parent, checkpoint):
-        with pytest.raises(
-            CheckpointError, match=r"step-00000004 is in this program's own format.*model.init_from=.*step-00000004 "
-        ):
+        with pytest.raises(CheckpointError, match=r"own format.*model.init_from=.*step-00000004 "):
             DeepSpeedCheckpoint.open(folder)
 
 
