@@ -23,6 +23,8 @@ from torch import Tensor
 from phi3v_dist.errors import CheckpointError
 from phi3v_dist.parallel.fingerprint import fingerprint, fingerprint_text
 from phi3v_dist.parallel.partitions import official_name
+from phi3v_dist.survive.manifest import MANIFEST
+from phi3v_dist.survive.retention import committed
 
 MODEL_FILE = re.compile(r"zero_pp_rank_(\d+)_mp_rank_(\d+)_model_states\.pt")
 OPTIMIZER_FILE = re.compile(r"(?:bf16_)?zero_pp_rank_(\d+)_mp_rank_(\d+)_optim_states\.pt")
@@ -80,6 +82,7 @@ class _Unpickler(pickle.Unpickler):
 def read_inert(path: Path) -> Any:
     """What `torch.save` wrote: tensors mapped into memory, in plain containers. Raises CheckpointError."""
     try:
+        path.open("rb").close()  # torch's reader does not say why a file cannot be opened
         # torch.load would hand an archive of TorchScript to another reader, which no unpickler of ours sees.
         if any(record.endswith("constants.pkl") for record in torch._C.PyTorchFileReader(str(path)).get_all_records()):
             raise CheckpointError(f"{path} is a TorchScript archive, not a checkpoint")
@@ -87,10 +90,11 @@ def read_inert(path: Path) -> Any:
         return torch.load(path, map_location="cpu", mmap=True, weights_only=False, pickle_module=module)
     except CheckpointError:
         raise
+    except OSError as error:
+        raise CheckpointError(f"{path} cannot be read: {error.strerror or error}") from error
     except Exception as error:  # bytes from elsewhere can make a reader of pickles raise anything
         raise CheckpointError(
-            f"{path} cannot be read: {type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}. It is "
-            "cut off, damaged, or was not written by torch.save of torch 1.6 or later"
+            f"{path} cannot be read: it is cut off, damaged, or was not written by torch.save of torch 1.6 or later"
         ) from error
 
 
@@ -180,8 +184,15 @@ class DeepSpeedCheckpoint:
 
 
 def _tagged(folder: Path, tag: str | None) -> Path:
-    if any(MODEL_FILE.fullmatch(path.name) for path in (folder.iterdir() if folder.is_dir() else ())):
+    if not folder.is_dir():
+        raise CheckpointError(f"{folder}: {'that is a file' if folder.exists() else 'there is no such folder'}")
+    if _has_model_files(folder):
         return folder
+    if ours := _in_our_format(folder):
+        raise CheckpointError(
+            f"{folder} is no DeepSpeed checkpoint: {ours} is in this program's own format and needs no import. The "
+            f"same command goes on with its run; model.init_from={ours} begins another one with its weights"
+        )
     latest = folder / "latest"
     if tag is None and not latest.is_file():
         raise CheckpointError(
@@ -190,8 +201,21 @@ def _tagged(folder: Path, tag: str | None) -> Path:
         )
     tag = latest.read_text().strip() if tag is None else tag
     if not tag or Path(tag).name != tag or not (folder / tag).is_dir():
-        raise CheckpointError(f"{folder}: there is no checkpoint {tag!r} in it")
+        tags = sorted(path.name for path in folder.iterdir() if path.is_dir() and _has_model_files(path))
+        raise CheckpointError(f"{folder}: there is no checkpoint {tag!r} in it; there is {', '.join(tags) or 'none'}")
     return folder / tag
+
+
+def _has_model_files(folder: Path) -> bool:
+    return any(MODEL_FILE.fullmatch(path.name) for path in folder.iterdir())
+
+
+def _in_our_format(folder: Path) -> Path | None:
+    """A checkpoint of ours: this folder, or the newest in it or in the run folder that it is."""
+    if (folder / MANIFEST).is_file():
+        return folder
+    found = [path for place in (folder, folder / "checkpoints") for path in committed(place)]
+    return next((path for path in found if (path / MANIFEST).is_file()), None)
 
 
 def _by_rank(folder: Path, pattern: re.Pattern[str]) -> dict[int, Path]:

@@ -142,8 +142,9 @@ def test_a_pickle_that_is_all_code_becomes_an_object_that_does_nothing(tmp_path:
     assert isinstance(found, Inert) and found.arguments[0] == str(canary) and not canary.exists()
     for content in (pickle.dumps(Canary(canary, "call")), b"PK\x03\x04 no archive", b""):
         (tmp_path / "y.pt").write_bytes(content)
-        with pytest.raises(CheckpointError, match=r"y.pt cannot be read: .*not written by torch.save"):
+        with pytest.raises(CheckpointError, match=r"y.pt cannot be read: .*not written by torch.save") as raised:
             read_inert(tmp_path / "y.pt")
+        assert "Error" not in str(raised.value) and ".." not in str(raised.value), "no words of torch's own"
     torch.jit.save(torch.jit.script(torch.nn.Linear(1, 1)), str(tmp_path / "z.pt"))
     with pytest.raises(CheckpointError, match="TorchScript"):
         read_inert(tmp_path / "z.pt")
@@ -230,10 +231,39 @@ def test_settings_that_do_not_fit_are_named_by_tensor(old: Path, tmp_path: Path)
 
 
 def test_a_folder_that_is_none_and_a_tag_that_is_not_there_are_named(old: Path, tmp_path: Path) -> None:
-    with pytest.raises(CheckpointError, match=r"nowhere is no DeepSpeed checkpoint"):
-        DeepSpeedCheckpoint.open(tmp_path / "nowhere")
+    with pytest.raises(CheckpointError, match=r"is no DeepSpeed checkpoint: it has neither"):
+        DeepSpeedCheckpoint.open(tmp_path)
     for tag in ("global_step7", "../full-old", ""):
-        with pytest.raises(CheckpointError, match="there is no checkpoint"):
+        with pytest.raises(CheckpointError, match="there is no checkpoint .* in it; there is global_step2"):
             DeepSpeedCheckpoint.open(old / "full-old", tag)
     inside = DeepSpeedCheckpoint.open(old / "full-old" / "global_step2")
     assert inside.folder == DeepSpeedCheckpoint.open(old / "full-old").folder
+
+
+def test_a_folder_that_is_not_there_or_a_file_is_called_so(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    for name, told in (("nowhere", "nowhere: there is no such folder"), ("file", "file: that is a file")):
+        with pytest.raises(CheckpointError, match=told):
+            DeepSpeedCheckpoint.open(tmp_path / name)
+    with pytest.raises(CheckpointError, match=r"x.pt cannot be read: No such file or directory$"):
+        read_inert(tmp_path / "x.pt")
+
+
+def test_checkpoints_of_our_own_are_told_from_those_of_deepspeed(tmp_path: Path) -> None:
+    checkpoint = tmp_path / "run" / "checkpoints" / "step-00000004"
+    checkpoint.mkdir(parents=True)
+    (checkpoint / "manifest.json").write_text("{}")
+    for folder in (tmp_path / "run", checkpoint.parent, checkpoint):
+        with pytest.raises(CheckpointError, match=r"own format.*model.init_from=.*step-00000004 "):
+            DeepSpeedCheckpoint.open(folder)
+
+
+def test_tags_that_there_are_are_listed_beside_one_that_is_not_there(tmp_path: Path) -> None:
+    for name in ("global_step20", "global_step10"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "zero_pp_rank_0_mp_rank_00_model_states.pt").touch()
+    (tmp_path / "latest").write_text("global_step30")
+    with pytest.raises(CheckpointError, match="no checkpoint 'nope' in it; there is global_step10, global_step20"):
+        DeepSpeedCheckpoint.open(tmp_path, "nope")
+    with pytest.raises(CheckpointError, match="no checkpoint 'global_step30' in it"):
+        DeepSpeedCheckpoint.open(tmp_path)
