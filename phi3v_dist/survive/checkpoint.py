@@ -207,7 +207,7 @@ class Checkpoints:
         self.claim()
         path = self.newest()
         position = self.load(engine, path) if path else None
-        self._ranks.agreed(lambda: self._set_aside_before(position) if position and self._ranks.is_main else None)
+        self._ranks.agreed(lambda: self._set_aside_before(position.step) if position and self._ranks.is_main else None)
         started = Started(self._attempt, position.step if position else 0, position.attempt if position else 0)
         self._ranks.agreed(lambda: write_started(self._shared.fence, started) if self._ranks.is_main else None)
         if self._local:
@@ -256,12 +256,12 @@ class Checkpoints:
     def _stores(self) -> list[Store]:
         return [self._shared, *filter(None, [self._local])]
 
-    def _set_aside_before(self, position: Position) -> None:
-        """The run's books will be cut to this position: what was passed over must not be found again by a later start,
+    def _set_aside_before(self, step: int) -> None:
+        """The run's books will be cut to this step: what was passed over must not be found again by a later start,
         even if it can be read then."""
         fence = self._shared.fence
         for newer in committed(self.folder):
-            if (step_of(newer) or 0) <= position.step or self._shared.sound.get(newer, True):
+            if (step_of(newer) or 0) <= step or self._shared.sound.get(newer, True):
                 continue
             target = newer.with_name(f"{SET_ASIDE}{newer.name}")
             fence.remove(target)
@@ -270,7 +270,7 @@ class Checkpoints:
             except OSError as error:
                 fence.require_newest()
                 raise CheckpointError(
-                    f"{newer} is damaged and newer than step {position.step}, from which the run goes on, and cannot "
+                    f"{newer} is damaged and newer than step {step}, from which the run goes on, and cannot "
                     f"be renamed: {error}. Take it out of the folder, then start again"
                 ) from error
             log.warning("%s is kept as %s, for you to look at; it is not used again", newer, target.name)
