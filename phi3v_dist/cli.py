@@ -21,7 +21,6 @@ from phi3v_dist.secrets import guard_process, redacted
 from phi3v_dist.watch import faults, heartbeat
 
 LAST_WORD_S = 5.0  # enough for rank 0 to print
-COMPILER_MODULES = ("spawn", "ccompiler", "unixccompiler")  # setuptools', by which DeepSpeed looks what it could build
 OWNER_ONLY = 0o077
 
 
@@ -55,9 +54,12 @@ def run_script(main: Callable[[], None], private: bool = True) -> None:
     rank = int(os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0")))
     handler = logging.StreamHandler(sys.stdout)
     handler.setFormatter(_OwnLines(f"%(asctime)s [{rank}] %(message)s", datefmt="%H:%M:%S"))
-    handler.addFilter(lambda record: record.module not in COMPILER_MODULES)
     logging.basicConfig(level=logging.INFO if rank == 0 else logging.WARNING, handlers=[handler], force=True)
-    logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
+    for chatty in (
+        "DeepSpeed",
+        "compilers",
+    ):  # the latter is setuptools', with which DeepSpeed looks what it could build
+        logging.getLogger(chatty).setLevel(logging.WARNING)
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed")  # DeepSpeed's to mend
     try:
         faults.announce()

@@ -34,7 +34,7 @@ def fit(run: Run) -> dict[str, float] | None:
     guards = run.guards()
     gradients = LocalGradients(run.engine.module, run.engine.device)
     run.requests.training_begins()
-    if run.saver.edge(totals.step).stop:
+    if run.requests.agreed(run.topology).stop:
         _leave(run, totals)
         return None
     if _evaluation_was_missed(run, totals.step):

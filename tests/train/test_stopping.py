@@ -149,3 +149,13 @@ def test_a_finished_run_started_again_says_so_and_changes_nothing(launched, refe
     done = launch("single", config, "run.name=reference", "observe.wandb=offline")
     assert done.returncode == 0 and "reference is finished" in done.stdout
     assert {path: path.stat().st_mtime_ns for path in reference.rglob("*") if path.is_file()} == before
+
+
+def test_a_stop_file_that_was_there_before_stops_the_run_before_its_first_step(launched):
+    config, root = launched
+    folder = root / "stopped-before"
+    folder.mkdir()
+    (folder / "STOP").touch()
+    done = launch("single", config, "run.name=stopped-before")
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    assert stopped(folder)["step"] == 0 and not (folder / "STOP").exists() and not losses(folder)
