@@ -58,7 +58,7 @@ def run_script(main: Callable[[], None], private: bool = True) -> None:
     for chatty in (
         "DeepSpeed",
         "compilers",
-    ):  # the latter is setuptools', with which DeepSpeed looks what it could build
+    ):  # setuptools says what DeepSpeed tries to build
         logging.getLogger(chatty).setLevel(logging.WARNING)
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed")  # DeepSpeed's to mend
     try:

@@ -154,7 +154,7 @@ def test_a_finished_run_started_again_says_so_and_changes_nothing(launched, refe
 def test_a_stop_file_that_was_there_before_stops_the_run_before_its_first_step(launched):
     config, root = launched
     folder = root / "stopped-before"
-    folder.mkdir()
+    folder.mkdir(parents=True)
     (folder / "STOP").touch()
     done = launch("single", config, "run.name=stopped-before")
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
