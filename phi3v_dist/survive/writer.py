@@ -9,6 +9,7 @@ Surprise: a failed save does not stop the run, since the one before it is still 
 """
 
 import logging
+import os
 import threading
 import time
 from collections.abc import Callable
@@ -29,6 +30,7 @@ from phi3v_dist.watch import heartbeat
 
 log = logging.getLogger(__name__)
 
+BEHIND_TRAINING = 10  # niceness: where cores are few, the steps go first; where training waits, nothing is lost by it
 MOST_FAILURES = 3  # in a row; then something is wrong that does not go away
 T = TypeVar("T")
 
@@ -123,6 +125,7 @@ class Writer:
 
     def _run(self, snapshot: Snapshot, blocked_s: float) -> None:
         began = time.monotonic()
+        os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), BEHIND_TRAINING)  # of this thread alone, on Linux
         try:
             path, size_bytes = self._save(snapshot)
             write_s = time.monotonic() - began
