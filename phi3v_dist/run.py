@@ -346,8 +346,9 @@ def is_finished(settings: Settings) -> bool:
         return False
     if train.steps is not None:
         return json.loads((folder / "summary.json").read_text())["train/step"] >= train.steps
-    recorded = yaml.safe_load((folder / "config.yaml").read_text())["train"]["epochs"]
-    return recorded is not None and recorded >= train.epochs
+    config_path = folder / "config.yaml"
+    recorded = yaml.safe_load(config_path.read_text()) if config_path.is_file() else {}
+    return (recorded.get("train", {}).get("epochs") or 0) >= (train.epochs or 0)
 
 
 def _write_config(run: Run, resolved: dict[str, Any]) -> None:

@@ -147,3 +147,16 @@ def test_a_run_whose_checkpoints_are_gone_does_not_begin_again_by_itself(config_
     assert continuing.problems(config.load(config_file, ["run.allow_changes=true"])) == []
     (folder / "checkpoints" / "step-00000004").mkdir()
     assert continuing.problems(settings) == []
+
+
+def test_a_run_is_finished_until_more_steps_or_epochs_are_asked_for(config_file):
+    def asked(*words: str) -> bool:
+        return run.is_finished(config.load(config_file, words))
+
+    folder = config.load(config_file).run.folder
+    folder.mkdir(parents=True)
+    assert not asked()
+    (folder / "summary.json").write_text('{"train/step": 10}')
+    assert asked() and asked("train.steps=8") and not asked("train.steps=12")
+    (folder / "config.yaml").write_text("train: {epochs: 2}")
+    assert asked("train.steps=null", "train.epochs=2") and not asked("train.steps=null", "train.epochs=3")
