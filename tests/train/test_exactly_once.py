@@ -185,6 +185,7 @@ def prove(run: Path, num_ranks: set[int]) -> None:
         assert len(json.dumps(state)) <= 64 * 1024
 
 
+@pytest.mark.slow
 @pytest.mark.fault(63)
 def test_real_ranks_that_are_killed_lose_and_repeat_nothing(settings_tree: dict, tmp_path: Path) -> None:
     run = train(settings_tree, tmp_path, num_samples=300, row_length_tokens=160, num_kills=2)

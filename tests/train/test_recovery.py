@@ -38,7 +38,7 @@ def assert_same_run(run, reference) -> None:
             assert torch.equal(ours.stored(name, state), theirs.stored(name, state)), (name, state)
 
 
-@pytest.mark.fault(1, 2, 3, 4, 5, 6, 31)
+@pytest.mark.fault(1, 2, 3, 4, 5, 6, 31, 63)
 @pytest.mark.parametrize(
     "point", [pytest.param(kill, marks=() if kill in SAMPLE else pytest.mark.slow) for kill in KILLS]
 )
@@ -62,7 +62,7 @@ def test_a_run_killed_while_it_loads_a_checkpoint_ends_as_if_it_had_not_been(lau
     assert_same_run(root / "killed-loading", reference)
 
 
-@pytest.mark.fault(22)
+@pytest.mark.fault(22, 63)
 def test_two_ranks_then_three_then_one_then_four_train_what_two_would_have(launched, reference):
     config, root = launched
     folder = root / "resharded"
