@@ -5,6 +5,8 @@ import torch
 from flash_double import HALF, FlashDouble, Leaking
 
 from phi3v_dist import config, run
+from phi3v_dist.attempt.attempt import Attempt
+from phi3v_dist.attempt.requests import Requests
 from phi3v_dist.errors import ConfigError
 from phi3v_dist.model import build
 from phi3v_dist.model.backends import Backend

@@ -89,7 +89,7 @@ def test_an_offline_run_holds_the_rows_and_the_pictures_and_no_secret_of_the_com
 def test_a_second_attempt_continues_the_same_run_and_shows_what_was_trained_again(tmp_path: Path) -> None:
     """The first attempt dies after step 5, the second goes on from the checkpoint of step 3."""
     train(tmp_path, WandbTracker(tmp_path), steps=5).finish({})
-    sinks = AllOf(JsonlTracker(tmp_path), [WandbTracker(tmp_path)])
+    sinks = AllOf(JsonlTracker(tmp_path, 2), [WandbTracker(tmp_path)])
     sinks.start({})
     for step in (4, 5, 6):
         sinks.log({"train/step": step, "train/loss": 1.0})
