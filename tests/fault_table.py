@@ -62,10 +62,14 @@ def page(shown: dict[int, Tests]) -> str:
                 f"[{name.removeprefix('test_').replace('_', ' ')}](../{path.relative_to(TESTS.parent)})"
                 for name, path in sorted(shown.get(row, {}).items())
             ]
-            cells = (str(row), text["fault"], text["expect"], "<br>".join(tests) or f"no test: {text['untested']}")
+            cells = (str(row), text["fault"], text["expect"], "<br>".join(tests) or _why_untested(text))
             lines.append(f"| {' | '.join(cell.replace('|', BAR) for cell in cells)} |")
         lines.append("")
     return "\n".join(lines)
+
+
+def _why_untested(row: dict[str, str]) -> str:
+    return f"no test: {row['untested']}" if "untested" in row else "not yet"
 
 
 class _Collector:

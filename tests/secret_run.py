@@ -16,7 +16,7 @@ from phi3v_dist.train import loop
 trained = loop.train_step
 
 
-def crashing_step(engine, plan, batches, rates, topology):
+def crashing_step(engine, plan, batches, rates, topology, gradients):
     if engine.global_steps + 1 == int(os.environ["CRASH_STEP"]) and topology.rank == 1:
         words = f"refused: {os.environ['ADDRESS']} with {os.environ['AWS_SECRET_ACCESS_KEY']}"
         print("asking with", os.environ["HF_TOKEN"], flush=True)
@@ -24,7 +24,7 @@ def crashing_step(engine, plan, batches, rates, topology):
         thread.start()
         thread.join()
         raise RuntimeError(words) from ValueError(f"https://user:{os.environ['WANDB_API_KEY']}@example.org/x")
-    return trained(engine, plan, batches, rates, topology)
+    return trained(engine, plan, batches, rates, topology, gradients)
 
 
 if __name__ == "__main__":

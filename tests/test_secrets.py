@@ -146,7 +146,8 @@ run_script(main)
 
 @pytest.mark.fault(92)
 def test_logs_prints_warnings_and_tracebacks_of_any_thread_are_redacted(canaries):
-    done = subprocess.run([sys.executable, "-c", CRASH], env=environment(), capture_output=True, timeout=TIMEOUT_S)
+    env = environment(PYTHONWARNINGS="default")
+    done = subprocess.run([sys.executable, "-c", CRASH], env=env, capture_output=True, timeout=TIMEOUT_S)
     assert done.returncode == 1 and leaks(done.stdout, done.stderr) == []
     assert done.stdout.count(b"***") == 3 and b"Traceback" in done.stdout
     assert b"RuntimeError: ***" in done.stderr and b"Exception in thread" in done.stderr
