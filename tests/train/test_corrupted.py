@@ -101,6 +101,7 @@ def test_one_percent_of_two_thousand(settings_tree: dict, tmp_path: Path) -> Non
     compare(settings_tree, tmp_path, num_samples=2000, share=0.01)
 
 
+@pytest.mark.slow
 @pytest.mark.fault(81)
 def test_too_many_damaged_samples_stop_the_run_early_with_a_summary(settings_tree: dict, tmp_path: Path) -> None:
     write_mixed(tmp_path / "a.tar", range(300))

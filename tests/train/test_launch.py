@@ -212,6 +212,7 @@ def test_an_adapted_run_continues_bit_for_bit_at_its_world_size_and_nearly_so_at
             assert losses(run) == pytest.approx(losses(adapted), rel=0.05)
 
 
+@pytest.mark.slow
 def test_an_adapted_run_exports_as_a_whole_and_another_begins_with_it(launched, adapted, tiny_model):
     from phi3v_dist.model.weights import OfficialFolder
 

@@ -66,6 +66,7 @@ def test_more_notices_during_the_save_change_nothing(launched):
     assert stopped(root / "insisted") == {"step": 3, "why": "SIGTERM"}
 
 
+@pytest.mark.slow
 def test_a_notice_during_an_evaluation_gives_it_up_and_saves(launched):
     config, root = launched
     words = ("run.name=evaluating", "eval.every_steps=3", "eval.batch_samples=1")
@@ -96,8 +97,9 @@ def test_a_file_saves_now_and_another_stops(launched):
     assert stopped(folder)["step"] == max(losses(folder)) and not (folder / "STOP").exists()
 
 
+@pytest.mark.slow
 @pytest.mark.fault(9)
-@pytest.mark.parametrize("name", [pytest.param("torchrun", marks=pytest.mark.slow), "deepspeed"])
+@pytest.mark.parametrize("name", ["torchrun", "deepspeed"])
 def test_a_launcher_that_is_told_to_end_lets_the_ranks_save(launched, name):
     config, root = launched
     folder = root / f"launcher-{name}"
@@ -115,6 +117,7 @@ def test_a_launcher_that_is_told_to_end_lets_the_ranks_save(launched, name):
     assert (folder / "checkpoints" / f"step-{stopped(folder)['step']:08d}" / "manifest.json").exists()
 
 
+@pytest.mark.slow
 @pytest.mark.fault(19)
 def test_a_second_job_in_the_same_folder_is_refused_and_the_first_goes_on(launched):
     config, root = launched

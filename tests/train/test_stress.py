@@ -132,6 +132,7 @@ def prove(settings_tree: dict, folder: Path, lives_s: Iterator[float], tolerance
     return real
 
 
+@pytest.mark.slow
 @pytest.mark.fault(8)
 def test_the_simulation_comes_to_the_goodput_of_real_ranks_that_are_killed(settings_tree: dict, tmp_path: Path) -> None:
     rng = random.Random(SEED)
