@@ -31,8 +31,9 @@ def command(name: str, config, *overrides: str, ranks: int = 2) -> list[str]:
 
 def launch(name: str, config, *overrides: str, ranks: int = 2, fault: str = "") -> subprocess.CompletedProcess[str]:
     """fault: what goes wrong in this attempt, as `PHI3V_FAULT` says it."""
+    asked = {"PHI3V_FAULT": fault} if fault else {}
     return subprocess.run(
-        command(name, config, *overrides, ranks=ranks), cwd=REPOSITORY, env=environment(PHI3V_FAULT=fault),
+        command(name, config, *overrides, ranks=ranks), cwd=REPOSITORY, env=environment(**asked),
         capture_output=True, text=True, timeout=TIMEOUT_S,
     )  # fmt: skip
 
