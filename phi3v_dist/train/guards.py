@@ -27,16 +27,19 @@ class Guards:
     skipped: SkippedSteps
     compare_every_steps: int
 
-    def look(self, result: StepResult) -> dict[str, float]:
-        """What is to be logged beside the step's own numbers. Collective.
+    def row(self, result: StepResult) -> dict[str, float]:
+        """What is to be logged beside the step's own numbers. Collective."""
+        row = self.stragglers.look(result.step, result.own_s, sum(result.seconds.values()))
+        row["train/spike"] = float(self.spikes.look(result.step, result.loss, result.sample_ids))
+        return row
+
+    def look(self, result: StepResult) -> None:
+        """End a run that would only do harm by going on; once the step is logged. Collective.
 
         Raises:
             DivergedError: too many steps in a row had to be skipped.
             CorruptedError: a rank's memory changed by itself.
         """
-        row = self.stragglers.look(result.step, result.own_s, sum(result.seconds.values()))
-        row["train/spike"] = float(self.spikes.look(result.step, result.loss, result.sample_ids))
         self.skipped.look(result)
         if result.step % self.compare_every_steps == 0:
             replicas.compare(self.engine, self.topology)
-        return row

@@ -46,7 +46,8 @@ def fit(run: Run) -> dict[str, float] | None:
         totals.wall_s = clock.read_s()
         accounts.record(plan, result.unused, result.quarantined, updated=result.skipped is None)
         row = step_row(result, run.settings.data.row_length_tokens, run.topology.world_size)
-        run.tracker.log(row | totals.row(run) | guards.look(result))
+        run.tracker.log(row | totals.row(run) | guards.row(result))
+        guards.look(result)
         accounts.require_few_bad(totals.quarantined, totals.samples)
         asked = run.saver.edge(totals.step)
         if totals.step == run.num_steps:
