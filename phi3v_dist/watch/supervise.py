@@ -14,39 +14,27 @@ import signal
 import subprocess
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from types import FrameType
 
 from phi3v_dist.attempt.attempt import ATTEMPTS_NAME
 from phi3v_dist.attempt.requests import STOP_NAME
-from phi3v_dist.errors import CheckpointError, ConfigError, CrashLoopError, DataError
+from phi3v_dist.errors import ConfigError, CrashLoopError
 from phi3v_dist.watch import processes
-from phi3v_dist.watch.attempts import FINISHED, STOPPED, SUMMARY_NAME, PastAttempt, best_step, read_attempts
+from phi3v_dist.watch.attempts import STOPPED, SUMMARY_NAME, best_step, read_attempts
 from phi3v_dist.watch.beat_file import is_watched
 from phi3v_dist.watch.checkpoint_names import goes_on, newest_checkpoint
+from phi3v_dist.watch.endings import LAST_WORD_NAME, MAX_WITHOUT_STEP, Ending, how_it_ended
 from phi3v_dist.watch.heartbeat import LAST_WORD_VARIABLE
-from phi3v_dist.watch.node_report import DIED, HANG, read_reports
+from phi3v_dist.watch.node_report import read_reports
 
-HOPELESS = {error.exit_code: error.kind for error in (ConfigError, DataError, CheckpointError)}
-MAX_WITHOUT_STEP = 3
 FIRST_WAIT_S, LONGEST_WAIT_S = 2.0, 300.0
 LEFTOVER_S = 10.0  # for processes of the last attempt to end by themselves
 REPORT_S = 10.0  # for the watcher to write what it saw, after the last rank is gone
 FORWARDED = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
-LAST_WORD_NAME = "last-word.json"
-SIGNALLED = 128
 
 log = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True)
-class _Ending:
-    """How one start ended. again: whether another one may help; why: for people."""
-
-    again: bool
-    why: str
-    exit_code: int = 1
 
 
 class Supervisor:
@@ -93,7 +81,7 @@ class Supervisor:
             again = goes_on(newest_checkpoint(self.run))
             log.warning("start %d of at most %d: %s", num_restarts + 1, self.restarts + 1, again)
 
-    def _start_once(self) -> _Ending:
+    def _start_once(self) -> Ending:
         before = {attempt.number for attempt in read_attempts(self.run)}
         last_word = self.run / ATTEMPTS_NAME / LAST_WORD_NAME
         last_word.parent.mkdir(parents=True, exist_ok=True)
@@ -111,20 +99,20 @@ class Supervisor:
         said = json.loads(last_word.read_text()) if last_word.is_file() else {}
         last_word.unlink(missing_ok=True)
         if new:
-            return _how_it_ended(new[-1], said, code)
+            return how_it_ended(new[-1], said, code)
         self._remove_if_empty()
         return self._without_attempt(said, code)
 
-    def _without_attempt(self, said: dict[str, object], code: int) -> _Ending:
+    def _without_attempt(self, said: dict[str, object], code: int) -> Ending:
         """Nothing new is in the run folder. Raises ConfigError when the command ended well, and did nothing there."""
         nowhere = f"no attempt was made in {self.run}: does the command train there (run.root and run.name)?"
         if code != 0:
-            ending = _how_it_ended(None, said, code)
+            ending = how_it_ended(None, said, code)
             return replace(ending, why=f"{ending.why}\n{nowhere}") if ending.again else ending
         was_stopped = self._asked_to_stop or said.get("outcome") == STOPPED
         if not was_stopped and not (self.run / SUMMARY_NAME).is_file():
             raise ConfigError(f"{self.command[0]} ended with 0, but {nowhere}")
-        return _how_it_ended(None, said, code)
+        return how_it_ended(None, said, code)
 
     def _remove_if_empty(self) -> None:
         """What was made for rank 0's last word, where nobody else has made anything."""
@@ -180,29 +168,3 @@ class Supervisor:
             os.kill(pid, signal.SIGKILL)
         while self._ranks():
             time.sleep(0.1)
-
-
-def _how_it_ended(attempt: PastAttempt | None, said: dict[str, object], code: int) -> _Ending:
-    """said: rank 0's own last word, which also comes when it ends before there is an attempt."""
-    said_code = int(str(said.get("exit_code", 0)))
-    ended = f"was killed by {_signal_name(-code)}" if code < 0 else f"ended with {code}"
-    code = SIGNALLED - code if code < 0 else code  # as a shell tells it
-    if code == 0:
-        return _Ending(False, "finished, or stopped cleanly", 0)
-    if attempt is not None and attempt.ending in (FINISHED, STOPPED):
-        return _Ending(False, f"{attempt.ending}, although the launcher {ended}", 0)
-    failed = (attempt.exit_code if attempt else 0) or said_code or code
-    was_ended = attempt is not None and attempt.ending in (DIED, HANG)  # whatever others said for want of that rank
-    if failed in HOPELESS and not was_ended:
-        return _Ending(False, f"not started again: another start would not mend this {HOPELESS[failed]} error", failed)
-    if attempt is not None and attempt.verdict and attempt.verdict.verdict:
-        return _Ending(True, "\n".join(attempt.verdict.verdict.lines), failed)
-    message = str(said.get("message", "")) or f"the launcher {ended} and no rank said why"
-    return _Ending(True, message, failed)
-
-
-def _signal_name(number: int) -> str:
-    try:
-        return signal.Signals(number).name
-    except ValueError:  # a real-time signal
-        return f"signal {number}"

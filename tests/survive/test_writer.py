@@ -22,7 +22,7 @@ from phi3v_dist.survive.fence import FencedError
 from phi3v_dist.survive.snapshot import HostMemory
 from phi3v_dist.watch import faults, heartbeat
 from phi3v_dist.watch.beat_file import beats_path, read_beats
-from phi3v_dist.watch.supervise import HOPELESS
+from phi3v_dist.watch.endings import HOPELESS
 
 RANKS = Path(__file__).parent / "writer_ranks.py"
 SMALL = 1000  # elements

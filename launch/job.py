@@ -1,0 +1,97 @@
+"""What slurm/train.sh asks: may the job begin, on which nodes, and what now. Answers are lines of `name=value`.
+
+    python launch/job.py begin --config launch/configs/quickstart.yaml
+    python launch/job.py nodes RUN_FOLDER --life 12.0.1 --hosts node1,node2 --wanted 2 --least 2
+    python launch/job.py judge RUN_FOLDER --life 12.0.1 --exit-code 1
+
+Reasons go to stderr, so into the job's log. Nothing here starts or ends a process: the batch script does, since Slurm's
+programs are not to be had inside containers.
+"""
+
+import argparse
+import logging
+import re
+import sys
+from pathlib import Path
+
+from phi3v_dist import config
+from phi3v_dist.cli import run_script
+from phi3v_dist.cluster import judge, nodes, preflight, starts
+from phi3v_dist.cluster.starts import Life
+from phi3v_dist.errors import ConfigError
+from phi3v_dist.watch.attempts import best_step
+
+log = logging.getLogger(__name__)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    verbs = parser.add_subparsers(dest="verb", required=True, metavar="begin | nodes | judge")
+    verb = verbs.add_parser("begin", help="where the run is, and whether it is finished")
+    verb.add_argument("--config", required=True)
+    verb.add_argument("overrides", nargs="*")
+    verb = verbs.add_parser("nodes", help="which nodes to train on, after launch/doctor.py")
+    verb.add_argument("run", type=Path)
+    verb.add_argument("--life", type=life, required=True, metavar="JOB.RESTART.NUMBER")
+    verb.add_argument("--hosts", type=lambda text: text.split(","), required=True, metavar="A,B,…")
+    verb.add_argument("--wanted", type=int, required=True, help="nodes to train on; those beyond are spares")
+    verb.add_argument("--least", type=int, required=True, help="nodes with which to train rather than wait")
+    verb.add_argument("--time-left", type=float, default=float("inf"), metavar="S", help="until Slurm ends the job")
+    verb = verbs.add_parser("judge", help="how the start ended, and what to do now")
+    verb.add_argument("run", type=Path)
+    verb.add_argument("--life", type=life, required=True, metavar="JOB.RESTART.NUMBER")
+    verb.add_argument("--exit-code", type=int, required=True, help="of srun")
+    verb.add_argument("--noticed", action="store_true", help="the job was told that it is going to be ended")
+    arguments = parser.parse_args()
+    logging.getLogger().handlers[0].setStream(sys.stderr)  # type: ignore[attr-defined]  # stdout is the answer
+    {"begin": begin, "nodes": choose_nodes, "judge": judge_start}[arguments.verb](arguments)
+
+
+def life(text: str) -> Life:
+    """`12.0.1` → job 12, never requeued, its first start."""
+    match = re.fullmatch(r"(\w+)\.(\d+)\.(\d+)", text)
+    if match is None:
+        raise argparse.ArgumentTypeError(f"{text!r} is not JOB.RESTART.NUMBER, such as 12.0.1")
+    return Life(match[1], int(match[2]), int(match[3]))
+
+
+def answer(**values: object) -> None:
+    for name, value in values.items():
+        print(f"{name}={value}")
+
+
+def begin(arguments: argparse.Namespace) -> None:
+    settings = config.load(arguments.config, arguments.overrides)
+    folder = settings.run.folder.absolute()
+    if not str(folder).isprintable():
+        raise ConfigError(f"`run.root` {str(folder)!r}: a path with control characters cannot be used under Slurm")
+    answer(run=folder, finished="yes" if judge.is_finished(folder) else "no")
+
+
+def choose_nodes(arguments: argparse.Namespace) -> None:
+    past = starts.read(arguments.run)
+    findings = preflight.summarize(arguments.run, arguments.hosts, str(arguments.life))
+    choice = nodes.choose(arguments.hosts, findings.bad, past, arguments.wanted, arguments.least)
+    for host, why in choice.bad.items():
+        log.warning("%s is left out: %s", host, why)
+    if choice.why:
+        log.warning("%s", choice.why)
+    if choice.action == nodes.TRAIN:
+        starts.begin(arguments.run, arguments.life, choice.use, best_step(arguments.run))
+    answer(action=choice.action, use=",".join(choice.use), bad=",".join(choice.bad))
+
+
+def judge_start(arguments: argparse.Namespace) -> None:
+    end = judge.judge(arguments.run, arguments.life, arguments.exit_code, arguments.noticed)
+    starts.end(arguments.run, arguments.life, end)
+    log.warning("%s: %s", end.action, end.why)
+    answer(action=end.action, code=end.exit_code)
+
+
+def cli() -> None:
+    """Entry point of the installed command."""
+    run_script(main)
+
+
+if __name__ == "__main__":
+    cli()

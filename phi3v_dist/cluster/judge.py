@@ -1,0 +1,68 @@
+"""What a start has left in its run folder → what the batch script does next.
+
+What comes in: the run folder, the start, srun's exit code. What goes out: an `End`. Surprise: srun's exit code does not
+tell a clean stop from a crash (with --kill-on-bad-exit it is that of a rank which srun itself has ended), so a marker
+file does.
+"""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from phi3v_dist.attempt.attempt import ATTEMPTS_NAME, STOPPED_NAME
+from phi3v_dist.cluster import starts
+from phi3v_dist.cluster.starts import AGAIN, DONE, REQUEUE, STOP, End, Life
+from phi3v_dist.errors import CrashLoopError
+from phi3v_dist.watch.attempts import STOPPED, SUMMARY_NAME, PastAttempt, best_step, read_attempts
+from phi3v_dist.watch.endings import LAST_WORD_NAME, MAX_WITHOUT_STEP, Ending, how_it_ended
+
+
+def is_finished(run: Path) -> bool:
+    return (run / SUMMARY_NAME).is_file()
+
+
+def judge(run: Path, life: Life, exit_code: int, noticed: bool) -> End:
+    """exit_code: of srun, as a shell tells it (128 and the signal's number). noticed: the job is about to be ended."""
+    step = best_step(run)
+    attempt, said = attempt_of(run, life), _json(run / ATTEMPTS_NAME / LAST_WORD_NAME)
+    if is_finished(run):
+        return End(DONE, "the run is finished", 0, step)
+    stopped = _json(run / STOPPED_NAME)
+    if stopped and attempt is not None and stopped.get("attempt") == attempt.number:
+        why = f"stopped after step {stopped.get('step')} by {stopped.get('why')}, saved"
+        return End(REQUEUE if stopped.get("notice") else DONE, why, 0, step)
+    ending = how_it_ended(attempt, said, exit_code)
+    if not ending.again and ending.exit_code == 0:
+        ending = Ending(True, "srun ended with 0, but no rank has finished or stopped the run")
+    if not ending.again:
+        return End(STOP, ending.why, ending.exit_code, step)
+    if noticed or (attempt is None and said.get("outcome") == STOPPED):
+        return End(REQUEUE, f"asked to stop before it could save: {ending.why}", ending.exit_code, step)
+    past = starts.read(run)
+    if starts.without_step(past, life.job) + (step <= _step_at(past, life)) >= MAX_WITHOUT_STEP:
+        why = f"{MAX_WITHOUT_STEP} starts in a row ended without a new step, at step {step}. The last one: {ending.why}"
+        return End(STOP, why, CrashLoopError.exit_code, step, list(ending.blamed))
+    return End(AGAIN, ending.why, ending.exit_code, step, list(ending.blamed))
+
+
+def attempt_of(run: Path, life: Life) -> PastAttempt | None:
+    """The attempt that a start of a job has made; None if it came to none."""
+    wanted = (life.job, life.restart, life.number)
+    for attempt in reversed(read_attempts(run)):
+        owner = attempt.owner
+        if (owner.get("job"), owner.get("restart"), owner.get("start")) == wanted:
+            return attempt
+    return None
+
+
+def _step_at(past: list[starts.Start], life: Life) -> int:
+    return next((start.step for start in past if start.life == life), 0)
+
+
+def _json(path: Path) -> dict[str, Any]:
+    """Empty when there is none, or it is damaged."""
+    try:
+        tree = json.loads(path.read_text())
+        return tree if isinstance(tree, dict) else {}
+    except (OSError, ValueError):
+        return {}

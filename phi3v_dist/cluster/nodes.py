@@ -1,0 +1,40 @@
+"""The nodes of an allocation → those to train on, or the reason why not.
+
+What comes in: what the doctor found on each node, and how earlier starts ended. What goes out: a `Choice`. Surprise: a
+node that passes every test is left out all the same when two of the last ten starts ended because of it.
+"""
+
+from dataclasses import dataclass, field
+
+from phi3v_dist.cluster import starts
+from phi3v_dist.cluster.starts import Start
+
+TRAIN, REQUEUE, STOP = "train", "requeue", "stop"
+
+
+@dataclass(frozen=True)
+class Choice:
+    """action: TRAIN on `use`; REQUEUE without `bad`; STOP because of `why`. bad: host → what is wrong with it."""
+
+    action: str
+    use: list[str] = field(default_factory=list)
+    bad: dict[str, str] = field(default_factory=dict)
+    why: str = ""
+
+
+def choose(hosts: list[str], unfit: dict[str, str], past: list[Start], wanted: int, least: int) -> Choice:
+    """Which of these hosts train.
+
+    Args:
+        hosts: of the allocation, in its order, so that neighbours in the network stay neighbours.
+        unfit: host → what the doctor found.
+        wanted: nodes to train on; those beyond are spares. least: with fewer than these it is better to wait.
+    """
+    blamed = {host: n for host, n in starts.to_blame(past).items() if n >= starts.MAX_BLAMED}
+    bad = {host: f"{n} of the last starts ended because of it" for host, n in blamed.items()} | unfit
+    good = [host for host in hosts if host not in bad]
+    bad = {host: why for host, why in bad.items() if host in hosts}
+    if len(good) >= min(wanted, least):
+        return Choice(TRAIN, good[:wanted], bad)
+    why = f"{len(good)} of {len(hosts)} nodes are fit, and at least {least} are wanted"
+    return Choice(REQUEUE, [], bad, why)

@@ -1,0 +1,33 @@
+# shellcheck shell=bash
+# Where the software is, in one place: sourced by train.sh on the first node of a job. Choose one way; the first that is
+# set wins. Each variable can also come from the environment of `sbatch`.
+
+# --- your cluster's own lines: modules, proxies, NCCL --------------------------------------------------------------
+# module purge && module load cuda nccl
+# export NCCL_SOCKET_IFNAME=ib0 NCCL_IB_HCA=mlx5    # only when NCCL picks the wrong network: see README.md
+export OMP_NUM_THREADS=${OMP_NUM_THREADS:-}
+[[ -n $OMP_NUM_THREADS ]] || unset OMP_NUM_THREADS # the ranks divide the cores that Slurm gives them
+
+# --- 1. a container through pyxis/enroot: a name or a .sqsh file -------------------------------------------------------
+PHI3V_PYXIS=${PHI3V_PYXIS:-}
+# --- 2. a container through apptainer: a .sif file, made from slurm/phi3v.def ------------------------------------------
+PHI3V_APPTAINER=${PHI3V_APPTAINER:-}
+# What containers see of the file systems beside the repository, as SOURCE[:TARGET], comma-separated
+PHI3V_MOUNTS=${PHI3V_MOUNTS:-}
+# --- 3. a virtual environment: the one that `make setup` makes ---------------------------------------------------------
+PHI3V_VENV=${PHI3V_VENV:-$PWD/.venv}
+
+container=() # options of srun
+inside=()    # words before a command
+if [[ -n $PHI3V_PYXIS ]]; then
+  container=(--container-image="$PHI3V_PYXIS" --container-mounts="$PWD:$PWD${PHI3V_MOUNTS:+,$PHI3V_MOUNTS}"
+    --container-workdir="$PWD" --no-container-mount-home)
+elif [[ -n $PHI3V_APPTAINER ]]; then
+  inside=(apptainer exec --cleanenv=false --bind "$PWD${PHI3V_MOUNTS:+,$PHI3V_MOUNTS}" --pwd "$PWD")
+  [[ -e /dev/nvidiactl ]] && inside+=(--nv)
+  inside+=("$PHI3V_APPTAINER")
+else
+  [[ -x $PHI3V_VENV/bin/python ]] ||
+    give_up 5 "there is no Python at $PHI3V_VENV/bin/python: run 'make setup' on the login node, or see slurm/env.sh"
+  export PATH=$PHI3V_VENV/bin:$PATH
+fi

@@ -1,0 +1,42 @@
+#!/usr/bin/env bash
+#SBATCH --job-name=phi3v
+#SBATCH --nodes=1
+#SBATCH --exclusive
+#SBATCH --mem=0
+#SBATCH --time=24:00:00
+#SBATCH --signal=B:USR1@120
+#SBATCH --requeue
+#SBATCH --open-mode=append
+#SBATCH --output=%x-%j.out
+#
+# Train on the nodes of a job, through notices, crashes and dead nodes, until the run is finished:
+#
+#   sbatch --nodes 8 slurm/train.sh launch/configs/quickstart.yaml train.steps=1000
+#   slurm/train.sh --dry-run --nodes 8 launch/configs/quickstart.yaml train.steps=1000
+#
+# Whole nodes are asked for, with all their GPUs, cores and memory. Two minutes before the time limit the job saves, is
+# queued again and goes on. Settings are given as arguments and stay arguments: no shell reads a word of them. What the
+# environment of sbatch may say (PHI3V_…) is in job.sh and README.md beside this file. Submit it in the repository.
+set -euo pipefail
+
+[[ -n ${SLURM_JOB_ID:-} ]] || cd "$(dirname "${BASH_SOURCE[0]}")/.." # in a job, Slurm runs a copy from elsewhere
+if [[ ! -f slurm/job.sh ]]; then
+  echo "slurm/train.sh: $PWD is not the repository: submit the job there, or with sbatch --chdir" >&2
+  exit 5
+fi
+source slurm/job.sh
+[[ -n ${SLURM_JOB_ID:-} && ${1:-} != --dry-run ]] || dry_run "$@"
+source slurm/env.sh
+(($#)) || give_up 2 "no settings are named. Usage: sbatch [options] slurm/train.sh CONFIG.yaml [key=value…]"
+settings=(--config "$@")
+
+trap 'notice USR1' USR1
+trap 'notice TERM' TERM
+may_begin
+while true; do
+  choose_nodes
+  on_nodes "$use" --ntasks-per-node="$ranks_per_node" --cpus-per-task="$cpus_per_rank" --kill-on-bad-exit=1 --wait=60 \
+    -- python launch/train.py "${settings[@]}" &
+  watch_over $!
+  judge
+done
