@@ -20,7 +20,7 @@ from types import FrameType
 
 from phi3v_dist.attempt.attempt import ATTEMPTS_NAME
 from phi3v_dist.attempt.requests import STOP_NAME
-from phi3v_dist.errors import CheckpointError, ConfigError, CrashLoopError, DataError
+from phi3v_dist.errors import CheckpointError, ConfigError, CrashLoopError, DataError, InUseError
 from phi3v_dist.watch import processes
 from phi3v_dist.watch.attempts import FINISHED, STOPPED, SUMMARY_NAME, PastAttempt, best_step, read_attempts
 from phi3v_dist.watch.beat_file import is_watched
@@ -28,7 +28,7 @@ from phi3v_dist.watch.checkpoint_names import goes_on, newest_checkpoint
 from phi3v_dist.watch.heartbeat import LAST_WORD_VARIABLE
 from phi3v_dist.watch.node_report import DIED, HANG, read_reports
 
-HOPELESS = {error.exit_code: error.kind for error in (ConfigError, DataError, CheckpointError)}
+HOPELESS = {error.exit_code: error.kind for error in (ConfigError, DataError, CheckpointError, InUseError)}
 MAX_WITHOUT_STEP = 3
 FIRST_WAIT_S, LONGEST_WAIT_S = 2.0, 300.0
 LEFTOVER_S = 10.0  # for processes of the last attempt to end by themselves
