@@ -12,7 +12,7 @@ import argparse
 import logging
 
 from phi3v_dist.attempt.requests import Requests
-from phi3v_dist.cli import run_script
+from phi3v_dist.cli import run_script, say_attempt
 
 
 def main() -> None:
@@ -49,6 +49,7 @@ def main() -> None:
     WAITS.watch(topology)
     environment.require_writable(settings.run.folder, topology)
     attempt = Attempt.begin(settings.run.folder, topology)
+    say_attempt(attempt.number, topology.rank)
     try:
         requests.opened(settings.run.folder, attempt)
         watcher.attach(attempt.folder, topology, settings.watch)

@@ -1,4 +1,4 @@
-"""What every launch script shares: logging with the rank in front, and errors for people as text and exit code.
+"""What every launch script shares: logging with attempt and rank in front, and errors for people as text and exit code.
 
 What comes in: a script's `main`. What goes out: its exit code. Surprise: ranks other than 0 wait before they leave
 with an error, because a launcher kills the others at the first exit, and it is rank 0 that has the message. And what
@@ -41,6 +41,17 @@ def plain_console(soft_wrap: bool = False) -> Console:
     return Console(markup=False, emoji=False, highlight=False, soft_wrap=soft_wrap)
 
 
+def _lines(who: str) -> logging.Formatter:
+    return _OwnLines(f"%(asctime)s {who} %(message)s", datefmt="%H:%M:%S")
+
+
+def say_attempt(number: int, rank: int) -> None:
+    """From now on each line of the log says which attempt of the run it is from: one file may hold several."""
+    for handler in logging.getLogger().handlers:
+        if isinstance(handler.formatter, _OwnLines):
+            handler.setFormatter(_lines(f"[attempt {number}, rank {rank}]"))
+
+
 def run_script(main: Callable[[], None], private: bool = True) -> None:
     """Run `main`; exit 0, or with the error's own code after its report on stderr. The process is then ours: its
     logging, streams, hooks and umask stay as they are set here.
@@ -51,14 +62,12 @@ def run_script(main: Callable[[], None], private: bool = True) -> None:
         os.umask(OWNER_ONLY)
     guard_process()
     own_build_folder()
-    rank = int(os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0")))
+    said = os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0"))
+    rank = int(said) if said.isdecimal() else 0  # what is wrong with it is said where ranks are read
     handler = logging.StreamHandler(sys.stdout)
-    handler.setFormatter(_OwnLines(f"%(asctime)s [{rank}] %(message)s", datefmt="%H:%M:%S"))
+    handler.setFormatter(_lines(f"[{rank}]"))
     logging.basicConfig(level=logging.INFO if rank == 0 else logging.WARNING, handlers=[handler], force=True)
-    for chatty in (
-        "DeepSpeed",
-        "compilers",
-    ):  # setuptools says what DeepSpeed tries to build
+    for chatty in ("DeepSpeed", "compilers"):  # setuptools says what DeepSpeed tries to build
         logging.getLogger(chatty).setLevel(logging.WARNING)
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed")  # DeepSpeed's to mend
     try:

@@ -63,6 +63,13 @@ class LaunchError(Phi3VError):
     kind = "launch"
 
 
+class InUseError(LaunchError):
+    """Another attempt trains in the run folder; it lives, so starting again does not help."""
+
+    exit_code = 13
+    kind = "run folder in use"
+
+
 class DivergedError(Phi3VError):
     """The loss or a gradient is no longer a finite number."""
 

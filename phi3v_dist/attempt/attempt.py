@@ -7,11 +7,12 @@ by writing `ended.json` into its folder, which is how a zombie learns that it is
 """
 
 import json
+import logging
 import shutil
 import sys
 import threading
 import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -19,7 +20,7 @@ import psutil
 
 from phi3v_dist.attempt import owner
 from phi3v_dist.attempt.owner import Owner, read_owner, show_life, write_owner
-from phi3v_dist.errors import LaunchError, Phi3VError
+from phi3v_dist.errors import InUseError, LaunchError, Phi3VError
 from phi3v_dist.observe.tracker import last_attempt
 from phi3v_dist.survive import fence
 from phi3v_dist.survive.durable import write_durably
@@ -28,6 +29,7 @@ if TYPE_CHECKING:
     import phi3v_dist.parallel.topology  # named in a string below: it loads torch, and signals must be heard before
 
 ATTEMPTS_NAME, ENDED_NAME, STOPPED_NAME = "attempts", "ended.json", "stopped.json"
+HOSTS_SAID = 8
 
 
 @dataclass(frozen=True)
@@ -44,18 +46,26 @@ class Attempt:
         """Take the run folder for these ranks. Collective.
 
         Raises:
-            LaunchError: another job trains there; on every rank.
+            InUseError: another job trains there; on every rank.
+            LaunchError: the owner of an earlier attempt cannot be read, or a variable is not a number; on every rank.
         """
         hosts = topology.gather(topology.host)
-        attempt, problems = None, None
+        attempt, by, failed = None, "", None
         if topology.is_main:
             try:
-                attempt = _begin(run_folder, hosts)
+                attempt, by = _begin(run_folder, hosts)
             except Phi3VError as error:
-                problems = error.problems
-        number, problems = topology.broadcast((attempt.number if attempt else 0, problems))
-        if problems:
-            raise LaunchError(problems)
+                failed = type(error), error.problems
+        number, by, failed = topology.broadcast((attempt.number if attempt else 0, by, failed))
+        if failed:
+            kind, problems = failed
+            raise kind(problems)
+        if topology.local_rank == 0:  # once in the log of each node; other ranks than 0 show warnings alone
+            level, where = logging.INFO if topology.is_main else logging.WARNING, list(dict.fromkeys(hosts))
+            owner.log.log(
+                level, "attempt %d of %s: %s; %d rank%s on %s%s", number, run_folder, by, len(hosts),
+                "s" * (len(hosts) > 1), ", ".join(where[:HOSTS_SAID]), " …" * (len(where) > HOSTS_SAID),
+            )  # fmt: skip
         return attempt or cls(number, folder_of(run_folder, number), is_main=False)
 
     def lost_to(self) -> str | None:
@@ -85,10 +95,12 @@ def folders(run_folder: Path) -> list[Path]:
     return sorted((path for path in found if path.name.isdecimal()), key=lambda path: int(path.name))
 
 
-def _begin(run_folder: Path, hosts: list[str]) -> Attempt:
+def _begin(run_folder: Path, hosts: list[str]) -> tuple[Attempt, str]:
+    """The attempt, and who makes it."""
+    ours = Owner.of_this_process(attempt=0)  # first of all, since it may find the environment wrong
     (run_folder / ATTEMPTS_NAME).mkdir(parents=True, exist_ok=True)
     attempt = _draw(run_folder)
-    ours = Owner.of_this_process(attempt.number)
+    ours = replace(ours, attempt=attempt.number)
     facts = {
         "world_size": len(hosts), "hosts": list(dict.fromkeys(hosts)), "command": sys.argv,
         "start_s": round(time.time() - psutil.Process().create_time(), 1),
@@ -105,7 +117,7 @@ def _begin(run_folder: Path, hosts: list[str]) -> Attempt:
         shutil.rmtree(attempt.folder)
         raise
     (run_folder / STOPPED_NAME).unlink(missing_ok=True)
-    return attempt
+    return attempt, ours.who
 
 
 def _draw(run_folder: Path) -> Attempt:
@@ -122,12 +134,12 @@ def _draw(run_folder: Path) -> Attempt:
 
 
 def _require_gone(run_folder: Path, earlier: Path, ours: Owner) -> None:
-    """An attempt that has not said that it ended: end it, or raise LaunchError because it lives."""
+    """An attempt that has not said that it ended: end it, or raise InUseError because it lives."""
     other = _owner_of(earlier)
     why = other.why_gone(earlier, ours) if other else "it died before it said who it is"
     if why is None:
         stop = run_folder / "STOP"
-        raise LaunchError(
+        raise InUseError(
             f"{run_folder} is in use by {other}. Stop it first (touch {stop}), wait for it, or give this run another "
             "`run.name`"
         )

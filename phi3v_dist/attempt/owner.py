@@ -21,9 +21,11 @@ from pathlib import Path
 import psutil
 
 from phi3v_dist.errors import LaunchError
+from phi3v_dist.parallel.variables import number
 from phi3v_dist.survive.durable import write_durably
 
 OWNER_NAME, COUNTER_NAME = "owner.json", "alive"
+START_VARIABLE = "PHI3V_START"  # set by slurm/train.sh, which begins a start when the one before has ended
 RENEW_S = 5.0
 WATCH_S = 60.0  # how long a foreign counter may stand still: a shared disk may stall for a while
 
@@ -32,8 +34,12 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Owner:
-    """job: Slurm's number; restart: how often it was requeued. machine: this boot and process namespace, within which a
-    pid means something. since: local time, for people."""
+    """Who made an attempt.
+
+    job: Slurm's number; restart: how often it was requeued; start: of the starts within the job's present life, which
+    follow each other, from 1; 0 if nobody counts them. machine: this boot and process namespace, within which a pid
+    means something. since: local time, for people.
+    """
 
     attempt: int
     job: str
@@ -44,21 +50,31 @@ class Owner:
     pid_started: float
     since: str
     token: str
+    start: int = 0
 
     @classmethod
     def of_this_process(cls, attempt: int, env: Mapping[str, str] = os.environ) -> "Owner":
+        """Raises LaunchError when SLURM_RESTART_COUNT or PHI3V_START is not a number."""
         boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
         return cls(
-            attempt=attempt, job=env.get("SLURM_JOB_ID", ""), restart=int(env.get("SLURM_RESTART_COUNT", "0")),
+            attempt=attempt, job=env.get("SLURM_JOB_ID", ""), restart=number(env, "SLURM_RESTART_COUNT", default=0),
             host=socket.gethostname(),
             machine=f"{boot}/{os.stat('/proc/self/ns/pid').st_ino}", pid=os.getpid(),
             pid_started=psutil.Process().create_time(),
             since=datetime.now(UTC).astimezone().isoformat(timespec="seconds"), token=secrets.token_hex(8),
+            start=number(env, START_VARIABLE, default=0),
         )  # fmt: skip
 
+    @property
+    def who(self) -> str:
+        """The Slurm job, and which of its lives and starts where there were several; else the process."""
+        if not self.job:
+            return f"process {self.pid}"
+        restart = f", restart {self.restart}" if self.restart else ""
+        return f"Slurm job {self.job}{restart}{f', start {self.start}' if self.start > 1 else ''}"
+
     def __str__(self) -> str:
-        job = f"Slurm job {self.job}" if self.job else f"process {self.pid}"
-        return f"attempt {self.attempt}, {job} on {self.host} since {self.since}"
+        return f"attempt {self.attempt}, {self.who} on {self.host} since {self.since}"
 
     def why_gone(self, folder: Path, asker: "Owner") -> str | None:
         """Why this owner of an attempt's folder is certainly gone; None when it is alive. May watch for `WATCH_S`."""
@@ -70,6 +86,9 @@ class Owner:
             return None if alive else f"process {self.pid} is gone"
         if self.job and self.job == asker.job and self.restart < asker.restart:
             return f"Slurm job {self.job} has been started again"
+        same_life = self.job and (self.job, self.restart) == (asker.job, asker.restart)
+        if same_life and 0 < self.start < asker.start:
+            return f"Slurm job {self.job} has ended its start {self.start}"
         log.warning("waiting %.0f s to see whether %s is alive", WATCH_S, self)
         before, deadline_s = _count(folder), time.monotonic() + WATCH_S
         while time.monotonic() < deadline_s:
@@ -89,10 +108,11 @@ def read_owner(folder: Path) -> Owner | None:
     path = folder / OWNER_NAME
     try:
         facts = json.loads(path.read_text())
-        return Owner(**{field.name: facts[field.name] for field in fields(Owner)})
+        known = {field.name: facts[field.name] for field in fields(Owner) if field.name in facts}
+        return Owner(**known)  # those of earlier releases have no `start`
     except FileNotFoundError:
         return None
-    except (ValueError, TypeError, KeyError) as error:
+    except (ValueError, TypeError) as error:
         raise LaunchError(f"{path} is damaged ({error!r}): if nobody trains there, remove {folder}") from error
 
 

@@ -14,6 +14,7 @@ from phi3v_dist.errors import (
     CorruptedError,
     DataError,
     DivergedError,
+    InUseError,
     OutOfMemoryError,
 )
 from phi3v_dist.watch.attempts import FINISHED, STOPPED, PastAttempt
@@ -22,7 +23,7 @@ from phi3v_dist.watch.node_report import DIED, HANG
 LAST_WORD_NAME = "last-word.json"
 MAX_WITHOUT_STEP = 3  # starts in a row that fail without a new step
 SIGNALLED = 128
-HOPELESS = {error.exit_code: error.kind for error in (ConfigError, DataError, CheckpointError)}
+HOPELESS = {error.exit_code: error.kind for error in (ConfigError, DataError, CheckpointError, InUseError)}
 LOOK_FIRST = {error.exit_code: error.kind for error in (DivergedError, OutOfMemoryError, CorruptedError)}
 
 

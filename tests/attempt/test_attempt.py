@@ -1,6 +1,7 @@
 """Who may train in a run folder: attempts that live, are gone, sit elsewhere, or come back."""
 
 import json
+import logging
 import os
 import subprocess
 import sys
@@ -13,7 +14,7 @@ import pytest
 from phi3v_dist.attempt import owner as owner_module
 from phi3v_dist.attempt.attempt import Attempt
 from phi3v_dist.attempt.owner import COUNTER_NAME, Owner, read_owner, write_owner
-from phi3v_dist.errors import LaunchError
+from phi3v_dist.errors import InUseError, LaunchError
 from phi3v_dist.parallel.topology import Topology
 from phi3v_dist.survive.fence import Fence
 
@@ -45,8 +46,9 @@ def test_a_second_job_is_told_who_trains_there_and_since_when(tmp_path, monkeypa
     monkeypatch.setenv("SLURM_JOB_ID", "4711")
     first = begin(tmp_path)
     monkeypatch.delenv("SLURM_JOB_ID")
-    with pytest.raises(LaunchError) as refused:
+    with pytest.raises(InUseError) as refused:
         begin(tmp_path)
+    assert refused.value.exit_code == 13
     held = read_owner(first.folder)
     text = str(refused.value)
     assert "Slurm job 4711" in text and held.host in text and held.since in text and "run.name" in text
@@ -108,6 +110,54 @@ def test_two_programs_of_one_slurm_job_do_not_take_over_from_each_other(tmp_path
     with pytest.raises(LaunchError, match="Slurm job 4711 on node7"):
         begin(tmp_path)
     ended.set()
+
+
+@pytest.mark.fault(19)
+@pytest.mark.usefixtures("no_watch")
+@pytest.mark.parametrize("restart", [0, 2])
+def test_a_start_in_place_takes_over_from_the_start_before_it_without_waiting(tmp_path, monkeypatch, restart, caplog):
+    leave(tmp_path, machine="another/1", host="node7", job="4711", restart=restart, start=1)
+    monkeypatch.setenv("SLURM_JOB_ID", "4711")
+    monkeypatch.setenv("SLURM_RESTART_COUNT", str(restart))
+    monkeypatch.setenv("PHI3V_START", "2")
+    with caplog.at_level(logging.INFO):
+        attempt = begin(tmp_path)
+    again = ", restart 2" if restart else ""
+    said = f"attempt 2 of {tmp_path}: Slurm job 4711{again}, start 2; 1 rank on "
+    assert caplog.messages[-1].startswith(said) and "Slurm job 4711 has ended its start 1" in caplog.text
+    assert f"Slurm job 4711{again}, start 2 on " in str(read_owner(attempt.folder))
+    attempt.end()
+
+
+@pytest.mark.fault(19)
+@pytest.mark.parametrize("changes", [{"start": 2}, {"start": 3}, {"start": 0}, {"job": "4712"}, {"restart": 1}])
+def test_only_an_earlier_start_of_the_same_life_of_the_same_job_is_known_to_be_gone(tmp_path, monkeypatch, changes):
+    leave(tmp_path, **{"machine": "another/1", "host": "node7", "job": "4711", "start": 1} | changes)
+    ended = threading.Event()
+    owner_module.show_life(tmp_path / "attempts" / "0001", ended)
+    monkeypatch.setenv("SLURM_JOB_ID", "4711")
+    monkeypatch.setenv("PHI3V_START", "2")
+    with pytest.raises(InUseError, match="node7"):
+        begin(tmp_path)
+    ended.set()
+
+
+@pytest.mark.parametrize("name", ["SLURM_RESTART_COUNT", "PHI3V_START"])
+def test_a_count_that_is_no_number_is_named_and_leaves_nothing_behind(tmp_path, monkeypatch, name):
+    monkeypatch.setenv(name, "two")
+    with pytest.raises(LaunchError, match=f"{name} is 'two', which is not a whole number"):
+        begin(tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.usefixtures("no_watch")
+def test_an_owner_of_an_earlier_release_is_still_understood(tmp_path):
+    leave(tmp_path, pid_started=1.0)
+    path = tmp_path / "attempts" / "0001" / "owner.json"
+    facts = json.loads(path.read_text())
+    assert facts.pop("start") == 0
+    path.write_text(json.dumps(facts))
+    begin(tmp_path).end()
 
 
 @pytest.mark.fault(23)

@@ -128,7 +128,7 @@ def test_a_second_job_in_the_same_folder_is_refused_and_the_first_goes_on(launch
     try:
         wait_for(lambda: losses(folder), process)
         refused = launch("single", config, "run.name=twice", "train.steps=100000")
-        assert refused.returncode == 5 and f"in use by attempt 1, process {process.pid}" in refused.stderr
+        assert refused.returncode == 13 and f"in use by attempt 1, process {process.pid}" in refused.stderr
         before = len(losses(folder))
         wait_for(lambda: len(losses(folder)) > before, process)
     finally:

@@ -63,7 +63,7 @@ def test_three_starts_without_a_new_step_are_enough(tmp_path):
     assert "3 starts in a row" in text and "at step 5" in text
 
 
-@pytest.mark.parametrize("exit_code", [2, 3, 4])
+@pytest.mark.parametrize("exit_code", [2, 3, 4, 13])
 def test_errors_that_another_start_cannot_mend_end_it_at_once(tmp_path, exit_code):
     run = tmp_path / "run"
     text, code = supervise(run, f"begin(); rank('failed', {exit_code}, 'x')\nsys.exit(1)")
