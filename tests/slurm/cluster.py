@@ -11,7 +11,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from conftest import REPOSITORY, environment
@@ -32,10 +32,14 @@ def why_not() -> str:
 
 @dataclass(frozen=True)
 class Cluster:
-    """The nodes are named node1 … nodeN; `folder` is shared by all, except `folder/local`, a disk of each node."""
+    """The nodes are named node1 … nodeN; `folder` is shared by all, except `folder/local`, a disk of each node.
+
+    settings: what `slurm-sim help` calls environment, SLURM_SIM_NODE_TIMEOUT and others.
+    """
 
     folder: Path
     num_nodes: int
+    settings: dict[str, str] = field(default_factory=dict)
 
     # --- its life
 
@@ -66,7 +70,7 @@ class Cluster:
         return words | {
             "PATH": f"{self.folder}/bin{os.pathsep}{words['PATH']}", "SLURM_CONF": f"{self.folder}/slurm.conf",
             "SLURM_SIM_DIR": str(self.folder), "SLURM_SIM_OWNER": str(os.getpid()),
-        } | extra  # fmt: skip
+        } | self.settings | extra  # fmt: skip
 
     def client(self, *words: str | Path, env: dict[str, str] | None = None, cwd: Path = REPOSITORY, check=True) -> str:
         """What a program on the login node prints: squeue, scontrol, ..."""
@@ -79,9 +83,7 @@ class Cluster:
         return done.stdout.strip()
 
     def tool(self, *words: str, timeout_s: float = 60) -> str:
-        done = subprocess.run(
-            [TOOL, *words], env=os.environ | self.environment(), capture_output=True, text=True, timeout=timeout_s
-        )
+        done = subprocess.run([TOOL, *words], env=self.environment(), capture_output=True, text=True, timeout=timeout_s)
         if done.returncode:
             raise AssertionError(f"slurm-sim {' '.join(words)} ended with {done.returncode}: {done.stderr}")
         return done.stdout.strip()

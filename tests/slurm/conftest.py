@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+
 from slurm.cluster import Cluster, why_not
 
 NUM_NODES = 4
