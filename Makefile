@@ -2,6 +2,7 @@
 PYTHON ?= python3
 VENV := .venv
 GPUS := $(shell nvidia-smi --list-gpus 2>/dev/null | wc -l)
+SHELL_FILES := .ci/run tests/slurm/slurm-sim $(wildcard slurm/*.sh)
 RANKS ?= $(if $(filter-out 0,$(GPUS)),$(GPUS),2)
 
 export PATH := $(abspath $(VENV))/bin:$(PATH)
@@ -38,8 +39,8 @@ lint: setup
 	ruff check .
 	ruff format --check .
 	mypy
-	shellcheck .ci/run
-	shfmt --diff --indent 2 .ci/run
+	shellcheck $(SHELL_FILES)
+	shfmt --diff --indent 2 $(SHELL_FILES)
 
 bench: setup ## side-by-side ratios, into bench.json
 	OMP_NUM_THREADS=1 python tests/bench/run.py --out bench.json

@@ -1,0 +1,44 @@
+"""The virtual Slurm cluster of a test session: `slurm` for each test, `slurm_cluster` for fixtures that outlive one."""
+
+import os
+import secrets
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from slurm.cluster import Cluster, why_not
+
+NUM_NODES = 4
+NOT_RUN = pytest.StashKey[str]()
+
+
+@pytest.fixture(scope="session")
+def slurm_cluster(pytestconfig) -> Iterator[Cluster]:
+    """Up for the whole session, in a folder of its own (its name is short: sockets are made in it)."""
+    reason = why_not()
+    if reason:
+        pytestconfig.stash[NOT_RUN] = reason
+        if os.environ.get("CI", "").lower() == "true":
+            pytest.fail(f"CI must run the Slurm tests: {reason}", pytrace=False)
+        pytest.skip(reason)
+    cluster = Cluster(Path(f"/tmp/slurm-{secrets.token_hex(3)}"), NUM_NODES)
+    try:
+        cluster.up()
+        yield cluster
+    finally:
+        cluster.down()
+
+
+@pytest.fixture
+def slurm(slurm_cluster) -> Cluster:
+    """The cluster with every node idle, whatever the test before left behind."""
+    slurm_cluster.reset()
+    return slurm_cluster
+
+
+def pytest_terminal_summary(terminalreporter, config: pytest.Config) -> None:
+    reason = config.stash.get(NOT_RUN, "")
+    if reason:
+        terminalreporter.section("NOT RUN: the Slurm tests", red=True, bold=True)
+        terminalreporter.line(f"because {reason}")
