@@ -54,12 +54,12 @@ def require_alike(topology: Topology, resolved: dict[str, Any]) -> None:
     Raises:
         LaunchError: on every rank, with a table of what differs and where.
     """
-    of_all = {key: value for key, value in flattened(resolved).items() if key not in ON_EACH_NODE}
-    ours = _facts(of_all)
+    of_all = shared_settings(resolved)
+    ours = facts(of_all)
     everybody = topology.gather((topology.host, ours))
-    differing = [name for name in ours if len({facts[name] for _, facts in everybody}) > 1]
+    differing = [name for name in ours if len({its[name] for _, its in everybody}) > 1]
     hosts = [host for host, _ in everybody]
-    lines = [line for name in differing for line in _table(name, [facts[name] for _, facts in everybody], hosts)]
+    lines = [line for name in differing for line in _table(name, [its[name] for _, its in everybody], hosts)]
     if "settings" in differing:  # the digest says that they differ; which ones is worth a second look
         trees = topology.gather(of_all)
         for key in dict.fromkeys(key for tree in trees for key in tree):
@@ -79,17 +79,22 @@ def require_alike(topology: Topology, resolved: dict[str, Any]) -> None:
             log.warning("%s", message)
 
 
-def _facts(settings: dict[str, Any]) -> dict[str, str]:
+def shared_settings(resolved: dict[str, Any]) -> dict[str, Any]:
+    """By dotted key, those that have to be the same on all nodes."""
+    return {key: value for key, value in flattened(resolved).items() if key not in ON_EACH_NODE}
+
+
+def facts(settings: dict[str, Any]) -> dict[str, str]:
     """What has to be the same on all ranks, as short texts. settings: by dotted key."""
-    facts = {"python": platform.python_version()} | versions(VERSIONS)
-    facts["source files"] = digest_of_files(PACKAGE)
-    facts["settings"] = _digest(json.dumps(settings, sort_keys=True).encode())
+    found = {"python": platform.python_version()} | versions(VERSIONS)
+    found["source files"] = digest_of_files(PACKAGE)
+    found["settings"] = _digest(json.dumps(settings, sort_keys=True).encode())
     deepspeed = Path(settings.get("parallel.deepspeed", ""))
-    facts["DeepSpeed JSON"] = _digest(deepspeed.read_bytes()) if deepspeed.is_file() else "missing"
-    facts["accelerator"] = torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
-    facts["CUDA"] = str(torch.version.cuda)
-    facts["NCCL"] = ".".join(map(str, torch.cuda.nccl.version())) if torch.cuda.is_available() else "none"
-    return facts
+    found["DeepSpeed JSON"] = _digest(deepspeed.read_bytes()) if deepspeed.is_file() else "missing"
+    found["accelerator"] = torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
+    found["CUDA"] = str(torch.version.cuda)
+    found["NCCL"] = ".".join(map(str, torch.cuda.nccl.version())) if torch.cuda.is_available() else "none"
+    return found
 
 
 def versions(packages: Sequence[str]) -> dict[str, str]:
@@ -181,7 +186,7 @@ def require_writable(folder: Path, topology: Topology) -> None:
     Raises:
         LaunchError: on every rank, naming path, user and hosts, and what to do.
     """
-    ours = _why_not_writable(folder) if topology.local_rank == 0 else None
+    ours = why_not_writable(folder) if topology.local_rank == 0 else None
     hosts: dict[str, list[str]] = defaultdict(list)
     for host, why in topology.gather((topology.host, ours)):
         if why:
@@ -192,8 +197,8 @@ def require_writable(folder: Path, topology: Topology) -> None:
         log.warning("%s", exposed)
 
 
-def _why_not_writable(folder: Path) -> str | None:
-    """What goes wrong in writing there; None when nothing does."""
+def why_not_writable(folder: Path, what: str = "the run folder", setting: str = "run.root") -> str | None:
+    """What goes wrong in writing there; None when nothing does. what, setting: how a message calls the folder."""
     path = folder / f".write-test-{platform.node()}-{secrets.token_hex(4)}"
     content = secrets.token_bytes(64)
     try:
@@ -208,10 +213,10 @@ def _why_not_writable(folder: Path) -> str | None:
             os.unlink(path)
     except OSError as error:
         reason = error.strerror or str(error)
-        advice = WHAT_TO_DO.get(error.errno or 0, "set run.root to a place that takes it")
-        return f"the run folder {folder} cannot be written by {_user()}: {reason}; {advice}"
+        advice = WHAT_TO_DO.get(error.errno or 0, "set run.root to a place that takes it").replace("run.root", setting)
+        return f"{what} {folder} cannot be written by {_user()}: {reason}; {advice}"
     if found != content:
-        return f"the run folder {folder} gives back other bytes than were written: {WHAT_TO_DO[errno.EIO]}"
+        return f"{what} {folder} gives back other bytes than were written: {WHAT_TO_DO[errno.EIO]}"
     return None
 
 

@@ -23,7 +23,9 @@ VARIABLE = "PHI3V_FAULT"
 PHASES = (
     "start", "load", "data", "forward", "backward", "optimizer", "snapshot", "evaluate", "score", "export", "finish",
 )  # fmt: skip
+PREFLIGHT_PHASES = ("gemm", "network")  # of launch/doctor.py; `nan` makes a product wrong
 SAVE_PHASES = ("write", "flush", "commit", "prune", "idle")  # of the thread that writes checkpoints
+KNOWN_PHASES = PHASES + SAVE_PHASES + PREFLIGHT_PHASES
 SLOW_S = 0.5
 FOREVER_S = 10**6
 BY_CALLER = ("nan",)  # the loss (phase forward) or the gradients (phase backward) become NaN
@@ -51,7 +53,7 @@ class Fault:
         rank, phase, step, action = parts
         found = [
             (not re.fullmatch(r"\d+|\*", rank), f"rank {rank!r}: a number, or * for every one"),
-            (phase not in PHASES + SAVE_PHASES, f"phase {phase!r}: one of {', '.join(PHASES + SAVE_PHASES)}"),
+            (phase not in KNOWN_PHASES, f"phase {phase!r}: one of {', '.join(KNOWN_PHASES)}"),
             (not re.fullmatch(r"\d+\+?|\*", step), f"step {step!r}: a number, one with + for all from there on, or *"),
             (action not in ACTIONS, f"action {action!r}: one of {', '.join(ACTIONS)}"),
         ]

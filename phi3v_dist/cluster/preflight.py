@@ -1,0 +1,113 @@
+"""One node before training: it examines itself, reports, tries the network, and reports again.
+
+What comes in: settings, a report folder that all nodes see, the name of this start. What goes out: `HOST.json` there.
+Surprise: nothing here is collective until the first report is on the disk, and whatever the network then does, the
+second one is written within a minute, by a thread that waits for nobody.
+"""
+
+import os
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+
+from phi3v_dist import config
+from phi3v_dist.attempt import environment
+from phi3v_dist.cluster import devices, machine, network, storage
+from phi3v_dist.cluster.checking import Look, Notes, Place, check
+from phi3v_dist.cluster.findings import NETWORK
+from phi3v_dist.cluster.network import Patience, Talk
+from phi3v_dist.cluster.report import CONFIGURATION, DATA, LAUNCH, Check, Report, path_of, read_report
+from phi3v_dist.errors import LaunchError, Phi3VError
+from phi3v_dist.printable import printable
+
+LOOKS: tuple[tuple[str, Look, str], ...] = (  # after the GPUs and before the arithmetic, which are looked at apart
+    ("flash-attn", devices.flash_attention, CONFIGURATION),
+    ("shared memory", machine.shared_memory, LAUNCH),
+    ("limits", machine.limits, LAUNCH),
+    ("run folder", storage.run_folder, CONFIGURATION),
+    ("node folders", storage.node_folders, CONFIGURATION),
+    ("space", storage.space, CONFIGURATION),
+    ("model folder", storage.model_folder, CONFIGURATION),
+    ("shards", storage.shards, DATA),
+    ("host memory", machine.host_memory, LAUNCH),
+    ("clock", machine.clock, LAUNCH),
+)
+WAIT_FOR_PROBE = {  # NCCL then gives up a wait with an error, instead of ending the process
+    "TORCH_NCCL_ASYNC_ERROR_HANDLING": "0", "TORCH_NCCL_BLOCKING_WAIT": "1",
+}  # fmt: skip
+SHOWN_CHARACTERS = 400  # of a setting's value
+
+
+def examine(place: Place, token: str) -> Report:
+    """What can be told without any other node, written down. Raises OSError when it cannot be."""
+    report = Report(place.host, token).after(read_report(path_of(place.folder, place.host)))
+    gpus = check("GPUs", devices.gpus, place)
+    facts, found = _facts(place)
+    checks = [gpus, facts, *(check(name, look, place, kind) for name, look, kind in LOOKS)]
+    speeds: list[float] = []
+    checks.append(check("arithmetic", lambda _, notes: speeds.extend(devices.arithmetic(notes)), place))
+    report = replace(
+        report, facts=found["facts"], settings=found["settings"], checks=tuple(checks), speeds=tuple(speeds),
+        has_gpus=torch.cuda.is_available(),
+    )  # fmt: skip
+    report.write(place.folder)
+    return report
+
+
+def probe(report: Report, place: Place, patience: Patience) -> Report:
+    """Take part in the network probe, and write the report again. Raises OSError when it cannot be written."""
+    began_s = time.monotonic()
+    result = Talk()
+    if place.num_nodes > 1:
+        os.environ |= WAIT_FOR_PROBE
+        if not _within(patience.come + patience.whole, lambda: _talk(report, place, patience, result)):
+            result.notes.problem(f"the network probe did not end in time, {result.at}")
+    notes = result.notes
+    detail = notes.detail or ("one node alone" if place.num_nodes == 1 else "")
+    seconds = round(time.monotonic() - began_s, 3)
+    outcome = Check(NETWORK, detail, tuple(notes.problems), tuple(notes.warnings), LAUNCH, seconds)
+    report = replace(report, checks=(*report.checks, outcome), edges=dict(result.edges), is_complete=True)
+    report.write(place.folder)
+    return report
+
+
+def refused(host: str, token: str, folder: Path, error: Phi3VError) -> Report:
+    """The report of a node that cannot even read its settings, written down. Raises OSError."""
+    problems = Check("settings", "", tuple(error.problems), kind=CONFIGURATION)
+    report = Report(host, token, is_complete=True, checks=(problems,)).after(read_report(path_of(folder, host)))
+    report.write(folder)
+    return report
+
+
+def _facts(place: Place) -> tuple[Check, dict[str, dict[str, str]]]:
+    found: dict[str, dict[str, str]] = {"facts": {}, "settings": {}}
+
+    def look(place: Place, notes: Notes) -> None:
+        settings = environment.shared_settings(config.dump(place.settings))
+        found["facts"] = environment.facts(settings)
+        found["settings"] = {key: printable(repr(value))[:SHOWN_CHARACTERS] for key, value in settings.items()}
+        notes.detail = f"python {found['facts']['python']}, torch {found['facts']['torch']}"
+
+    return check("versions", look, place), found
+
+
+def _talk(report: Report, place: Place, patience: Patience, result: Talk) -> None:
+    try:
+        meeting = network.announce(place.folder, report.token, place.host)
+        network.talk(meeting, report.token, place.host, place.num_nodes, patience, result)
+    except LaunchError as error:
+        result.notes.problems += error.problems
+    except Exception as error:  # a network, a driver or a file server that may be broken in any way
+        result.notes.problem(f"the network probe broke off, {result.at}: {' '.join(str(error).split())[:300]}")
+
+
+def _within(limit_s: float, work: Callable[[], None]) -> bool:
+    """Whether it ended in time; if not it goes on, and is waited for no more."""
+    thread = threading.Thread(target=work, name="network", daemon=True)
+    thread.start()
+    thread.join(limit_s)
+    return not thread.is_alive()
