@@ -16,7 +16,9 @@ from pathlib import Path
 
 from phi3v_dist import config
 from phi3v_dist.cli import run_script
-from phi3v_dist.cluster import judge, nodes, preflight, starts
+from phi3v_dist.cluster import judge, nodes, starts
+from phi3v_dist.cluster.findings import summarize
+from phi3v_dist.cluster.report import FOLDER_NAME, read_reports
 from phi3v_dist.cluster.starts import Life
 from phi3v_dist.errors import ConfigError
 from phi3v_dist.watch.attempts import best_step
@@ -36,7 +38,7 @@ def main() -> None:
     verb.add_argument("--hosts", type=lambda text: text.split(","), required=True, metavar="A,B,…")
     verb.add_argument("--wanted", type=int, required=True, help="nodes to train on; those beyond are spares")
     verb.add_argument("--least", type=int, required=True, help="nodes with which to train rather than wait")
-    verb.add_argument("--time-left", type=float, default=float("inf"), metavar="S", help="until Slurm ends the job")
+    verb.add_argument("--time-left", type=seconds, default=None, metavar="S", help="until Slurm ends the job")
     verb = verbs.add_parser("judge", help="how the start ended, and what to do now")
     verb.add_argument("run", type=Path)
     verb.add_argument("--life", type=life, required=True, metavar="JOB.RESTART.NUMBER")
@@ -55,6 +57,11 @@ def life(text: str) -> Life:
     return Life(match[1], int(match[2]), int(match[3]))
 
 
+def seconds(text: str) -> float | None:
+    """Nothing for a job without a limit."""
+    return float(text) if text else None
+
+
 def answer(**values: object) -> None:
     for name, value in values.items():
         print(f"{name}={value}")
@@ -69,16 +76,23 @@ def begin(arguments: argparse.Namespace) -> None:
 
 
 def choose_nodes(arguments: argparse.Namespace) -> None:
-    past = starts.read(arguments.run)
-    findings = preflight.summarize(arguments.run, arguments.hosts, str(arguments.life))
-    choice = nodes.choose(arguments.hosts, findings.bad, past, arguments.wanted, arguments.least)
+    past, own = starts.read(arguments.run), arguments.life
+    findings = summarize(read_reports(arguments.run / FOLDER_NAME), arguments.hosts, str(own))
+    if findings.entries:
+        log.warning("\n".join(findings.lines()))
+    if findings.common:
+        return answer(action=nodes.STOP, code=findings.exit_code)
+    unfit = {host: "; ".join(reasons) for host, reasons in findings.bad.items()}
+    choice = nodes.choose(arguments.hosts, unfit, past, arguments.wanted, arguments.least)
+    if choice.action == nodes.TRAIN:
+        choice = nodes.in_time(choice, arguments.run, arguments.time_left, is_first=own.number == 1)
     for host, why in choice.bad.items():
         log.warning("%s is left out: %s", host, why)
     if choice.why:
         log.warning("%s", choice.why)
     if choice.action == nodes.TRAIN:
-        starts.begin(arguments.run, arguments.life, choice.use, best_step(arguments.run))
-    answer(action=choice.action, use=",".join(choice.use), bad=",".join(choice.bad))
+        starts.begin(arguments.run, own, choice.use, best_step(arguments.run))
+    answer(action=choice.action, use=",".join(choice.use), bad=",".join(choice.bad), code=ConfigError.exit_code)
 
 
 def judge_start(arguments: argparse.Namespace) -> None:

@@ -5,9 +5,13 @@ node that passes every test is left out all the same when two of the last ten st
 """
 
 from dataclasses import dataclass, field
+from pathlib import Path
 
 from phi3v_dist.cluster import starts
 from phi3v_dist.cluster.starts import Start
+from phi3v_dist.errors import ConfigError, DataError
+from phi3v_dist.survive.goodput import costs_of
+from phi3v_dist.survive.interval import about
 
 TRAIN, REQUEUE, STOP = "train", "requeue", "stop"
 
@@ -38,3 +42,22 @@ def choose(hosts: list[str], unfit: dict[str, str], past: list[Start], wanted: i
         return Choice(TRAIN, good[:wanted], bad)
     why = f"{len(good)} of {len(hosts)} nodes are fit, and at least {least} are wanted"
     return Choice(REQUEUE, [], bad, why)
+
+
+def in_time(choice: Choice, run: Path, left_s: float | None, is_first: bool) -> Choice:
+    """The same, unless the job ends before a start, one step and its save are done, going by earlier starts.
+
+    left_s: until Slurm ends the job, None without a limit. is_first: of the job's present life, so that queueing it
+    again would not give it more time.
+    """
+    try:
+        costs = costs_of(run)
+    except (ConfigError, DataError):
+        return choice  # nothing is known yet
+    needed_s = costs.restart_s + costs.step_s + costs.blocked_s + costs.write_s
+    if left_s is None or left_s >= needed_s:
+        return choice
+    why = f"a start, a step and its save take {about(needed_s)}, and the job has {about(left_s)} left"
+    if is_first:
+        return Choice(STOP, why=f"{why}: ask for more (sbatch --time)")
+    return Choice(REQUEUE, bad=choice.bad, why=why)
