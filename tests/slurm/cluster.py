@@ -54,8 +54,8 @@ class Cluster:
         """As if just started: no jobs, every node up and idle, no stand-in programs, empty node-local disks."""
         self.tool("mend")
         if self.client("squeue", "-h"):
-            self.client("scancel", "--me", "--full", "--signal=KILL", check=False)
             self.client("scancel", "--me")
+            self.tool("wipe")
         self.until("no job is left", lambda: not self.client("squeue", "-h"))
         for folder in (*self.folder.glob("nodes/node*/bin"), *self.folder.glob("nodes/node*/local")):
             for entry in folder.iterdir():
