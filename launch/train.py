@@ -51,7 +51,7 @@ def main() -> None:
     attempt = Attempt.begin(settings.run.folder, topology)
     say_attempt(attempt.number, topology.rank)
     try:
-        requests.opened(settings.run.folder, attempt)
+        requests.opened(settings.run.folder, attempt, settings.checkpoint.grace_s)
         watcher.attach(attempt.folder, topology, settings.watch)
         summary = fit(run.build(settings, topology, attempt, requests))
         topology.stop()

@@ -269,7 +269,7 @@ def _saver(
     )  # fmt: skip
     earlier = Earlier.of(settings.run.folder, attempt.number) if topology.is_main else Earlier()
     interval = Interval(choice, num_nodes=-(-topology.world_size // topology.local_world_size), earlier=earlier)
-    return Saver(topology, attempt, requests, checkpoints, interval, tracker, choice.grace_s)
+    return Saver(topology, attempt, requests, checkpoints, interval, tracker)
 
 
 def plan(settings: Settings, train: Data) -> Planner:

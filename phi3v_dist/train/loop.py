@@ -147,7 +147,8 @@ def _leave(run: Run, totals: Totals) -> None:
     """Say that the run was stopped and not finished, first of all in `stopped.json`, which a batch script looks for."""
     why = run.requests.why or "another rank was asked to"
     run.requests.stopped(run.saver.committed_step, why)
-    log.info("stopped after step %d, saved (%s); the same command goes on", run.saver.committed_step, why)
+    step = run.saver.committed_step
+    log.info("stopped %s (%s); the same command goes on", f"after step {step}, saved" if step else "with no save", why)
     run.tracker.finish({"train/step": totals.step} | totals.row(run))
     run.topology.barrier()
 
