@@ -21,7 +21,7 @@ import yaml
 
 from phi3v_dist import config
 from phi3v_dist.attempt import continuing, environment
-from phi3v_dist.attempt.attempt import Attempt
+from phi3v_dist.attempt.attempt import SUMMARY_NAME, Attempt
 from phi3v_dist.attempt.requests import Requests
 from phi3v_dist.config import Settings, SourceSettings
 from phi3v_dist.data import outcomes, quarantine, store
@@ -342,10 +342,10 @@ def _reference(path: Path | None) -> dict[str, float]:
 def is_finished(settings: Settings) -> bool:
     """Whether this run's summary is written and nobody asks for more steps or epochs since."""
     folder, train = settings.run.folder, settings.train
-    if not (folder / "summary.json").is_file():
+    if not (folder / SUMMARY_NAME).is_file():
         return False
     if train.steps is not None:
-        return json.loads((folder / "summary.json").read_text())["train/step"] >= train.steps
+        return json.loads((folder / SUMMARY_NAME).read_text())["train/step"] >= train.steps
     config_path = folder / "config.yaml"
     recorded = yaml.safe_load(config_path.read_text()) if config_path.is_file() else {}
     return (recorded.get("train", {}).get("epochs") or 0) >= (train.epochs or 0)

@@ -11,6 +11,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from phi3v_dist.attempt.attempt import SUMMARY_NAME
 from phi3v_dist.data.plan import PlannedStep
 from phi3v_dist.observe.metrics import step_row
 from phi3v_dist.parallel.local_gradients import LocalGradients
@@ -21,8 +22,6 @@ from phi3v_dist.train.accounts import Accounts, plan_state
 from phi3v_dist.train.optim import learning_rates
 from phi3v_dist.train.step import StepResult, train_step
 from phi3v_dist.watch import heartbeat
-
-SUMMARY_NAME = "summary.json"
 
 log = logging.getLogger(__name__)
 

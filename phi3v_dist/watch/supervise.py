@@ -18,11 +18,11 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from types import FrameType
 
-from phi3v_dist.attempt.attempt import ATTEMPTS_NAME
+from phi3v_dist.attempt.attempt import ATTEMPTS_NAME, SUMMARY_NAME
 from phi3v_dist.attempt.requests import STOP_NAME
 from phi3v_dist.errors import CheckpointError, ConfigError, CrashLoopError, DataError, InUseError
 from phi3v_dist.watch import processes
-from phi3v_dist.watch.attempts import FINISHED, STOPPED, SUMMARY_NAME, PastAttempt, best_step, read_attempts
+from phi3v_dist.watch.attempts import FINISHED, STOPPED, PastAttempt, best_step, read_attempts
 from phi3v_dist.watch.beat_file import is_watched
 from phi3v_dist.watch.checkpoint_names import goes_on, newest_checkpoint
 from phi3v_dist.watch.heartbeat import LAST_WORD_VARIABLE
