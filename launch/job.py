@@ -15,6 +15,7 @@ import sys
 from pathlib import Path
 
 from phi3v_dist import config
+from phi3v_dist.attempt.finished import is_finished
 from phi3v_dist.cli import run_script
 from phi3v_dist.cluster import judge, nodes, starts
 from phi3v_dist.cluster.findings import summarize
@@ -72,7 +73,7 @@ def begin(arguments: argparse.Namespace) -> None:
     folder = settings.run.folder.absolute()
     if not str(folder).isprintable():
         raise ConfigError(f"`run.root` {str(folder)!r}: a path with control characters cannot be used under Slurm")
-    answer(run=folder, finished="yes" if judge.is_finished(folder) else "no")
+    answer(run=folder, finished="yes" if is_finished(settings) else "no")
 
 
 def choose_nodes(arguments: argparse.Namespace) -> None:

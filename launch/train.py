@@ -23,17 +23,18 @@ def main() -> None:
     arguments = parser.parse_args()
     requests = Requests.listen()  # before the imports that take seconds: until then a signal is a crash
     from phi3v_dist import config, run
+    from phi3v_dist.attempt.finished import is_finished
     from phi3v_dist.parallel.topology import Topology
     from phi3v_dist.parallel.waits import WAITS
 
     topology = Topology.from_environment()
 
     def problems(settings: config.Settings) -> list[str]:
-        looks = topology.is_main and not run.is_finished(settings)
+        looks = topology.is_main and not is_finished(settings)
         return run.problems(settings, topology.world_size) if looks else []
 
     settings = config.load(arguments.config, arguments.overrides, problems)
-    if run.is_finished(settings):
+    if is_finished(settings):
         logging.info(
             "%s is finished; for more steps raise train.steps, for another run change run.name", settings.run.folder
         )
@@ -51,7 +52,7 @@ def main() -> None:
     attempt = Attempt.begin(settings.run.folder, topology)
     say_attempt(attempt.number, topology.rank)
     try:
-        requests.opened(settings.run.folder, attempt)
+        requests.opened(settings.run.folder, attempt, settings.checkpoint.grace_s)
         watcher.attach(attempt.folder, topology, settings.watch)
         summary = fit(run.build(settings, topology, attempt, requests))
         topology.stop()

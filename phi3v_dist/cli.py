@@ -20,7 +20,6 @@ from phi3v_dist.printable import printable
 from phi3v_dist.secrets import guard_process, redacted
 from phi3v_dist.watch import faults, heartbeat
 
-LAST_WORD_S = 5.0  # enough for rank 0 to print
 OWNER_ONLY = 0o077
 
 
@@ -77,7 +76,7 @@ def run_script(main: Callable[[], None], private: bool = True) -> None:
     except Phi3VError as error:
         heartbeat.close(heartbeat.FAILED, redacted(error.report()), error.exit_code)
         if rank != 0:
-            time.sleep(LAST_WORD_S)
+            time.sleep(heartbeat.LAST_WORD_S)
         print(redacted(error.report()), file=sys.stderr, flush=True)
         sys.exit(error.exit_code)
     except KeyboardInterrupt:

@@ -233,7 +233,8 @@ class CheckpointSettings(Section):
     shared_every: int = Field(4, ge=1)
     """Without `local` every save goes to the run folder; with it also the first, the last, and any at a stop."""
     grace_s: float = Field(60, gt=0)
-    """Time between a notice (SIGTERM, SIGUSR1) and the kill; a save that would take longer is not begun."""
+    """Time between a notice (SIGTERM, SIGUSR1) and the kill; a save that would take longer is not begun. Without a
+    notice a Slurm job stops by itself so long, and one step, before its time is up."""
 
 
 class WatchSettings(Section):

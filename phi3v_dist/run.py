@@ -269,7 +269,7 @@ def _saver(
     )  # fmt: skip
     earlier = Earlier.of(settings.run.folder, attempt.number) if topology.is_main else Earlier()
     interval = Interval(choice, num_nodes=-(-topology.world_size // topology.local_world_size), earlier=earlier)
-    return Saver(topology, attempt, requests, checkpoints, interval, tracker, choice.grace_s)
+    return Saver(topology, attempt, requests, checkpoints, interval, tracker)
 
 
 def plan(settings: Settings, train: Data) -> Planner:
@@ -337,18 +337,6 @@ def _reference(path: Path | None) -> dict[str, float]:
     """The `best_…` figures of `eval.reference`, as metrics to stand beside the scores."""
     figures = json.loads(path.read_text()) if path else {}
     return {f"eval/{name}": float(value) for name, value in figures.items() if name.startswith("best_")}
-
-
-def is_finished(settings: Settings) -> bool:
-    """Whether this run's summary is written and nobody asks for more steps or epochs since."""
-    folder, train = settings.run.folder, settings.train
-    if not (folder / "summary.json").is_file():
-        return False
-    if train.steps is not None:
-        return json.loads((folder / "summary.json").read_text())["train/step"] >= train.steps
-    config_path = folder / "config.yaml"
-    recorded = yaml.safe_load(config_path.read_text()) if config_path.is_file() else {}
-    return (recorded.get("train", {}).get("epochs") or 0) >= (train.epochs or 0)
 
 
 def _write_config(run: Run, resolved: dict[str, Any]) -> None:

@@ -28,7 +28,8 @@ from phi3v_dist.survive.durable import write_durably
 if TYPE_CHECKING:
     import phi3v_dist.parallel.topology  # named in a string below: it loads torch, and signals must be heard before
 
-ATTEMPTS_NAME, ENDED_NAME, STOPPED_NAME = "attempts", "ended.json", "stopped.json"
+ATTEMPTS_NAME, ENDED_NAME = "attempts", "ended.json"
+STOPPED_NAME, SUMMARY_NAME = "stopped.json", "summary.json"  # of a run that is to go on, of one that is finished
 HOSTS_SAID = 8
 
 
@@ -116,7 +117,8 @@ def _begin(run_folder: Path, hosts: list[str]) -> tuple[Attempt, str]:
         alive.join()
         shutil.rmtree(attempt.folder)
         raise
-    (run_folder / STOPPED_NAME).unlink(missing_ok=True)
+    for marker in (STOPPED_NAME, SUMMARY_NAME):  # from now on it is neither stopped nor finished
+        (run_folder / marker).unlink(missing_ok=True)
     return attempt, ours.who
 
 

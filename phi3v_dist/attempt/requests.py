@@ -1,8 +1,8 @@
 """Notices and wishes from outside → one decision of all ranks at a step's edge.
 
-What comes in: SIGTERM, SIGUSR1 (preemption, time limit), SIGINT (Ctrl-C), the files `RUN/STOP` and `RUN/SAVE`. What
-goes out: `agreed()`, the same answer on every rank, so that all stop or save after the same step. A clean stop leaves
-`RUN/stopped.json` and exits 0.
+What comes in: SIGTERM, SIGUSR1 (preemption), the end of the job's time, SIGINT (Ctrl-C), the files `RUN/STOP` and
+`RUN/SAVE`. What goes out: `agreed()`, the same answer on every rank, so that all stop or save after the same step. A
+clean stop leaves `RUN/stopped.json` and exits 0.
 
 Surprise: a signal only sets a flag, except before the first step. Until then there is nothing to save, and the process
 may sit in a wait that no flag ends, so a thread that the signal wakes ends it there and then, also with 0.
@@ -10,6 +10,7 @@ may sit in a wait that no flag ends, so a thread that the signal wakes ends it t
 
 import json
 import logging
+import math
 import os
 import signal
 import sys
@@ -21,6 +22,7 @@ from types import FrameType
 from typing import Any
 
 from phi3v_dist.attempt.attempt import STOPPED_NAME, Attempt
+from phi3v_dist.attempt.time_limit import WHY, TimeLimit
 from phi3v_dist.survive.durable import write_durably
 from phi3v_dist.watch import heartbeat
 
@@ -35,34 +37,42 @@ log = logging.getLogger(__name__)
 class Asked:
     """What any rank was asked for.
 
-    notice_age_s: since the first notice of a kill, 0 if there was none. by_hand: whether a person wants the save.
+    left_s: until the kill that was announced or the end of the job's time, infinite if there is neither. by_hand:
+    whether a person wants the save.
     """
 
     stop: bool = False
     save: bool = False
     busy: bool = False
     lost: bool = False
-    notice_age_s: float = 0.0
+    left_s: float = math.inf
     by_hand: bool = False
 
 
 class Requests:
     """What this process has been asked. Listen early: until then a signal kills."""
 
-    def __init__(self) -> None:
+    def __init__(self, limit: TimeLimit | None = None) -> None:
         self.why = ""
+        self.limit = limit or TimeLimit()
         self.folder: Path | None = None
         self.attempt: Attempt | None = None
         self._stop = self._save = False
-        self._noticed_s: float | None = None  # on this host's monotonic clock
+        self._grace_s = 0.0
+        self._noticed_s = math.inf  # on this host's monotonic clock
+        self._come_back = self._rest = self._time_is_up = False  # who asks for a stop: cluster, person, clock; any rank
         self._looked_s = -OTHERS_LOOK_S
         self._training = False
 
     @classmethod
     def listen(cls) -> "Requests":
         """Take the signals over, from the main thread. Before the first step they end the process at once: with 0 when
-        the run folder is ours and a marker says so, else as if nobody listened."""
-        requests = cls()
+        the run folder is ours and a marker says so, else as if nobody listened.
+
+        Raises:
+            LaunchError: `PHI3V_TIME_LEFT_S` is not a number.
+        """
+        requests = cls(TimeLimit.of_job())
         for number in (*NOTICES, signal.SIGINT):
             signal.signal(number, requests._heard)
         readable, writable = os.pipe()
@@ -71,9 +81,12 @@ class Requests:
         threading.Thread(target=requests._leave_early, args=(readable,), name="signals", daemon=True).start()
         return requests
 
-    def opened(self, folder: Path, attempt: Attempt) -> None:
-        """The run folder is ours: look for files in it, and give it back when a signal comes before the first step."""
-        self.folder, self.attempt = folder, attempt
+    def opened(self, folder: Path, attempt: Attempt, grace_s: float) -> None:
+        """The run folder is ours: look for files in it, and give it back when a signal comes before the first step.
+
+        grace_s: between a notice and the kill.
+        """
+        self.folder, self.attempt, self._grace_s = folder, attempt, grace_s
 
     def training_begins(self) -> None:
         """From now on there is something to save: signals only set a flag."""
@@ -91,10 +104,16 @@ class Requests:
             save: this rank would save now; busy: its last save is still being written; lost: the run is no longer ours.
         """
         self._look()
-        age_s = time.monotonic() - self._noticed_s if self._noticed_s is not None else 0.0
-        mine = [self._stop, self._save or save, busy, lost, age_s, self._save]
-        stop, wants_save, is_busy, is_lost, oldest_s, by_hand = topology.max([float(value) for value in mine])
-        return Asked(stop > 0, wants_save > 0, is_busy > 0, is_lost > 0, oldest_s, by_hand > 0)
+        left_s = min(self._noticed_s + self._grace_s - time.monotonic(), self.limit.left_s())
+        ours = [self._come_back, self._rest, self._time_is_up]
+        mine = [self._stop, self._save or save, busy, lost, -left_s, self._save, *ours]
+        stop, wants_save, is_busy, is_lost, least_s, by_hand, *all_of_us = topology.max([float(v) for v in mine])
+        self._come_back, self._rest, self._time_is_up = (value > 0 for value in all_of_us)
+        if self._time_is_up and not self.why:
+            self.why = WHY
+            if self.attempt is not None and self.attempt.is_main:
+                log.warning("%.0f s are left of %s: stopping to save", -least_s, WHY)
+        return Asked(stop > 0, wants_save > 0, is_busy > 0, is_lost > 0, -least_s, by_hand > 0)
 
     def saved(self) -> None:
         """A save has been begun: nobody waits for one any more."""
@@ -107,29 +126,39 @@ class Requests:
         self._remove(SAVE_NAME)
 
     def stopped(self, step: int, why: str) -> None:
-        """Leave the marker of a clean stop."""
+        """Leave the marker of a clean stop. Its `notice`: the cluster asked for it and no person did, so the run should
+        go on as soon as it may."""
         assert self.folder is not None and self.attempt is not None
         if not self.attempt.is_main:
             return
-        write_durably(self.folder / STOPPED_NAME, json.dumps({"step": step, "why": why}) + "\n")
+        notice = self._come_back and not self._rest
+        facts = {"step": step, "why": why, "notice": notice, "attempt": self.attempt.number}
+        write_durably(self.folder / STOPPED_NAME, json.dumps(facts) + "\n")
         self._remove(STOP_NAME)
 
     def _heard(self, number: int, _: FrameType | None) -> None:
         if number == signal.SIGINT and self._stop:
             raise KeyboardInterrupt
-        if number in NOTICES and self._noticed_s is None:
-            self._noticed_s = time.monotonic()
+        self._asked_by(number)
         self._stop, self.why = True, self.why or signal.Signals(number).name
+
+    def _asked_by(self, number: int) -> None:
+        if number in NOTICES:
+            self._come_back, self._noticed_s = True, min(self._noticed_s, time.monotonic())
+        else:
+            self._rest = True
 
     def _look(self) -> None:
         now = time.monotonic()
         if self.folder is None or self.attempt is None:
             return
+        if not self._stop and self.limit.is_near(self._grace_s):
+            self._stop = self._come_back = self._time_is_up = True
         if now - self._looked_s < (LOOK_S if self.attempt.is_main else OTHERS_LOOK_S):
             return
         self._looked_s = now
         if (self.folder / STOP_NAME).exists():
-            self._stop, self.why = True, self.why or str(self.folder / STOP_NAME)
+            self._stop, self._rest, self.why = True, True, self.why or str(self.folder / STOP_NAME)
         self._save = self._save or (self.folder / SAVE_NAME).exists()
 
     def _remove(self, name: str) -> None:
@@ -143,6 +172,7 @@ class Requests:
                 continue
             why = signal.Signals(number).name
             log.warning("%s before the first step: stopped, nothing to save", why)
+            self._asked_by(number)
             if self.folder is not None and self.attempt is not None:
                 self.stopped(newest_step(self.folder), why)
                 self.attempt.end()

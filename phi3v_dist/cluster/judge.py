@@ -9,23 +9,19 @@ import json
 from pathlib import Path
 from typing import Any
 
-from phi3v_dist.attempt.attempt import ATTEMPTS_NAME, STOPPED_NAME
+from phi3v_dist.attempt.attempt import ATTEMPTS_NAME, STOPPED_NAME, SUMMARY_NAME
 from phi3v_dist.cluster import starts
 from phi3v_dist.cluster.starts import AGAIN, DONE, REQUEUE, STOP, End, Life
 from phi3v_dist.errors import CrashLoopError
-from phi3v_dist.watch.attempts import STOPPED, SUMMARY_NAME, PastAttempt, best_step, read_attempts
+from phi3v_dist.watch.attempts import STOPPED, PastAttempt, best_step, read_attempts
 from phi3v_dist.watch.endings import LAST_WORD_NAME, MAX_WITHOUT_STEP, Ending, how_it_ended
-
-
-def is_finished(run: Path) -> bool:
-    return (run / SUMMARY_NAME).is_file()
 
 
 def judge(run: Path, life: Life, exit_code: int, noticed: bool) -> End:
     """exit_code: of srun, as a shell tells it (128 and the signal's number). noticed: the job is about to be ended."""
     step = best_step(run)
     attempt, said = attempt_of(run, life), _json(run / ATTEMPTS_NAME / LAST_WORD_NAME)
-    if is_finished(run):
+    if (run / SUMMARY_NAME).is_file():
         return End(DONE, "the run is finished", 0, step)
     stopped = _json(run / STOPPED_NAME)
     if stopped and attempt is not None and stopped.get("attempt") == attempt.number:

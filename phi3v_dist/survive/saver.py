@@ -6,6 +6,7 @@ all of them hear is the sum of the votes.
 """
 
 import logging
+import time
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -23,10 +24,7 @@ log = logging.getLogger(__name__)
 
 @dataclass
 class Saver:
-    """Every method is collective over all ranks, except that only rank 0's interval counts.
-
-    grace_s: between a notice and the kill.
-    """
+    """Every method is collective over all ranks, except that only rank 0's interval counts."""
 
     topology: Topology
     attempt: Attempt
@@ -34,12 +32,12 @@ class Saver:
     checkpoints: Checkpoints
     interval: Interval
     tracker: Tracker
-    grace_s: float
     committed_step: int = 0  # the newest that is in the run folder
     _begun_step: int = 0
     _due: bool = False  # also when the one before was still being written
     _save_s: float = 0.0  # what the last one into the run folder took
     _warned_slow: bool = False
+    _edge: tuple[int, float] | None = None  # the step at which it was last asked, and when that was over
     _said: bool = False  # what interval follows from the first save's cost
 
     def edge(self, step: int) -> Asked:
@@ -49,6 +47,9 @@ class Saver:
             LaunchError: a newer attempt has taken the run over.
             CheckpointError: the third save in a row failed.
         """
+        if self._edge is not None and step > self._edge[0]:
+            self.requests.limit.step_took(time.monotonic() - self._edge[1])
+        self._edge = step, time.monotonic()
         self._due |= self.topology.is_main and self.interval.due(step)
         other = self.attempt.lost_to()
         asked = self.requests.agreed(self.topology, self._due, self.checkpoints.busy, other is not None)
@@ -92,9 +93,9 @@ class Saver:
         self._heard(self.checkpoints.wait())
 
     def fits(self) -> bool:
-        """Whether a save can be done before the kill that was announced, going by how long the last one took."""
-        age_s = self.requests.agreed(self.topology).notice_age_s
-        return age_s == 0 or self.topology.max([self._save_s])[0] < self.grace_s - age_s
+        """Whether a save can be done before the job is killed, as far as that is known: going by what the last took."""
+        left_s = self.requests.agreed(self.topology).left_s
+        return self.topology.max([self._save_s])[0] < left_s
 
     def _heard(self, outcome: Saved | CheckpointError | None) -> None:
         """Write down what became of the last save. One that failed is tried again when the next is due."""

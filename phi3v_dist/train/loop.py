@@ -11,6 +11,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from phi3v_dist.attempt.attempt import SUMMARY_NAME
 from phi3v_dist.data.plan import PlannedStep
 from phi3v_dist.observe.metrics import step_row
 from phi3v_dist.parallel.local_gradients import LocalGradients
@@ -21,8 +22,6 @@ from phi3v_dist.train.accounts import Accounts, plan_state
 from phi3v_dist.train.optim import learning_rates
 from phi3v_dist.train.step import StepResult, train_step
 from phi3v_dist.watch import heartbeat
-
-SUMMARY_NAME = "summary.json"
 
 log = logging.getLogger(__name__)
 
@@ -147,7 +146,8 @@ def _leave(run: Run, totals: Totals) -> None:
     """Say that the run was stopped and not finished, first of all in `stopped.json`, which a batch script looks for."""
     why = run.requests.why or "another rank was asked to"
     run.requests.stopped(run.saver.committed_step, why)
-    log.info("stopped after step %d, saved (%s); the same command goes on", run.saver.committed_step, why)
+    step = run.saver.committed_step
+    log.info("stopped %s (%s); the same command goes on", f"after step {step}, saved" if step else "with no save", why)
     run.tracker.finish({"train/step": totals.step} | totals.row(run))
     run.topology.barrier()
 

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from phi3v_dist.attempt.attempt import ENDED_NAME, STOPPED_NAME, folders
+from phi3v_dist.attempt.attempt import ENDED_NAME, STOPPED_NAME, SUMMARY_NAME, folders
 from phi3v_dist.attempt.owner import OWNER_NAME
 from phi3v_dist.errors import CheckpointError
 from phi3v_dist.observe.metrics import ATTEMPT, STEP
@@ -31,7 +31,6 @@ from phi3v_dist.watch.node_report import (
 
 FINISHED, STOPPED, RUNS, LOST, UNKNOWN = "finished", "stopped", "running", "lost", "unknown"
 KINDS = (HANG, DIED, FAILED, LOST, STOPPED, FINISHED, RUNS, UNKNOWN)
-SUMMARY_NAME = "summary.json"
 MARGIN_S = 1.0  # between two ways of telling when a process began
 
 

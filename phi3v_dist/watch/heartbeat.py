@@ -31,16 +31,10 @@ TRAIN, SAVE = "train", "save"  # lanes
 DONE, STOPPED, FAILED = "done", "stopped", "failed"  # outcomes
 NEVER_HANGS, FOREVER_S = "idle", 1e9
 READING = ("start", "load", "data", "evaluate")  # phases in which the main thread may wait for data
-UNTIMED = (
-    "start",
-    "load",
-    "score",
-    "export",
-    "finish",
-    "flush",
-)  # of unlike parts: none foretells the next
+UNTIMED = ("start", "load", "score", "export", "finish", "flush")  # of unlike parts: none foretells the next
 NUMBERED_APART = ("evaluate", "export")  # their steps are numbers of batches or files, not of optimizer steps
 REMEMBERED = 65  # intervals per phase, whose median says what is usual
+LAST_WORD_S = 5.0  # ranks other than 0 wait so long before they print why they fail: enough for rank 0 to print
 LAST_WORD_VARIABLE = "PHI3V_LAST_WORD"  # a file for the supervisor, since launchers swallow exit codes
 
 

@@ -18,11 +18,11 @@ from dataclasses import replace
 from pathlib import Path
 from types import FrameType
 
-from phi3v_dist.attempt.attempt import ATTEMPTS_NAME
+from phi3v_dist.attempt.attempt import ATTEMPTS_NAME, SUMMARY_NAME
 from phi3v_dist.attempt.requests import STOP_NAME
 from phi3v_dist.errors import ConfigError, CrashLoopError
 from phi3v_dist.watch import processes
-from phi3v_dist.watch.attempts import STOPPED, SUMMARY_NAME, best_step, read_attempts
+from phi3v_dist.watch.attempts import STOPPED, best_step, read_attempts
 from phi3v_dist.watch.beat_file import is_watched
 from phi3v_dist.watch.checkpoint_names import goes_on, newest_checkpoint
 from phi3v_dist.watch.endings import LAST_WORD_NAME, MAX_WITHOUT_STEP, Ending, how_it_ended

@@ -59,8 +59,7 @@ ANSWER_S = 5.0  # how long a suspicion waits for the other nodes
 PATIENCE_S = 90.0  # the same while all ranks that were heard wait: NFS hides a new file for up to a minute
 SURFACE_S = 1.0  # for the error of a peer to be printed before it is ended too
 SPOKEN_S = 2.0  # more, for one that has said why it ends and only has to leave
-LAST_WORD_S = 5.0  # ranks other than 0 wait so long before they print why they fail (cli.py)
-LAST_WORDS_S = 6.0  # and may take this long in all
+LAST_WORDS_S = 6.0  # ranks may take this long in all to say why they fail; see heartbeat.LAST_WORD_S
 LEFT_S = 5.0  # all ranks are usually asked to stop, one a little after the other
 GAP_S = 5.0  # this process itself did not run for so long: the whole machine was asleep, nobody hangs
 FIRST_RANK_S = 600.0
@@ -383,7 +382,7 @@ class Watcher:
 def _has_printed(rank: _Rank) -> bool:
     """Whether a rank that failed has shown its report itself: rank 0 and a crash do so at once, other ranks wait first,
     and may be killed meanwhile."""
-    waited = not rank.alive and rank.died_s - rank.beats.ended_s >= LAST_WORD_S
+    waited = not rank.alive and rank.died_s - rank.beats.ended_s >= heartbeat.LAST_WORD_S
     return rank.beats.rank == 0 or rank.beats.exit_code == CRASHED or waited
 
 

@@ -7,8 +7,9 @@ import pytest
 import yaml
 from conftest import REPOSITORY
 
-from phi3v_dist import config, run
+from phi3v_dist import config
 from phi3v_dist.attempt import continuing, environment
+from phi3v_dist.attempt.finished import is_finished
 from phi3v_dist.config import Settings, dump
 
 
@@ -151,7 +152,7 @@ def test_a_run_whose_checkpoints_are_gone_does_not_begin_again_by_itself(config_
 
 def test_a_run_is_finished_until_more_steps_or_epochs_are_asked_for(config_file):
     def asked(*words: str) -> bool:
-        return run.is_finished(config.load(config_file, words))
+        return is_finished(config.load(config_file, words))
 
     folder = config.load(config_file).run.folder
     folder.mkdir(parents=True)

@@ -41,6 +41,21 @@ def test_a_notice_to_any_one_rank_stops_all_after_the_same_step_and_nothing_is_l
     assert attempts == [1] * step + [2] * (10 - step), "no step was done twice"
 
 
+@pytest.mark.fault(9)
+def test_a_run_stops_by_itself_before_the_time_of_its_job_is_up(launched, monkeypatch):
+    config, root = launched
+    folder, time_left_s = root / "limited", 60
+    monkeypatch.setenv("PHI3V_TIME_LEFT_S", str(time_left_s))
+    began_s = time.monotonic()
+    done = launch("torchrun", config, "run.name=limited", "train.steps=100000", "checkpoint.grace_s=25")
+    took_s = time.monotonic() - began_s
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    last = max(losses(folder))
+    assert stopped(folder) == {"step": last, "why": "the job's time limit", "notice": True, "attempt": 1}
+    assert took_s < time_left_s and f"stopped after step {last}, saved (the job's time limit)" in done.stdout
+    assert [path.name for path in committed(folder / "checkpoints")][0] == f"step-{last:08d}"
+
+
 @pytest.mark.slow
 @pytest.mark.fault(3)
 def test_a_run_whose_rank_died_goes_on_from_the_copies_on_its_nodes(launched, reference, monkeypatch, tmp_path):
@@ -63,7 +78,7 @@ def test_more_notices_during_the_save_change_nothing(launched):
     faults = "*:forward:3:term,*:snapshot:3:term,*:write:3:usr1,0:commit:3:term"
     done = launch("torchrun", config, "run.name=insisted", fault=faults)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
-    assert stopped(root / "insisted") == {"step": 3, "why": "SIGTERM"}
+    assert stopped(root / "insisted") == {"step": 3, "why": "SIGTERM", "notice": True, "attempt": 1}
 
 
 @pytest.mark.slow
