@@ -14,13 +14,13 @@ from phi3v_dist.cluster import starts
 from phi3v_dist.cluster.starts import AGAIN, DONE, REQUEUE, STOP, End, Life
 from phi3v_dist.errors import CrashLoopError
 from phi3v_dist.watch.attempts import STOPPED, PastAttempt, best_step, read_attempts
-from phi3v_dist.watch.endings import LAST_WORD_NAME, MAX_WITHOUT_STEP, Ending, how_it_ended
+from phi3v_dist.watch.endings import MAX_WITHOUT_STEP, Ending, how_it_ended
 
 
 def judge(run: Path, life: Life, exit_code: int, noticed: bool) -> End:
     """exit_code: of srun, as a shell tells it (128 and the signal's number). noticed: the job is about to be ended."""
     step = best_step(run)
-    attempt, said = attempt_of(run, life), _json(run / ATTEMPTS_NAME / LAST_WORD_NAME)
+    attempt, said = attempt_of(run, life), _json(run / ATTEMPTS_NAME / f"last-word-{life}.json")
     if (run / SUMMARY_NAME).is_file():
         return End(DONE, "the run is finished", 0, step)
     stopped = _json(run / STOPPED_NAME)
