@@ -162,10 +162,24 @@ def test_notices_new_steps_and_other_jobs_are_no_crash_loop(run):
     assert run.start(Life("13", 0, 1), step=5).reached(5).judge(life=Life("13", 0, 1)).action == AGAIN
 
 
+def test_a_time_limit_too_short_for_a_step_does_not_requeue_for_ever(run):
+    actions = []
+    for number in range(1, 12):
+        life = Life("12", number, 1)
+        run.start(life, step=5).reached(5)
+        marker = {"step": 5, "why": "the job's time limit", "notice": True, "attempt": run.attempts}
+        (run.folder / STOPPED_NAME).write_text(json.dumps(marker))
+        actions.append(run.judge(life=life))
+        if actions[-1].action == STOP:
+            break
+    assert [end.action for end in actions] == [REQUEUE] * (starts.MAX_NOTICES - 1) + [STOP]
+    assert "sbatch --time" in actions[-1].why
+
+
 def test_a_start_that_slurm_ended_with_its_batch_script_is_passed_over(run):
     for number in range(1, 6):
         run.start(Life("12", number, 1), step=5)  # nobody was left to say how it ended
-    assert starts.without_step(starts.read(run.folder), "12") == 0
+    assert starts.without_step(starts.read(run.folder), "12", AGAIN) == 0
     assert run.start(Life("12", 6, 1), step=5).reached(5).judge(life=Life("12", 6, 1)).action == AGAIN
 
 
