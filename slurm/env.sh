@@ -1,4 +1,4 @@
-# shellcheck shell=bash
+# shellcheck shell=bash disable=SC2034 # job.sh reads what is set here
 # Where the software is, in one place: sourced by train.sh on the first node of a job. Choose one way; the first that is
 # set wins. Each variable can also come from the environment of `sbatch`.
 

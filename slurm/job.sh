@@ -75,26 +75,29 @@ seconds_left() { # until Slurm ends the job, as its controller counts; nothing w
   echo $((((10#$days * 24 + 10#${parts[-3]}) * 60 + 10#${parts[-2]}) * 60 + 10#${parts[-1]}))
 }
 
-may_begin() { # wrong settings end the job here, and so does a finished run
+may_begin() { # may_begin SETTINGS…: wrong ones end the job here, and so does a finished run
   local gpus
-  ask begin "${settings[@]}"
+  ask begin "$@"
   run=${answer[run]}
   [[ ${answer[finished]} == no ]] || give_up 0 "$run is finished: nothing to do"
   mkdir -p "$run/logs" "$run/attempts"
   gpus=$(nvidia-smi --list-gpus 2>/dev/null | grep -c '^GPU') || true
   ranks_per_node=${PHI3V_RANKS_PER_NODE:-${SLURM_NTASKS_PER_NODE:-$((gpus > 0 ? gpus : 1))}}
-  cpus_per_rank=$((SLURM_CPUS_ON_NODE > ranks_per_node ? SLURM_CPUS_ON_NODE / ranks_per_node : 1))
   export PHI3V_LAST_WORD=$run/attempts/last-word.json
   say "restart ${SLURM_RESTART_COUNT:-0} on $SLURM_JOB_NODELIST: $run"
 }
 
-choose_nodes() { # each node examines itself; those that are fit, and did not end earlier starts, are used
+cpus_per_rank() { # the cores of this node, divided among its ranks
+  echo $((SLURM_CPUS_ON_NODE > ranks_per_node ? SLURM_CPUS_ON_NODE / ranks_per_node : 1))
+}
+
+choose_nodes() { # choose_nodes SETTINGS…: nodes examine themselves; those that are fit, and ended no starts, are used
   local hosts wanted least doctor timer
   life=$SLURM_JOB_ID.${SLURM_RESTART_COUNT:-0}.$((++start))
   hosts=$(scontrol show hostnames "$(squeue --noheader --jobs "$SLURM_JOB_ID" --format %N)" | paste -sd,)
   wanted=${PHI3V_NODES:-$SLURM_JOB_NUM_NODES} least=${PHI3V_MIN_NODES:-${PHI3V_NODES:-$SLURM_JOB_NUM_NODES}}
   on_nodes "$hosts" --ntasks-per-node=1 --no-kill --kill-on-bad-exit=0 -- \
-    python launch/doctor.py --report "$run/preflight" --token "$life" "${settings[@]}" &
+    python launch/doctor.py --report "$run/preflight" --token "$life" "$@" &
   doctor=$!
   { sleep "$PHI3V_EXAMINE_S" && end_steps "$doctor"; } &
   timer=$!
@@ -103,9 +106,9 @@ choose_nodes() { # each node examines itself; those that are fit, and did not en
   [[ -z $noticed ]] || come_back ""
   ask nodes "$run" --life "$life" --hosts "$hosts" --wanted "$wanted" --least "$least" --time-left "$(seconds_left)"
   case ${answer[action]} in
-    train) use=${answer[use]} ;;
-    requeue) come_back "${answer[bad]}" ;;
-    *) exit "${answer[code]}" ;;
+  train) use=${answer[use]} ;;
+  requeue) come_back "${answer[bad]}" ;;
+  *) exit "${answer[code]}" ;;
   esac
   export PHI3V_START=$start PHI3V_TIME_LEFT_S
   PHI3V_TIME_LEFT_S=$(seconds_left)
@@ -146,10 +149,10 @@ newest_attempt() { # folder of the run's newest attempt; nothing before the firs
 judge() { # returns when another start in place may help
   ask judge "$run" --life "$life" --exit-code "$status" ${noticed:+--noticed}
   case ${answer[action]} in
-    done) exit 0 ;;
-    requeue) come_back "" ;;
-    again) say "starting again on the nodes that are left" ;;
-    *) exit "${answer[code]}" ;;
+  done) exit 0 ;;
+  requeue) come_back "" ;;
+  again) say "starting again on the nodes that are left" ;;
+  *) exit "${answer[code]}" ;;
   esac
 }
 
@@ -160,13 +163,13 @@ come_back() { # come_back NODES: queue the job again, without these nodes; ends 
     give_up 8 "the job has come back ${SLURM_RESTART_COUNT} times (PHI3V_MAX_REQUEUES): submit it again to go on"
   state=$(scontrol show job "$SLURM_JOB_ID" | sed -n 's/.*JobState=\([A-Z_]*\).*/\1/p')
   case $state in
-    RUNNING)
-      scontrol requeue "$SLURM_JOB_ID" ||
-        give_up 1 "the job cannot be queued again: to go on, submit it again with the same words"
-      say "queued again${1:+, without $1}"
-      ;;
-    PENDING | REQUEUED) say "Slurm has queued the job again${1:+; it is to come back without $1}" ;;
-    *) give_up 0 "the job is $state: it does not come back" ;;
+  RUNNING)
+    scontrol requeue "$SLURM_JOB_ID" ||
+      give_up 1 "the job cannot be queued again: to go on, submit it again with the same words"
+    say "queued again${1:+, without $1}"
+    ;;
+  PENDING | REQUEUED) say "Slurm has queued the job again${1:+; it is to come back without $1}" ;;
+  *) give_up 0 "the job is $state: it does not come back" ;;
   esac
   if [[ -n $1 ]]; then
     excluded=$(scontrol show job "$SLURM_JOB_ID" | sed -n 's/.*ExcNodeList=\([^ ]*\).*/\1/p')
@@ -178,7 +181,7 @@ come_back() { # come_back NODES: queue the job again, without these nodes; ends 
 }
 
 dry_run() { # what would be submitted, and what Slurm and the settings say to it; ends here
-  local options=() command
+  local options=()
   [[ ${1:-} != --dry-run ]] || shift
   while (($#)) && [[ $1 != *.yaml ]]; do
     options+=("$1")

@@ -32,10 +32,10 @@ settings=(--config "$@")
 
 trap 'notice USR1' USR1
 trap 'notice TERM' TERM
-may_begin
+may_begin "${settings[@]}"
 while true; do
-  choose_nodes
-  on_nodes "$use" --ntasks-per-node="$ranks_per_node" --cpus-per-task="$cpus_per_rank" --kill-on-bad-exit=1 --wait=60 \
+  choose_nodes "${settings[@]}"
+  on_nodes "$use" --ntasks-per-node="$ranks_per_node" --cpus-per-task="$(cpus_per_rank)" --kill-on-bad-exit=1 --wait=60 \
     -- python launch/train.py "${settings[@]}" &
   watch_over $!
   judge
