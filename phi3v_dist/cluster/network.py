@@ -91,7 +91,7 @@ def talk(meeting: Path, token: str, host: str, num_nodes: int, patience: Patienc
     """
     opened = _meet(meeting, token, host, num_nodes, patience)
     _forget_older(meeting)
-    faults.fire("network", None)
+    faults.fire("network", 0)
     store, members = within(2 * patience.join, lambda: _begin(meeting, token, host, opened, patience, result))
     if host not in members:
         result.notes.problem(f"came too late for the network probe: {len(members)} nodes had begun without it")
@@ -99,12 +99,13 @@ def talk(meeting: Path, token: str, host: str, num_nodes: int, patience: Patienc
     began_s = time.monotonic()
     rounds = ring(members)
     for number, pairs in enumerate(rounds, start=1):
+        faults.fire("network", number)
         for pair in (pair for pair in pairs if host in pair):
             _edge(store, pair, host, began_s + number * patience.edge, result)
     store.set(f"ready/{host}", "")
     result.at = "waiting for the nodes that are left"
     left_s = began_s + len(rounds) * patience.edge - time.monotonic()
-    left = _members(store, "left", "ready", meeting, max(left_s, 0) + 1, is_first=opened is not None)
+    left = _members(store, "left", "ready", members if opened else None, max(left_s, 0) + 1)
     if host in left and len(left) > 1:
         _sum_over_all(store, left, host, patience.reduce, result)
     store.set(f"done/{host}", "")
@@ -119,7 +120,8 @@ def _begin(
     result.at = "joining the other nodes"
     store = opened or _join(meeting, token, patience, result)
     store.set(f"here/{host}", "")
-    return store, _members(store, "members", "here", meeting, patience.join, is_first=opened is not None)
+    come = _come(meeting) if opened else None
+    return store, _members(store, "members", "here", come, patience.join)
 
 
 def within(limit_s: float, work: Callable[[], Result]) -> Result:
@@ -162,10 +164,9 @@ def _meet(meeting: Path, token: str, host: str, num_nodes: int, patience: Patien
     since_s, pause_s = None, 0.05
     while True:
         os.utime(meeting)  # a network file system then looks again, instead of showing what it remembers
-        names = os.listdir(meeting)
-        if ADDRESS_NAME in names:
+        if (meeting / ADDRESS_NAME).exists():
             return None
-        come = sorted(name for name in names if not name.startswith("."))
+        come = _come(meeting)
         now_s = time.monotonic()
         if since_s is None and (len(come) >= num_nodes or now_s - began_s > patience.come):
             since_s = now_s
@@ -176,6 +177,10 @@ def _meet(meeting: Path, token: str, host: str, num_nodes: int, patience: Patien
                 raise LaunchError(f"none of {', '.join(come[:3])} opened the meeting for the network probe")
         time.sleep(pause_s)
         pause_s = min(pause_s * 1.3, 1.0)
+
+
+def _come(meeting: Path) -> list[str]:
+    return sorted(name for name in os.listdir(meeting) if not name.startswith(".") and name != ADDRESS_NAME)
 
 
 def _open(meeting: Path, token: str, host: str) -> dist.TCPStore | None:
@@ -222,10 +227,10 @@ def _join(meeting: Path, token: str, patience: Patience, result: Talk) -> dist.T
     )
 
 
-def _members(store: dist.TCPStore, key: str, sign: str, meeting: Path, wait_s: float, is_first: bool) -> list[str]:
-    """Names of the nodes that gave a sign in time; the first node decides, so that all know the same ones."""
-    if is_first:
-        come = sorted(name for name in os.listdir(meeting) if not name.startswith(".") and name != ADDRESS_NAME)
+def _members(store: dist.TCPStore, key: str, sign: str, come: list[str] | None, wait_s: float) -> list[str]:
+    """Names of the nodes that gave a sign in time. come: of whom one is expected; only the first node, which decides
+    so that all know the same ones, gives it."""
+    if come is not None:
         _wait_for(lambda: all(store.check([f"{sign}/{name}"]) for name in come), wait_s)
         store.set(key, json.dumps([name for name in come if store.check([f"{sign}/{name}"])]))
     store.wait([key], timedelta(seconds=wait_s + 5))

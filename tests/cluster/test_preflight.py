@@ -50,7 +50,7 @@ def test_a_node_with_another_version_is_left_out_and_the_others_are_fit(settings
 
 @pytest.mark.fault(8, 24)
 def test_wrong_numbers_a_death_in_the_probe_and_an_absent_node_are_told_apart_and_remembered(settings, folder):
-    wrong = {"n1": fault("*:gemm:*:nan"), "n2": fault("*:network:*:kill9"), "n3": None, "n4": None}
+    wrong = {"n1": fault("*:gemm:*:nan"), "n2": fault("*:network:1:kill9"), "n3": None, "n4": None}
     found = preflight_of(settings, folder, wrong, absent=1)
     assert found.good == ["n3", "n4"] and found.exit_code == 5 and not found.common
     assert "multiplies wrong" in found.bad["n1"][0] and len(found.bad["n1"]) == 1
@@ -63,7 +63,7 @@ def test_wrong_numbers_a_death_in_the_probe_and_an_absent_node_are_told_apart_an
 
 
 def test_a_first_node_that_freezes_in_the_probe_costs_only_itself(settings, folder):
-    wrong = {"n1": fault("*:network:*:stop"), "n2": None, "n3": None}
+    wrong = {"n1": fault("*:network:0:stop"), "n2": None, "n3": None}
     found = preflight_of(settings, folder, wrong, stopped=["n1"])
     assert found.good == ["n2", "n3"] and "fell silent" in found.bad["n1"][0]
     assert any("n1 held it" in warning for warning in found.warnings)
