@@ -2,7 +2,7 @@
 
     deepspeed --num_accelerators 2 launch/train.py --config launch/configs/quickstart.yaml train.steps=100
     torchrun --nproc_per_node 8 launch/train.py --config …
-    srun python launch/train.py --config …          (one task per rank)
+    srun --kill-on-bad-exit=1 python launch/train.py --config …          (one task per rank)
 
 Started again with the same words, a run goes on from its last checkpoint; a finished one says so and ends. SIGTERM,
 SIGUSR1, Ctrl-C or `touch RUN/STOP` end it after the step in hand, saved; `touch RUN/SAVE` saves now.

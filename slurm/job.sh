@@ -7,6 +7,8 @@
 : "${PHI3V_RANKS_PER_NODE:=}"  # default: --ntasks-per-node, else a rank for each GPU, else one
 : "${PHI3V_MAX_REQUEUES:=100}" # how often the job may come back
 : "${PHI3V_EXAMINE_S:=120}"    # a node that has not examined itself by then is left out
+readonly LOOK_S=2              # between looks at files
+readonly LATE_S=40             # a node that examines itself so much longer than half of them do is left out, too
 readonly OVER_S=20             # srun may live so much longer than its ranks: it waits for nodes that are gone
 readonly SILENT_S=120          # and so long may rank 0's node show no life
 start=0 noticed="" step_pid="" status=0
@@ -113,17 +115,13 @@ cpus_per_rank() { # the cores of this node, divided among its ranks
 }
 
 choose_nodes() { # choose_nodes SETTINGS…: nodes examine themselves; those that are fit, and ended no starts, are used
-  local hosts wanted least doctor timer
+  local hosts wanted least
   life=$SLURM_JOB_ID.${SLURM_RESTART_COUNT:-0}.$((++start))
   hosts=$(scontrol show hostnames "$(squeue --noheader --jobs "$job" --format %N)" | paste -sd,)
   wanted=${PHI3V_NODES:-$SLURM_JOB_NUM_NODES} least=${PHI3V_MIN_NODES:-${PHI3V_NODES:-$SLURM_JOB_NUM_NODES}}
   on_nodes "$hosts" --ntasks-per-node=1 --no-kill --kill-on-bad-exit=0 -- \
     python launch/doctor.py --report "$run/preflight" --token "$life" "$@" &
-  doctor=$!
-  { sleep "$PHI3V_EXAMINE_S" && end_steps "$doctor"; } &
-  timer=$!
-  wait_for "$doctor"
-  kill "$timer" 2>/dev/null || true
+  wait_for_reports $! "$(tr , '\n' <<<"$hosts" | wc -l)"
   [[ -z $noticed ]] || come_back ""
   ask nodes "$run" --life "$life" --hosts "$hosts" --wanted "$wanted" --least "$least" --time-left "$(seconds_left)"
   case ${answer[action]} in
@@ -133,7 +131,21 @@ choose_nodes() { # choose_nodes SETTINGS…: nodes examine themselves; those tha
   esac
   export PHI3V_START=$start PHI3V_TIME_LEFT_S
   PHI3V_TIME_LEFT_S=$(seconds_left)
+  [[ -n $PHI3V_TIME_LEFT_S ]] || unset PHI3V_TIME_LEFT_S
   export PHI3V_LAST_WORD=$run/attempts/last-word-$life.json # of this start alone: another job may be refused here
+}
+
+wait_for_reports() { # wait_for_reports PID NUM_NODES: until all have reported, or half of them have and the rest is late
+  local waited_s=0 late_s=0 told
+  while kill -0 "$1" 2>/dev/null; do
+    sleep "$LOOK_S" &
+    wait $! || true
+    told=$(grep -ls "\"token\": \"$life\"" "$run"/preflight/*.json | wc -l)
+    ((waited_s += LOOK_S)) || true
+    ((2 * told < $2)) || ((late_s += LOOK_S))
+    ((waited_s < PHI3V_EXAMINE_S && late_s < LATE_S)) || end_steps "$1"
+  done
+  wait_for "$1"
 }
 
 watch_over() { # watch_over PID: until the ranks have ended, or srun only waits for a node that is gone
@@ -141,16 +153,19 @@ watch_over() { # watch_over PID: until the ranks have ended, or srun only waits 
   step_pid=$1 before=$(newest_attempt)
   tail --lines=0 --follow=name --retry "$run/logs/${use%%,*}.log" 2>/dev/null &
   log=$!
+  if [[ $use == *,* ]]; then # a node that outlives this one
+    (container=() && inside=() && on_nodes "${use##*,}" --ntasks=1 -- slurm/deputy.sh "$run/logs/alive" "$job") &
+  fi
   [[ -z $noticed ]] || notice "$noticed" # it came while the step began
   while kill -0 "$step_pid" 2>/dev/null; do
-    sleep 1 &
+    echo "$SECONDS" >"$run/logs/alive" || true # a full disk: the ranks say so
+    sleep "$LOOK_S" &
     wait $! || true
     attempt=$(newest_attempt)
     [[ $attempt != "$before" ]] || continue
-    ! grep -qs '"verdict": {' "$attempt"/node-*.json || ((++over_s))
+    ! grep -qs '"verdict": {' "$attempt"/node-*.json || ((over_s += LOOK_S))
     beat=$(cat "$attempt/alive" 2>/dev/null) || true
-    [[ $beat == "$last_beat" ]] && ((++silent_s)) || silent_s=0
-    last_beat=$beat
+    if [[ $beat == "$last_beat" ]]; then ((silent_s += LOOK_S)); else silent_s=0 last_beat=$beat; fi
     if ((over_s > OVER_S || silent_s > SILENT_S)); then
       say "the ranks have ended and srun has not: it is ended, and a node is probably gone"
       end_steps "$step_pid"
@@ -160,6 +175,7 @@ watch_over() { # watch_over PID: until the ranks have ended, or srun only waits 
   step_pid=""
   sleep 1 # for the last lines of the log
   kill "$log" 2>/dev/null || true
+  end_steps "" # the deputy
 }
 
 newest_attempt() { # folder of the run's newest attempt; nothing before the first

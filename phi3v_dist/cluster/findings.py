@@ -8,7 +8,7 @@ all its nodes, one start after the other.
 import re
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from statistics import median
 
 from phi3v_dist.cluster.report import CONFIGURATION, DATA, LAUNCH, Report
@@ -19,7 +19,14 @@ OK, WARNING, PROBLEM = "ok", "warning", "PROBLEM"
 ERRORS: dict[str, type[Phi3VError]] = {CONFIGURATION: ConfigError, DATA: DataError, LAUNCH: LaunchError}
 SLOW_FRAC, TOO_SLOW_FRAC = 0.7, 0.5  # of the median
 SHOWN = 6  # node names, values or settings in one line
-ALIKE, SPEED, NETWORK, REPORT = "alike", "speed", "network", "report"  # what only a look at all nodes can tell
+ALIKE, SPEED, NETWORK, SUM, LINKS, REPORT = (
+    "alike",
+    "speed",
+    "network",
+    "sum",
+    "links",
+    "report",
+)  # what only a look at all nodes can tell
 
 
 @dataclass(frozen=True)
@@ -116,13 +123,18 @@ def _missing(silent: tuple[str, ...]) -> list[Entry]:
 
 
 def _by_themselves(own: Sequence[Report]) -> list[Entry]:
-    """The nodes' own checks; a check that fails on all of them is the fault of none."""
+    """The nodes' own checks; a check that fails on all of them is the fault of none.
+
+    A sum over all that broke off is the fault of the node that fell silent in it, if one did.
+    """
     names = dict.fromkeys(check.name for report in own for check in report.checks)
     entries: list[Entry] = []
     for name in names:
         its = [(report.host, check) for report in own for check in report.checks if check.name == name]
+        if name == SUM and not all(report.is_complete for report in own):
+            its = [(host, replace(check, problems=(), warnings=check.problems)) for host, check in its]
         failed = [(host, check) for host, check in its if check.problems]
-        on_all = len(failed) == len(own) and (len(own) > 1 or failed[0][1].kind != LAUNCH)
+        on_all = len(failed) == len(its) == len(own) and (len(own) > 1 or failed[0][1].kind != LAUNCH)
         if on_all:
             host, check = failed[0]
             text = "\n".join(check.problems) + (f"\n(so on {host}; all nodes have such a problem)" * (len(own) > 1))
@@ -198,14 +210,15 @@ def _table(values: dict[str, str]) -> list[str]:
 
 
 def _speed(own: Sequence[Report]) -> list[Entry]:
-    """Devices whose arithmetic is much slower than the others'; cores of a CPU are shared, so they are only named."""
+    """Devices whose arithmetic is much slower than the others'; cores of a CPU are shared, so those are only named."""
     speeds = [speed for report in own for speed in report.speeds]
     if len(speeds) < 2:
         return []
     usual = median(speeds)
     entries, good = [], []
     for report in own:
-        slow = [(speed, number) for number, speed in enumerate(report.speeds) if speed < SLOW_FRAC * usual]
+        limit = SLOW_FRAC if report.has_gpus else TOO_SLOW_FRAC
+        slow = [(speed, number) for number, speed in enumerate(report.speeds) if speed < limit * usual]
         if not slow:
             good.append(report.host)
             continue
@@ -237,7 +250,7 @@ def _network(own: Sequence[Report], num_hosts: int) -> list[Entry]:
     late = tuple(host for host, its in edges.items() if not its)
     if late and len(late) < len(edges):
         text = "no neighbour of it was there in the network probe: it came too late, or its neighbours are bad"
-        entries.append(Entry(WARNING, NETWORK, late, text))
+        entries.append(Entry(WARNING, LINKS, late, text))
     failed = {frozenset((host, to)) for host, its in edges.items() for to, mb in its.items() if not mb}
     worked = {frozenset((host, to)) for host, its in edges.items() for to, mb in its.items() if mb} - failed
     if failed and not worked:
@@ -246,8 +259,8 @@ def _network(own: Sequence[Report], num_hosts: int) -> list[Entry]:
             "no two nodes could talk to each other: check that the network lets them (firewall, NCCL_SOCKET_IFNAME or "
             "GLOO_SOCKET_IFNAME, names that resolve to 127.0.1.1)"
         )
-        return [*entries, Entry(PROBLEM, NETWORK, hosts, text, is_common=True)]
-    for host, others in _blamed(failed):
+        return [*entries, Entry(PROBLEM, LINKS, hosts, text, is_common=True)]
+    for host, others in _blamed(failed, worked):
         entries.append(
             Entry(PROBLEM, NETWORK, (host,), f"did not answer {folded(others)}: its link, or its neighbour's")
         )
@@ -258,12 +271,13 @@ def _failed_network(report: Report) -> bool:
     return any(check.name == NETWORK and check.problems for check in report.checks)
 
 
-def _blamed(failed: set[frozenset[str]]) -> list[tuple[str, list[str]]]:
-    """The fewest nodes that explain all failed edges, roughly: the one with most of them first."""
+def _blamed(failed: set[frozenset[str]], worked: set[frozenset[str]]) -> list[tuple[str, list[str]]]:
+    """The fewest nodes that explain all failed edges, roughly: those that reached nobody, and most edges, first."""
+    reached = {host for edge in worked for host in edge}
     left, found = set(failed), []
     while left:
         counts = Counter(host for edge in left for host in sorted(edge))
-        worst = max(counts, key=lambda host: (counts[host], host))
+        worst = max(counts, key=lambda host: (host not in reached, counts[host], host))
         its = {edge for edge in left if worst in edge}
         found.append((worst, sorted(host for edge in its for host in edge - {worst})))
         left -= its
@@ -283,13 +297,13 @@ def _slow_edges(
     usual = median(best.values())
     entries, good = [], []
     for host, speed in best.items():
-        if speed >= SLOW_FRAC * usual:
+        if speed >= (SLOW_FRAC if reports[host].has_gpus else TOO_SLOW_FRAC) * usual:
             good.append(host)
             continue
         level = PROBLEM if reports[host].has_gpus and speed < TOO_SLOW_FRAC * usual else WARNING
         text = f"{speed:,.0f} MB/s on the best of its links, {100 * speed / usual:.0f} % of the median {usual:,.0f}"
-        entries.append(Entry(level, NETWORK, (host,), text))
-    return [*entries, Entry(OK, NETWORK, tuple(good), f"median {usual:,.0f} MB/s between neighbours")]
+        entries.append(Entry(level, LINKS, (host,), text))
+    return [*entries, Entry(OK, LINKS, tuple(good), f"median {usual:,.0f} MB/s between neighbours")]
 
 
 def num_nodes(count: int) -> str:

@@ -19,13 +19,27 @@ from phi3v_dist.watch.endings import MAX_WITHOUT_STEP, Ending, how_it_ended
 
 def judge(run: Path, life: Life, exit_code: int, noticed: bool) -> End:
     """exit_code: of srun, as a shell tells it (128 and the signal's number). noticed: the job is about to be ended."""
+    end = _ending(run, life, exit_code, noticed)
+    most = {AGAIN: MAX_WITHOUT_STEP, REQUEUE: starts.MAX_NOTICES}.get(end.action)
+    past = starts.read(run)
+    began_at = next((start.step for start in past if start.life == life), 0)
+    if most is None or end.step > began_at or starts.without_step(past, life.job, end.action) + 1 < most:
+        return end
+    why = f"{most} starts in a row ended without a new step, at step {end.step}. The last one: {end.why}"
+    if end.action == REQUEUE:
+        why += ". If it was the time limit: ask for more (sbatch --time)"
+    return End(STOP, why, CrashLoopError.exit_code, end.step, end.blamed)
+
+
+def _ending(run: Path, life: Life, exit_code: int, noticed: bool) -> End:
+    """By itself, without a look at the starts before."""
     step = best_step(run)
-    attempt, said = attempt_of(run, life), _json(run / ATTEMPTS_NAME / f"last-word-{life}.json")
     if (run / SUMMARY_NAME).is_file():
         return End(DONE, "the run is finished", 0, step)
+    attempt, said = attempt_of(run, life), _json(run / ATTEMPTS_NAME / f"last-word-{life}.json")
     stopped = _json(run / STOPPED_NAME)
     if stopped and attempt is not None and stopped.get("attempt") == attempt.number:
-        why = f"stopped after step {stopped.get('step')} by {stopped.get('why')}, saved"
+        why = f"stopped after step {stopped.get('step')} by {stopped.get('why')}"
         return End(REQUEUE if stopped.get("notice") else DONE, why, 0, step)
     ending = how_it_ended(attempt, said, exit_code)
     if not ending.again and ending.exit_code == 0:
@@ -34,10 +48,6 @@ def judge(run: Path, life: Life, exit_code: int, noticed: bool) -> End:
         return End(STOP, ending.why, ending.exit_code, step)
     if noticed or (attempt is None and said.get("outcome") == STOPPED):
         return End(REQUEUE, f"asked to stop before it could save: {ending.why}", ending.exit_code, step)
-    past = starts.read(run)
-    if starts.without_step(past, life.job) + (step <= _step_at(past, life)) >= MAX_WITHOUT_STEP:
-        why = f"{MAX_WITHOUT_STEP} starts in a row ended without a new step, at step {step}. The last one: {ending.why}"
-        return End(STOP, why, CrashLoopError.exit_code, step, list(ending.blamed))
     return End(AGAIN, ending.why, ending.exit_code, step, list(ending.blamed))
 
 
@@ -49,10 +59,6 @@ def attempt_of(run: Path, life: Life) -> PastAttempt | None:
         if (owner.get("job"), owner.get("restart"), owner.get("start")) == wanted:
             return attempt
     return None
-
-
-def _step_at(past: list[starts.Start], life: Life) -> int:
-    return next((start.step for start in past if start.life == life), 0)
 
 
 def _json(path: Path) -> dict[str, Any]:

@@ -9,11 +9,15 @@ import json
 import os
 import shutil
 import socket
+import threading
 import time
 from collections.abc import Callable
+from concurrent.futures import Future
+from concurrent.futures import TimeoutError as FutureTimeout
 from dataclasses import dataclass, field
 from datetime import timedelta
 from pathlib import Path
+from typing import TypeVar
 
 import psutil
 import torch
@@ -29,6 +33,7 @@ ADDRESS_NAME = "address.json"
 CONNECT_S = 3.0
 GPU_BYTES, CPU_BYTES = 256 << 20, 8 << 20  # of one message
 TIMES = 3
+Result = TypeVar("Result")
 
 
 @dataclass(frozen=True)
@@ -50,11 +55,24 @@ class Patience:
 
 @dataclass
 class Talk:
-    """What came of the probe, so far. edges: MB/s by neighbour, 0 where it failed; at: what it is waiting for."""
+    """What came of the probe, so far. edges: MB/s by neighbour, 0 where it failed; at: what it is waiting for.
+
+    first: the node that opened the meeting, where it is another one. total: what came of the sum over all.
+    """
 
     edges: dict[str, float] = field(default_factory=dict)
     notes: Notes = field(default_factory=Notes)
     at: str = "waiting for the other nodes"
+    first: str = ""
+    total: Notes = field(default_factory=Notes)
+
+    def broke_off(self, why: str) -> None:
+        """Whose fault that is, only a look at all reports can tell: the first node's, if it gave no second one."""
+        if self.first:
+            self.edges[self.first] = 0.0
+            self.notes.warn(f"the network probe broke off, {self.at}; {self.first} held it: {why}")
+        else:
+            self.notes.problem(f"the network probe broke off, {self.at}: {why}")
 
 
 def announce(folder: Path, token: str, host: str) -> Path:
@@ -72,28 +90,60 @@ def talk(meeting: Path, token: str, host: str, num_nodes: int, patience: Patienc
         LaunchError: there was no meeting that could be reached.
     """
     opened = _meet(meeting, token, host, num_nodes, patience)
-    store = opened or _join(meeting, token, patience)
     _forget_older(meeting)
-    faults.fire("network", None)
-    store.set(f"here/{host}", "")
-    result.at = "waiting for the list of all nodes at the meeting"
-    members = _members(store, "members", "here", meeting, patience.join, is_first=opened is not None)
+    faults.fire("network", 0)
+    store, members = within(2 * patience.join, lambda: _begin(meeting, token, host, opened, patience, result))
     if host not in members:
-        raise LaunchError(f"came too late for the network probe: {len(members)} nodes had begun without it")
+        result.notes.problem(f"came too late for the network probe: {len(members)} nodes had begun without it")
+        return
     began_s = time.monotonic()
     rounds = ring(members)
     for number, pairs in enumerate(rounds, start=1):
+        faults.fire("network", number)
         for pair in (pair for pair in pairs if host in pair):
             _edge(store, pair, host, began_s + number * patience.edge, result)
     store.set(f"ready/{host}", "")
     result.at = "waiting for the nodes that are left"
     left_s = began_s + len(rounds) * patience.edge - time.monotonic()
-    left = _members(store, "left", "ready", meeting, max(left_s, 0) + 1, is_first=opened is not None)
+    left = _members(store, "left", "ready", members if opened else None, max(left_s, 0) + 1)
     if host in left and len(left) > 1:
         _sum_over_all(store, left, host, patience.reduce, result)
     store.set(f"done/{host}", "")
     if opened is not None:
         _wait_for(lambda: all(opened.check([f"done/{other}"]) for other in left), patience.reduce)
+
+
+def _begin(
+    meeting: Path, token: str, host: str, opened: dist.TCPStore | None, patience: Patience, result: Talk
+) -> tuple[dist.TCPStore, list[str]]:
+    """The store, and the nodes that take part."""
+    result.at = "joining the other nodes"
+    store = opened or _join(meeting, token, patience, result)
+    store.set(f"here/{host}", "")
+    come = _come(meeting) if opened else None
+    return store, _members(store, "members", "here", come, patience.join)
+
+
+def within(limit_s: float, work: Callable[[], Result]) -> Result:
+    """What a thread comes to. A store whose node is frozen, and NCCL, may never answer: then nobody waits for it more.
+
+    Raises TimeoutError, and what `work` raises.
+    """
+    future: Future[Result] = Future()
+
+    def run() -> None:
+        try:
+            future.set_result(work())
+        except Exception as error:  # for the thread that waits
+            future.set_exception(error)
+
+    threading.Thread(target=run, name="network", daemon=True).start()
+    try:
+        return future.result(limit_s)
+    except FutureTimeout as error:
+        if future.done():
+            raise
+        raise TimeoutError(f"no answer within {limit_s:.0f} s") from error
 
 
 def ring(hosts: list[str]) -> list[list[tuple[str, str]]]:
@@ -114,10 +164,9 @@ def _meet(meeting: Path, token: str, host: str, num_nodes: int, patience: Patien
     since_s, pause_s = None, 0.05
     while True:
         os.utime(meeting)  # a network file system then looks again, instead of showing what it remembers
-        names = os.listdir(meeting)
-        if ADDRESS_NAME in names:
+        if (meeting / ADDRESS_NAME).exists():
             return None
-        come = sorted(name for name in names if not name.startswith("."))
+        come = _come(meeting)
         now_s = time.monotonic()
         if since_s is None and (len(come) >= num_nodes or now_s - began_s > patience.come):
             since_s = now_s
@@ -128,6 +177,10 @@ def _meet(meeting: Path, token: str, host: str, num_nodes: int, patience: Patien
                 raise LaunchError(f"none of {', '.join(come[:3])} opened the meeting for the network probe")
         time.sleep(pause_s)
         pause_s = min(pause_s * 1.3, 1.0)
+
+
+def _come(meeting: Path) -> list[str]:
+    return sorted(name for name in os.listdir(meeting) if not name.startswith(".") and name != ADDRESS_NAME)
 
 
 def _open(meeting: Path, token: str, host: str) -> dist.TCPStore | None:
@@ -153,10 +206,11 @@ def _addresses() -> list[str]:
     return [address for address in found if not address.startswith("127.")]
 
 
-def _join(meeting: Path, token: str, patience: Patience) -> dist.TCPStore:
+def _join(meeting: Path, token: str, patience: Patience, result: Talk) -> dist.TCPStore:
     """The store that another node opened. Raises LaunchError."""
     with open(meeting / ADDRESS_NAME, opener=no_links) as file:
         said = json.load(file)
+    result.first = said["addresses"][0]
     tried = []
     for address in dict.fromkeys(said["addresses"]):
         try:
@@ -168,15 +222,15 @@ def _join(meeting: Path, token: str, patience: Patience) -> dist.TCPStore:
         except (OSError, dist.DistError) as error:
             tried.append(f"{address} ({getattr(error, 'strerror', None) or type(error).__name__})")
     raise LaunchError(
-        f"{said['addresses'][0]} opened the meeting for the network probe, but port {said['port']} there cannot be "
-        f"reached: {', '.join(tried)}. Is the node up, and does a firewall let ports of jobs through?"
+        f"port {said['port']} of {result.first} cannot be reached: {', '.join(tried)}; is the node up, and does a "
+        "firewall let the ports of jobs through?"
     )
 
 
-def _members(store: dist.TCPStore, key: str, sign: str, meeting: Path, wait_s: float, is_first: bool) -> list[str]:
-    """Names of the nodes that gave a sign in time; the first node decides, so that all know the same ones."""
-    if is_first:
-        come = sorted(name for name in os.listdir(meeting) if not name.startswith(".") and name != ADDRESS_NAME)
+def _members(store: dist.TCPStore, key: str, sign: str, come: list[str] | None, wait_s: float) -> list[str]:
+    """Names of the nodes that gave a sign in time. come: of whom one is expected; only the first node, which decides
+    so that all know the same ones, gives it."""
+    if come is not None:
         _wait_for(lambda: all(store.check([f"{sign}/{name}"]) for name in come), wait_s)
         store.set(key, json.dumps([name for name in come if store.check([f"{sign}/{name}"])]))
     store.wait([key], timedelta(seconds=wait_s + 5))
@@ -204,12 +258,12 @@ def _edge(store: dist.TCPStore, pair: tuple[str, str], host: str, until_s: float
 def _sum_over_all(store: dist.TCPStore, hosts: list[str], host: str, limit_s: float, result: Talk) -> None:
     result.at = f"waiting for a sum over {len(hosts)} nodes"
     try:
-        speed = _reduce(store, "all", hosts, host, limit_s)
-        result.notes.detail = f"a sum over {len(hosts)} nodes is right, {speed:,.0f} MB/s"
+        _reduce(store, "all", hosts, host, limit_s)
+        result.total.detail = f"a sum over {len(hosts)} nodes is right"
     except (RuntimeError, OSError) as error:
-        result.notes.problem(f"a sum over {len(hosts)} nodes broke off: {_first_words(error)}")
+        result.total.problem(f"a sum over {len(hosts)} nodes broke off: {_first_words(error)}")
     except _WrongSum as error:
-        result.notes.problem(str(error))
+        result.total.problem(str(error))
 
 
 class _WrongSum(Exception):

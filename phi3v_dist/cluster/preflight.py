@@ -6,9 +6,7 @@ second one is written within a minute, by a thread that waits for nobody.
 """
 
 import os
-import threading
 import time
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -18,10 +16,10 @@ from phi3v_dist import config
 from phi3v_dist.attempt import environment
 from phi3v_dist.cluster import devices, machine, network, storage
 from phi3v_dist.cluster.checking import Look, Notes, Place, check
-from phi3v_dist.cluster.findings import NETWORK
+from phi3v_dist.cluster.findings import NETWORK, SUM
 from phi3v_dist.cluster.network import Patience, Talk
 from phi3v_dist.cluster.report import CONFIGURATION, DATA, LAUNCH, Check, Report, path_of, read_report
-from phi3v_dist.errors import LaunchError, Phi3VError
+from phi3v_dist.errors import Phi3VError
 from phi3v_dist.printable import printable
 
 LOOKS: tuple[tuple[str, Look, str], ...] = (  # after the GPUs and before the arithmetic, which are looked at apart
@@ -64,13 +62,21 @@ def probe(report: Report, place: Place, patience: Patience) -> Report:
     result = Talk()
     if place.num_nodes > 1:
         os.environ |= WAIT_FOR_PROBE
-        if not _within(patience.come + patience.whole, lambda: _talk(report, place, patience, result)):
-            result.notes.problem(f"the network probe did not end in time, {result.at}")
-    notes = result.notes
-    detail = notes.detail or ("one node alone" if place.num_nodes == 1 else "")
+        try:
+            meeting = network.announce(place.folder, report.token, place.host)
+            network.within(
+                patience.come + patience.whole,
+                lambda: network.talk(meeting, report.token, place.host, place.num_nodes, patience, result),
+            )
+        except Exception as error:  # of a network, a driver or a file server that may be broken in any way
+            result.broke_off(" ".join(str(error).split())[:300] or type(error).__name__)
     seconds = round(time.monotonic() - began_s, 3)
-    outcome = Check(NETWORK, detail, tuple(notes.problems), tuple(notes.warnings), LAUNCH, seconds)
-    report = replace(report, checks=(*report.checks, outcome), edges=dict(result.edges), is_complete=True)
+    notes, total = result.notes, result.total
+    notes.detail = "one node alone" if place.num_nodes == 1 else "neighbours were tried"
+    outcome = [Check(NETWORK, notes.detail, tuple(notes.problems), tuple(notes.warnings), LAUNCH, seconds)]
+    if total.detail or total.problems:
+        outcome.append(Check(SUM, total.detail, tuple(total.problems)))
+    report = replace(report, checks=(*report.checks, *outcome), edges=dict(result.edges), is_complete=True)
     report.write(place.folder)
     return report
 
@@ -93,21 +99,3 @@ def _facts(place: Place) -> tuple[Check, dict[str, dict[str, str]]]:
         notes.detail = f"python {found['facts']['python']}, torch {found['facts']['torch']}"
 
     return check("versions", look, place), found
-
-
-def _talk(report: Report, place: Place, patience: Patience, result: Talk) -> None:
-    try:
-        meeting = network.announce(place.folder, report.token, place.host)
-        network.talk(meeting, report.token, place.host, place.num_nodes, patience, result)
-    except LaunchError as error:
-        result.notes.problems += error.problems
-    except Exception as error:  # a network, a driver or a file server that may be broken in any way
-        result.notes.problem(f"the network probe broke off, {result.at}: {' '.join(str(error).split())[:300]}")
-
-
-def _within(limit_s: float, work: Callable[[], None]) -> bool:
-    """Whether it ended in time; if not it goes on, and is waited for no more."""
-    thread = threading.Thread(target=work, name="network", daemon=True)
-    thread.start()
-    thread.join(limit_s)
-    return not thread.is_alive()

@@ -15,6 +15,8 @@ STARTS_NAME = "starts.jsonl"
 LOOKS_BACK = 10  # starts: what a node did longer ago is forgotten
 MAX_BLAMED = 2  # starts that ended because of a node, after which it is left out
 
+MAX_NOTICES = 10  # in a row that end a start before a new step: the time limit is too short
+
 DONE, REQUEUE, AGAIN, STOP = "done", "requeue", "again", "stop"
 
 
@@ -82,15 +84,15 @@ def read(run: Path) -> list[Start]:
     return list(found.values())
 
 
-def without_step(starts: list[Start], job: str) -> int:
-    """How many starts of this job, the last ones, have failed without a new step.
+def without_step(starts: list[Start], job: str, action: str) -> int:
+    """How many of the last starts of this job ended so, one after another, and none with a new step.
 
-    One that Slurm ended, with its batch script, tells nothing; one that was asked to end did not fail.
+    One that Slurm ended, with its batch script, tells nothing and is passed over.
     """
     count = 0
     for start in reversed([one for one in starts if one.life.job == job and one.end]):
         assert start.end is not None
-        if start.end.step > start.step or start.end.action in (DONE, REQUEUE):
+        if start.end.step > start.step or start.end.action != action:
             break
         count += 1
     return count

@@ -7,7 +7,7 @@ import pytest
 import yaml
 from conftest import REPOSITORY
 
-from phi3v_dist import config
+from phi3v_dist import config, run
 from phi3v_dist.attempt import continuing, environment
 from phi3v_dist.attempt.finished import is_finished
 from phi3v_dist.config import Settings, dump

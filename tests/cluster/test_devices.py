@@ -1,0 +1,100 @@
+"""GPUs as nvidia-smi tells of them (a stand-in on PATH), and arithmetic that shows a single wrong number."""
+
+import sys
+
+import pytest
+import torch
+from preflight_nodes import place_of
+
+from phi3v_dist.cluster import devices
+from phi3v_dist.cluster.checking import check
+from phi3v_dist.config import Settings
+
+SMI = """#!{python}
+import sys, time
+query = sys.argv[1]
+answers = {answers!r}
+if answers is None:
+    time.sleep(60)
+for words, answer in answers.items():
+    if query.startswith(words):
+        print(answer)
+        sys.exit(9 if "fails" in answer else 0)
+print("Field is not a valid field to query.")
+sys.exit(2)
+"""
+TWO = "--query-gpu=index,name,memory.total,memory.used"
+GOOD = "0, NVIDIA H100 80GB HBM3, 81559, 4\n1, NVIDIA H100 80GB HBM3, 81559, 521"
+
+
+@pytest.fixture
+def look(settings_tree, tmp_path, monkeypatch):
+    """Answers of nvidia-smi → the outcome of the look at GPUs. `torch` sees as many as it is told."""
+    place = place_of(Settings.model_validate(settings_tree), "n1", tmp_path, ranks=2)
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    monkeypatch.setattr(devices, "SMI_LIMIT_S", 1.0)
+
+    def run(answers, seen=2):
+        script = tmp_path / "nvidia-smi"
+        script.write_text(SMI.format(python=sys.executable, answers=answers))
+        script.chmod(0o755)
+        monkeypatch.setenv("PATH", str(tmp_path))
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: seen > 0)
+        monkeypatch.setattr(torch.cuda, "device_count", lambda: seen)
+        monkeypatch.setattr(torch.cuda, "get_device_name", lambda *_: "H100")
+        return check("GPUs", devices.gpus, place)
+
+    return run
+
+
+def test_gpus_that_are_there_and_free_are_fine(look):
+    found = look({TWO: GOOD, "--query-gpu=ecc": "0\n0", "--query-gpu=retired": "No\nNo", "--query-remapped": "0\nNo"})
+    assert not found.problems and not found.warnings and found.detail == "2 x H100"
+
+
+@pytest.mark.parametrize(
+    "answers, seen, words",
+    [
+        ({TWO: GOOD.splitlines()[0]}, 1, "nvidia-smi sees 1 GPU, expected 2"),
+        ({TWO: GOOD}, 0, "sees 0 GPUs, expected 2"),
+        (None, 2, "did not answer within 1 s"),
+        ({TWO: GOOD.replace("521", "70123"), "--query-compute": "4711"}, 2,
+         "GPU 1 (NVIDIA H100 80GB HBM3) is not free: 70,123 of 81559 MiB are in use, by process 4711"),
+        ({TWO: GOOD, "--query-gpu=ecc": "0\n3"}, 2, "GPU 1: memory errors that could not be corrected"),
+        ({TWO: GOOD, "--query-remapped-rows=remapped_rows.pending": "Yes\nNo"}, 2, "GPU 0: memory rows wait"),
+        ({TWO: "it fails: couldn't communicate with the NVIDIA driver"}, 2, "nvidia-smi fails with 9"),
+        ({TWO: "what?"}, 2, "answers with something else"),
+    ],
+)  # fmt: skip
+def test_what_is_wrong_with_gpus_is_a_problem_that_names_it(look, answers, seen, words):
+    found = look(answers, seen)
+    assert any(words in problem for problem in found.problems), found.problems
+
+
+def test_a_throttled_gpu_is_a_warning(look):
+    found = look({TWO: GOOD, "--query-gpu=clocks_throttle_reasons.hw_slowdown": "Not Active\nActive"})
+    assert not found.problems and "GPU 1: the hardware slows it down" in found.warnings[0]
+
+
+def test_without_gpus_what_slurm_promised_does_not_count(settings_tree, tmp_path, monkeypatch):
+    """A CPU cluster may offer generic resources called gpu."""
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.setenv("SLURM_GPUS_ON_NODE", "2")
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0,1")
+    found = check("GPUs", devices.gpus, place_of(Settings.model_validate(settings_tree), "n1", tmp_path))
+    assert not found.problems and found.detail == "none"
+    assert devices.expected_gpus(None, {"SLURM_GPUS_ON_NODE": "4"}, 8) == 4
+    assert devices.expected_gpus(2, {"SLURM_GPUS_ON_NODE": "4"}, 8) == 2
+    assert devices.expected_gpus(None, {}, 8) == 8
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_product_is_exact_so_that_one_wrong_number_shows(dtype):
+    left, right = devices.factors(256)
+    expected = left.sum(0).double() @ right.double()
+    product = left.to(dtype) @ right.to(dtype)
+    assert torch.equal(product.double().sum(0), expected) and product.abs().max() <= 256 / devices.NONZERO_EVERY
+    assert set(left.unique().tolist()) == set(right.unique().tolist()) == {-1.0, 0.0, 1.0}
+    product[7, 9] += 1
+    assert not torch.equal(product.double().sum(0), expected)
+    assert torch.tensor(8192 / devices.NONZERO_EVERY, dtype=torch.bfloat16) == 256, "the largest sum on a GPU"
