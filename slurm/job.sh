@@ -119,7 +119,7 @@ wait_for_reports() { # wait_for_reports PID NUM_NODES: until all have reported, 
   while kill -0 "$1" 2>/dev/null; do
     sleep "$LOOK_S" &
     wait $! || true
-    told=$(grep -ls "\"token\": \"$life\"" "$run"/preflight/*.json | wc -l)
+    told=$({ grep -ls "\"token\": \"$life\"" "$run"/preflight/*.json || true; } | wc -l)
     ((waited_s += LOOK_S)) || true
     ((2 * told < $2)) || ((late_s += LOOK_S))
     ((waited_s < PHI3V_EXAMINE_S && late_s < LATE_S)) || end_steps "$1"
@@ -128,12 +128,14 @@ wait_for_reports() { # wait_for_reports PID NUM_NODES: until all have reported, 
 }
 
 watch_over() { # watch_over PID: until the ranks have ended, or srun only waits for a node that is gone
-  local log before attempt beat="" last_beat="" over_s=0 silent_s=0
+  local log deputy="" ended before attempt beat="" last_beat="" over_s=0 silent_s=0
   step_pid=$1 before=$(newest_attempt)
   tail --lines=0 --follow=name --retry "$run/logs/${use%%,*}.log" 2>/dev/null &
   log=$!
+  echo "$SECONDS" >"$run/logs/alive"
   if [[ $use == *,* ]]; then # a node that outlives this one
     (container=() && inside=() && on_nodes "${use##*,}" --ntasks=1 -- slurm/deputy.sh "$run/logs/alive" "$SLURM_JOB_ID") &
+    deputy=$!
   fi
   [[ -z $noticed ]] || notice "$noticed" # it came while the step began
   while kill -0 "$step_pid" 2>/dev/null; do
@@ -151,10 +153,12 @@ watch_over() { # watch_over PID: until the ranks have ended, or srun only waits 
     fi
   done
   wait_for "$step_pid"
-  step_pid=""
+  ended=$status step_pid=""
   sleep 1 # for the last lines of the log
   kill "$log" 2>/dev/null || true
-  end_steps "" # the deputy
+  rm -f "$run/logs/alive"
+  [[ -z $deputy ]] || wait_for "$deputy"
+  status=$ended
 }
 
 newest_attempt() { # folder of the run's newest attempt; nothing before the first

@@ -17,7 +17,8 @@
 # Whole nodes are asked for, with all their GPUs, cores and memory. Two minutes before the time limit the job saves, is
 # queued again and goes on. Settings are given as arguments and stay arguments: no shell reads a word of them. What the
 # environment of sbatch may say (PHI3V_…) is in job.sh and README.md beside this file. Submit it in the repository.
-set -euo pipefail
+set -eEuo pipefail
+trap 'echo "slurm/train.sh: $BASH_COMMAND (line $LINENO of ${BASH_SOURCE[0]}) failed with $?" >&2' ERR
 
 [[ -n ${SLURM_JOB_ID:-} ]] || cd "$(dirname "${BASH_SOURCE[0]}")/.." # in a job, Slurm runs a copy from elsewhere
 if [[ ! -f slurm/job.sh ]]; then
