@@ -3,6 +3,7 @@
     python launch/job.py begin --config launch/configs/quickstart.yaml
     python launch/job.py nodes RUN_FOLDER --life 12.0.1 --hosts node1,node2 --wanted 2 --least 2
     python launch/job.py judge RUN_FOLDER --life 12.0.1 --exit-code 1
+    python launch/job.py sweep --file slurm/sweep.example.txt --config launch/configs/quickstart.yaml
 
 Reasons go to stderr, so into the job's log. Nothing here starts or ends a process: the batch script does, since Slurm's
 programs are not to be had inside containers.
@@ -17,7 +18,7 @@ from pathlib import Path
 from phi3v_dist import config
 from phi3v_dist.attempt.finished import is_finished
 from phi3v_dist.cli import run_script
-from phi3v_dist.cluster import judge, nodes, starts
+from phi3v_dist.cluster import judge, nodes, starts, sweep
 from phi3v_dist.cluster.findings import summarize
 from phi3v_dist.cluster.report import FOLDER_NAME, read_reports
 from phi3v_dist.cluster.starts import Life
@@ -29,7 +30,7 @@ log = logging.getLogger(__name__)
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    verbs = parser.add_subparsers(dest="verb", required=True, metavar="begin | nodes | judge")
+    verbs = parser.add_subparsers(dest="verb", required=True, metavar="begin | nodes | judge | sweep")
     verb = verbs.add_parser("begin", help="where the run is, and whether it is finished")
     verb.add_argument("--config", required=True)
     verb.add_argument("overrides", nargs="*")
@@ -45,9 +46,14 @@ def main() -> None:
     verb.add_argument("--life", type=life, required=True, metavar="JOB.RESTART.NUMBER")
     verb.add_argument("--exit-code", type=int, required=True, help="of srun")
     verb.add_argument("--noticed", action="store_true", help="the job was told that it is going to be ended")
+    verb = verbs.add_parser("sweep", help="what a task of slurm/sweep.sh adds to the settings, one a line")
+    verb.add_argument("--file", type=Path, required=True, help="a line of key=value words for each task")
+    verb.add_argument("--task", type=int, metavar="N", help="from 0; without it, all tasks are shown")
+    verb.add_argument("--config", required=True)
+    verb.add_argument("overrides", nargs="*")
     arguments = parser.parse_args()
     logging.getLogger().handlers[0].setStream(sys.stderr)  # type: ignore[attr-defined]  # stdout is the answer
-    {"begin": begin, "nodes": choose_nodes, "judge": judge_start}[arguments.verb](arguments)
+    {"begin": begin, "nodes": choose_nodes, "judge": judge_start, "sweep": show_sweep}[arguments.verb](arguments)
 
 
 def life(text: str) -> Life:
@@ -102,6 +108,13 @@ def judge_start(arguments: argparse.Namespace) -> None:
     starts.end(arguments.run, arguments.life, end)
     log.warning("%s: %s", end.action, end.why)
     answer(action=end.action, code=end.exit_code)
+
+
+def show_sweep(arguments: argparse.Namespace) -> None:
+    tasks, given = sweep.read_tasks(arguments.file), arguments.overrides
+    if arguments.task is None:
+        return print("\n".join(sweep.describe(tasks, arguments.config, given)))
+    print("\n".join(sweep.added_by(arguments.task, tasks, arguments.config, given)))
 
 
 def cli() -> None:

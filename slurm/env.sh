@@ -23,6 +23,9 @@ if [[ -n $PHI3V_PYXIS ]]; then
   container=(--container-image="$PHI3V_PYXIS" --container-mounts="$PWD:$PWD${PHI3V_MOUNTS:+,$PHI3V_MOUNTS}"
     --container-workdir="$PWD" --no-container-mount-home)
 elif [[ -n $PHI3V_APPTAINER ]]; then
+  command -v apptainer >/dev/null ||
+    give_up 5 "PHI3V_APPTAINER is set, and there is no apptainer on $HOSTNAME: load its module in slurm/env.sh"
+  [[ -e $PHI3V_APPTAINER || $PHI3V_APPTAINER == *://* ]] || give_up 5 "there is no container $PHI3V_APPTAINER"
   inside=(apptainer exec --cleanenv=false --bind "$PWD${PHI3V_MOUNTS:+,$PHI3V_MOUNTS}" --pwd "$PWD")
   [[ -e /dev/nvidiactl ]] && inside+=(--nv)
   inside+=("$PHI3V_APPTAINER")

@@ -12,12 +12,22 @@ readonly LATE_S=40             # a node that examines itself so much longer than
 readonly OVER_S=20             # srun may live so much longer than its ranks: it waits for nodes that are gone
 readonly SILENT_S=120          # and so long may rank 0's node show no life
 start=0 noticed="" step_pid="" status=0
+job=${SLURM_JOB_ID:-}
+# A task of an array: one of them has the number of the whole array, by which Slurm's programs mean all tasks
+[[ -z ${SLURM_ARRAY_TASK_ID:-} ]] || job=${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID
 
-say() { printf '%(%H:%M:%S)T [job %s] %s\n' -1 "${SLURM_JOB_ID:-}" "$*"; }
+say() { printf '%(%H:%M:%S)T %s%s\n' -1 "${job:+[job $job] }" "$*"; }
 
 give_up() { # give_up CODE REASON
   say "$2" >&2
   exit "$1"
+}
+
+check_numbers() { # before any arithmetic, which in bash would run what is inside $(…)
+  local name
+  for name in PHI3V_{NODES,MIN_NODES,RANKS_PER_NODE,MAX_REQUEUES,EXAMINE_S}; do
+    [[ -z ${!name} || ${!name} =~ ^(0|[1-9][0-9]{0,6})$ ]] || give_up 2 "$name is '${!name}': it must be a number"
+  done
 }
 
 here() { # here COMMAND…: on this node, where the software is; not to be ended by a notice
@@ -45,7 +55,7 @@ on_nodes() { # on_nodes NODES OPTIONS… -- COMMAND…: a step on these nodes, w
   shift
   trap '' TERM # Slurm sends it to this whole script, and srun would end the ranks
   exec srun --overlap --mem=0 --nodelist="$nodes" --nodes="$(tr , '\n' <<<"$nodes" | wc -l)" \
-    --output="$run/logs/%N.log" --open-mode=append --unbuffered "${container[@]}" "${options[@]}" "${inside[@]}" "$@"
+    --output="${run//%/%%}/logs/%N.log" --open-mode=append --unbuffered "${container[@]}" "${options[@]}" "${inside[@]}" "$@"
 }
 
 notice() { # the job is going to be ended: the ranks save after the step in hand, and stop
@@ -62,7 +72,7 @@ wait_for() { # wait_for PID: until it has ended, whatever signals come; its exit
 
 end_steps() { # of this job, also those that wait for a node that is gone
   local step
-  for step in $(squeue --noheader --steps --jobs "$SLURM_JOB_ID" --format %i 2>/dev/null); do
+  for step in $(squeue --noheader --steps --jobs "$job" --format %i 2>/dev/null); do
     [[ ! $step =~ \.[0-9]+$ ]] || scancel --signal=KILL "$step" 2>/dev/null || true
   done
   [[ -z $1 ]] || kill -KILL "$1" 2>/dev/null || true
@@ -70,11 +80,22 @@ end_steps() { # of this job, also those that wait for a node that is gone
 
 seconds_left() { # until Slurm ends the job, as its controller counts; nothing when there is no limit
   local text days=0 parts
-  text=$(squeue --noheader --jobs "$SLURM_JOB_ID" --format %L 2>/dev/null) || return 0
+  text=$(squeue --noheader --jobs "$job" --format %L 2>/dev/null) || return 0
   [[ $text =~ ^([0-9]+-)?([0-9]+:){0,2}[0-9]+$ ]] || return 0
   [[ $text != *-* ]] || days=${text%%-*}
   IFS=: read -ra parts <<<"0:0:${text#*-}"
   echo $((((10#$days * 24 + 10#${parts[-3]}) * 60 + 10#${parts[-2]}) * 60 + 10#${parts[-1]}))
+}
+
+settings_of_task() { # settings_of_task CONFIG FILE [key=value…]: with what the task's line in the sweep's file adds
+  local words
+  [[ -n ${SLURM_ARRAY_TASK_ID:-} ]] || give_up 2 "a sweep is an array: sbatch --array=0-N slurm/sweep.sh CONFIG.yaml FILE"
+  (($# >= 2)) || give_up 2 "no sweep is named. Usage: sbatch --array=0-N slurm/sweep.sh CONFIG.yaml FILE [key=value…]"
+  settings=(--config "$1" "${@:3}")
+  words=$(here python launch/job.py sweep --file "$2" --task "$SLURM_ARRAY_TASK_ID" "${settings[@]}") || exit $?
+  mapfile -t words <<<"$words"
+  say "task $SLURM_ARRAY_TASK_ID: ${words[*]}"
+  settings+=("${words[@]}")
 }
 
 may_begin() { # may_begin SETTINGS…: wrong ones end the job here, and so does a finished run
@@ -82,10 +103,10 @@ may_begin() { # may_begin SETTINGS…: wrong ones end the job here, and so does 
   ask begin "$@"
   run=${answer[run]}
   [[ ${answer[finished]} == no ]] || give_up 0 "$run is finished: nothing to do"
+  umask 077 # a run folder is for its owner alone
   mkdir -p "$run/logs" "$run/attempts"
   gpus=$(nvidia-smi --list-gpus 2>/dev/null | grep -c '^GPU') || true
   ranks_per_node=${PHI3V_RANKS_PER_NODE:-${SLURM_NTASKS_PER_NODE:-$((gpus > 0 ? gpus : 1))}}
-  export PHI3V_LAST_WORD=$run/attempts/last-word.json
   say "restart ${SLURM_RESTART_COUNT:-0} on $SLURM_JOB_NODELIST: $run"
 }
 
@@ -96,7 +117,7 @@ cpus_per_rank() { # the cores of this node, divided among its ranks
 choose_nodes() { # choose_nodes SETTINGS…: nodes examine themselves; those that are fit, and ended no starts, are used
   local hosts wanted least
   life=$SLURM_JOB_ID.${SLURM_RESTART_COUNT:-0}.$((++start))
-  hosts=$(scontrol show hostnames "$(squeue --noheader --jobs "$SLURM_JOB_ID" --format %N)" | paste -sd,)
+  hosts=$(scontrol show hostnames "$(squeue --noheader --jobs "$job" --format %N)" | paste -sd,)
   wanted=${PHI3V_NODES:-$SLURM_JOB_NUM_NODES} least=${PHI3V_MIN_NODES:-${PHI3V_NODES:-$SLURM_JOB_NUM_NODES}}
   on_nodes "$hosts" --ntasks-per-node=1 --no-kill --kill-on-bad-exit=0 -- \
     python launch/doctor.py --report "$run/preflight" --token "$life" "$@" &
@@ -111,7 +132,7 @@ choose_nodes() { # choose_nodes SETTINGS…: nodes examine themselves; those tha
   export PHI3V_START=$start PHI3V_TIME_LEFT_S
   PHI3V_TIME_LEFT_S=$(seconds_left)
   [[ -n $PHI3V_TIME_LEFT_S ]] || unset PHI3V_TIME_LEFT_S
-  rm -f "$PHI3V_LAST_WORD"
+  export PHI3V_LAST_WORD=$run/attempts/last-word-$life.json # of this start alone: another job may be refused here
 }
 
 wait_for_reports() { # wait_for_reports PID NUM_NODES: until all have reported, or half of them have and the rest is late
@@ -134,7 +155,7 @@ watch_over() { # watch_over PID: until the ranks have ended, or srun only waits 
   log=$!
   echo "$SECONDS" >"$run/logs/alive"
   if [[ $use == *,* ]]; then # a node that outlives this one
-    (container=() && inside=() && on_nodes "${use##*,}" --ntasks=1 -- slurm/deputy.sh "$run/logs/alive" "$SLURM_JOB_ID") &
+    (container=() && inside=() && on_nodes "${use##*,}" --ntasks=1 -- slurm/deputy.sh "$run/logs/alive" "$job") &
     deputy=$!
   fi
   [[ -z $noticed ]] || notice "$noticed" # it came while the step began
@@ -168,6 +189,7 @@ newest_attempt() { # folder of the run's newest attempt; nothing before the firs
 
 judge() { # returns when another start in place may help
   ask judge "$run" --life "$life" --exit-code "$status" ${noticed:+--noticed}
+  rm -f "$PHI3V_LAST_WORD"
   case ${answer[action]} in
   done) exit 0 ;;
   requeue) come_back "" ;;
@@ -181,10 +203,10 @@ come_back() { # come_back NODES: queue the job again, without these nodes; ends 
   trap '' TERM USR1 # requeueing ends this script
   ((${SLURM_RESTART_COUNT:-0} < PHI3V_MAX_REQUEUES)) ||
     give_up 8 "the job has come back ${SLURM_RESTART_COUNT} times (PHI3V_MAX_REQUEUES): submit it again to go on"
-  state=$(scontrol show job "$SLURM_JOB_ID" | sed -n 's/.*JobState=\([A-Z_]*\).*/\1/p')
+  state=$(scontrol show job "$job" | sed -n 's/.*JobState=\([A-Z_]*\).*/\1/p')
   case $state in
   RUNNING)
-    scontrol requeue "$SLURM_JOB_ID" ||
+    scontrol requeue "$job" ||
       give_up 1 "the job cannot be queued again: to go on, submit it again with the same words"
     say "queued again${1:+, without $1}"
     ;;
@@ -192,36 +214,55 @@ come_back() { # come_back NODES: queue the job again, without these nodes; ends 
   *) give_up 0 "the job is $state: it does not come back" ;;
   esac
   if [[ -n $1 ]]; then
-    excluded=$(scontrol show job "$SLURM_JOB_ID" | sed -n 's/.*ExcNodeList=\([^ ]*\).*/\1/p')
+    excluded=$(scontrol show job "$job" | sed -n 's/.*ExcNodeList=\([^ ]*\).*/\1/p')
     [[ $excluded != "(null)" ]] || excluded=""
-    scontrol update JobId="$SLURM_JOB_ID" ExcNodeList="${excluded:+$excluded,}$1" ||
-      say "the nodes could not be excluded: scontrol update JobId=$SLURM_JOB_ID ExcNodeList=$1"
+    scontrol update JobId="$job" ExcNodeList="${excluded:+$excluded,}$1" ||
+      say "the nodes could not be excluded: scontrol update JobId=$job ExcNodeList=$1"
   fi
   exit 0
 }
 
-dry_run() { # what would be submitted, and what Slurm and the settings say to it; ends here
-  local options=()
+dry_run() { # what would be submitted, and what the settings and Slurm say to it; ends here
+  local script=slurm/train.sh options=() nodes=1 ranks file=()
+  [[ -z ${sweep:-} ]] || script=slurm/sweep.sh
   [[ ${1:-} != --dry-run ]] || shift
-  while (($#)) && [[ $1 != *.yaml ]]; do
+  while (($#)) && [[ $1 != *.yaml && $1 != *.yml ]]; do
+    case $1 in
+    --nodes | -N) nodes=${2:-} ;;
+    --nodes=*) nodes=${1#*=} ;;
+    -N*) nodes=${1#-N} ;;
+    esac
     options+=("$1")
     shift
   done
-  (($#)) || give_up 2 "no settings are named. Usage: slurm/train.sh --dry-run [options of sbatch] CONFIG.yaml [key=value…]"
-  container=() inside=()
+  (($#)) || give_up 2 "no settings are named. Usage: $script --dry-run [options] CONFIG.yaml ${sweep:+FILE }[key=value…]"
+  [[ -z ${sweep:-} || $# -ge 2 ]] || give_up 2 "no sweep is named after $1: a text file with a line for each task"
+  nodes=${nodes##*-} ranks=${PHI3V_RANKS_PER_NODE:-1} # of MIN-MAX nodes the most
+  [[ $nodes =~ ^[1-9][0-9]{0,6}$ ]] || give_up 2 "--nodes is '$nodes': it must be a number"
+  check_numbers
   source slurm/env.sh
-  echo "would be submitted:"
+
+  echo "Would be submitted, from $PWD:"
   printf '  sbatch'
-  printf ' %q' "${options[@]}" slurm/train.sh "$@"
-  printf '\nwith these options, unless given:\n'
-  sed -n 's/^#SBATCH /  /p' slurm/train.sh
-  echo "on its nodes:"
-  printf '  srun --nodes=… --ntasks-per-node=%s' "${PHI3V_RANKS_PER_NODE:-…}"
+  printf ' %q' "${options[@]}" "$script" "$@"
+  printf '\n\nOptions in its header, for those not given there:\n'
+  sed -n 's/^#SBATCH /  /p' "$script"
+  [[ -z ${sweep:-} ]] || file=("$2")
+  set -- "$1" "${@:2+${#file[@]}}"
+  printf '\nWould run, on %s node(s):\n  srun --ntasks-per-node=%s' "$nodes" "${PHI3V_RANKS_PER_NODE:-GPUS_OF_A_NODE}"
   printf ' %q' "${container[@]}" "${inside[@]}" python launch/train.py --config "$@"
-  printf '\nwhat the settings say:\n'
-  "${inside[@]}" python launch/check.py --config "$@" || exit $?
+  printf '\n\n'
+  if ((${#container[@]})); then
+    echo "The settings were not looked at: what could do so is in $PHI3V_PYXIS"
+  elif [[ -n ${sweep:-} ]]; then
+    echo "What the tasks add, and their runs:"
+    "${inside[@]}" python launch/job.py sweep --file "${file[0]}" --config "$@" || exit $?
+  else
+    echo "The settings say, for $((nodes * ranks)) rank(s), $ranks on each node (PHI3V_RANKS_PER_NODE=… says another number):"
+    "${inside[@]}" python launch/check.py --world_size "$((nodes * ranks))" --config "$@" || exit $?
+  fi
   command -v sbatch >/dev/null || give_up 0 "there is no sbatch here, so Slurm was not asked"
-  echo "what Slurm says:"
-  sbatch --test-only "${options[@]}" slurm/train.sh "$@"
+  printf '\nSlurm says:\n'
+  sbatch --test-only "${options[@]}" "$script" "$1" "${file[@]}" "${@:2}" 2>&1
   exit
 }

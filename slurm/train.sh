@@ -27,9 +27,11 @@ if [[ ! -f slurm/job.sh ]]; then
 fi
 source slurm/job.sh
 [[ -n ${SLURM_JOB_ID:-} && ${1:-} != --dry-run ]] || dry_run "$@"
+check_numbers
 source slurm/env.sh
 (($#)) || give_up 2 "no settings are named. Usage: sbatch [options] slurm/train.sh CONFIG.yaml [key=value…]"
 settings=(--config "$@")
+[[ -z ${sweep:-} ]] || settings_of_task "$@" # this is slurm/sweep.sh
 
 trap 'notice USR1' USR1
 trap 'notice TERM' TERM

@@ -14,7 +14,7 @@ from phi3v_dist.cluster import starts
 from phi3v_dist.cluster.starts import AGAIN, DONE, REQUEUE, STOP, End, Life
 from phi3v_dist.errors import CrashLoopError
 from phi3v_dist.watch.attempts import STOPPED, PastAttempt, best_step, read_attempts
-from phi3v_dist.watch.endings import LAST_WORD_NAME, MAX_WITHOUT_STEP, Ending, how_it_ended
+from phi3v_dist.watch.endings import MAX_WITHOUT_STEP, Ending, how_it_ended
 
 
 def judge(run: Path, life: Life, exit_code: int, noticed: bool) -> End:
@@ -36,7 +36,7 @@ def _ending(run: Path, life: Life, exit_code: int, noticed: bool) -> End:
     step = best_step(run)
     if (run / SUMMARY_NAME).is_file():
         return End(DONE, "the run is finished", 0, step)
-    attempt, said = attempt_of(run, life), _json(run / ATTEMPTS_NAME / LAST_WORD_NAME)
+    attempt, said = attempt_of(run, life), _json(run / ATTEMPTS_NAME / f"last-word-{life}.json")
     stopped = _json(run / STOPPED_NAME)
     if stopped and attempt is not None and stopped.get("attempt") == attempt.number:
         why = f"stopped after step {stopped.get('step')} by {stopped.get('why')}"
