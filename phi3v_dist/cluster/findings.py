@@ -246,12 +246,12 @@ def _network(own: Sequence[Report], num_hosts: int) -> list[Entry]:
         return entries
     known_bad = {report.host for report in own} - {report.host for report in done}
     edges = {report.host: {to: mb for to, mb in report.edges.items() if to not in known_bad} for report in done}
-    late = tuple(host for host, its in edges.items() if not its)
+    failed = {frozenset((host, to)) for host, its in edges.items() for to, mb in its.items() if not mb}
+    worked = {frozenset((host, to)) for host, its in edges.items() for to, mb in its.items() if mb} - failed
+    late = tuple(host for host, its in edges.items() if not its and not any(host in edge for edge in failed))
     if late and len(late) < len(edges):
         text = "no neighbour of it was there in the network probe: it came too late, or its neighbours are bad"
         entries.append(Entry(WARNING, LINKS, late, text))
-    failed = {frozenset((host, to)) for host, its in edges.items() for to, mb in its.items() if not mb}
-    worked = {frozenset((host, to)) for host, its in edges.items() for to, mb in its.items() if mb} - failed
     if failed and not worked:
         hosts = tuple(edges)
         text = (
