@@ -7,6 +7,8 @@
 : "${PHI3V_RANKS_PER_NODE:=}"  # default: --ntasks-per-node, else a rank for each GPU, else one
 : "${PHI3V_MAX_REQUEUES:=100}" # how often the job may come back
 : "${PHI3V_EXAMINE_S:=120}"    # a node that has not examined itself by then is left out
+: "${PHI3V_STAGE:=}"           # folder on each node's own disk, to which the shards are copied before training
+: "${PHI3V_STAGE_S:=3600}"     # training begins by then, with what is copied
 readonly OVER_S=20             # srun may live so much longer than its ranks: it waits for nodes that are gone
 readonly SILENT_S=120          # and so long may rank 0's node show no life
 start=0 noticed="" step_pid="" status=0
@@ -77,6 +79,7 @@ seconds_left() { # until Slurm ends the job, as its controller counts; nothing w
 
 may_begin() { # wrong settings end the job here, and so does a finished run
   local gpus
+  [[ -z $PHI3V_STAGE ]] || settings+=("data.cache.path=$PHI3V_STAGE" data.cache.local_shards=true)
   ask begin "${settings[@]}"
   run=${answer[run]}
   [[ ${answer[finished]} == no ]] || give_up 0 "$run is finished: nothing to do"
@@ -110,6 +113,24 @@ choose_nodes() { # each node examines itself; those that are fit, and did not en
   export PHI3V_START=$start PHI3V_TIME_LEFT_S
   PHI3V_TIME_LEFT_S=$(seconds_left)
   rm -f "$PHI3V_LAST_WORD"
+}
+
+stage() { # each node copies the shards to its own disk, if asked to; what is not copied is read where it is
+  local timer
+  [[ -n $PHI3V_STAGE ]] || return 0
+  say "each node copies the shards to $PHI3V_STAGE"
+  on_nodes "$use" --ntasks-per-node=1 --no-kill --kill-on-bad-exit=0 -- \
+    python launch/prepare.py stage "${settings[@]}" &
+  step_pid=$!
+  { sleep "$PHI3V_STAGE_S" && end_steps "$step_pid"; } &
+  timer=$!
+  [[ -z $noticed ]] || notice "$noticed" # it came while the step began
+  wait_for "$step_pid"
+  kill "$timer" 2>/dev/null || true
+  step_pid=""
+  [[ -z $noticed ]] || come_back ""
+  ((status == 0)) || say "not every node could copy the shards (see $run/logs): they are read where they are"
+  PHI3V_TIME_LEFT_S=$(seconds_left)
 }
 
 watch_over() { # watch_over PID: until the ranks have ended, or srun only waits for a node that is gone

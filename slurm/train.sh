@@ -35,6 +35,7 @@ trap 'notice TERM' TERM
 may_begin
 while true; do
   choose_nodes
+  stage
   on_nodes "$use" --ntasks-per-node="$ranks_per_node" --cpus-per-task="$cpus_per_rank" --kill-on-bad-exit=1 --wait=60 \
     -- python launch/train.py "${settings[@]}" &
   watch_over $!

@@ -54,7 +54,7 @@ class Staged:
         whole = [*self.there, *self.copied]
         lines = [f"{_count(whole)} in {folder}"]
         if self.copied:
-            rate = size_of(self.copied) / 1e6 / max(self.seconds, 1e-3)
+            rate = _size_of(self.copied) / 1e6 / max(self.seconds, 1e-3)
             lines[0] += f": {_count(self.copied)} copied in {self.seconds:.1f} s ({rate:,.0f} MB/s)"
         elif whole and not self.missed:
             lines[0] += " already: nothing to do"
@@ -96,10 +96,6 @@ def stage(settings: DataSettings, stop: threading.Event) -> Staged:
     return staged
 
 
-def size_of(originals: list[Original]) -> int:
-    return sum(original.size_bytes for original in originals)
-
-
 def _choose(settings: DataSettings, cache: ShardCache, staged: Staged) -> dict[Path, Original]:
     """By their copies' paths, the shards that fit; the others go to `staged`."""
     chosen: dict[Path, Original] = {}
@@ -111,9 +107,11 @@ def _choose(settings: DataSettings, cache: ShardCache, staged: Staged) -> dict[P
             path = cache.path(address, original.size_bytes, original.modified_ns)
             if not cache.serves(address):
                 staged.others.append(original)
+            elif path in chosen:
+                continue  # named twice
             elif used_bytes + original.size_bytes > cache.limit_bytes:
                 staged.too_large.append(original)
-            elif path not in chosen:
+            else:
                 chosen[path] = original
                 used_bytes += original.size_bytes
     return chosen
@@ -150,7 +148,7 @@ class _Copying:
                 last = now
                 log.info(
                     "%d of %d shards, %.2f of %.2f GB, %.0f MB/s", len(originals) - len(waiting), len(originals),
-                    self._bytes / 1e9, size_of(originals) / 1e9, self._bytes / 1e6 / (now - begin),
+                    self._bytes / 1e9, _size_of(originals) / 1e9, self._bytes / 1e6 / (now - begin),
                 )  # fmt: skip
 
     def _copy(self, original: Original) -> bool:
@@ -186,4 +184,8 @@ def _whole(path: Path) -> Path:
 
 
 def _count(originals: list[Original]) -> str:
-    return f"{len(originals):,} shards ({size_of(originals) / 1e9:,.2f} GB)"
+    return f"{len(originals):,} shards ({_size_of(originals) / 1e9:,.2f} GB)"
+
+
+def _size_of(originals: list[Original]) -> int:
+    return sum(original.size_bytes for original in originals)
