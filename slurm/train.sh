@@ -32,12 +32,15 @@ source slurm/env.sh
 (($#)) || give_up 2 "no settings are named. Usage: sbatch [options] slurm/train.sh CONFIG.yaml [key=value…]"
 settings=(--config "$@")
 [[ -z ${sweep:-} ]] || settings_of_task "$@" # this is slurm/sweep.sh
+[[ -z $PHI3V_STAGE ]] || settings+=("data.cache.path=$PHI3V_STAGE" data.cache.local_shards=true)
 
 trap 'notice USR1' USR1
 trap 'notice TERM' TERM
 may_begin "${settings[@]}"
 while true; do
   choose_nodes "${settings[@]}"
+  stage "${settings[@]}"
+  tell_ranks
   on_nodes "$use" --ntasks-per-node="$ranks_per_node" --cpus-per-task="$(cpus_per_rank)" --kill-on-bad-exit=1 --wait=60 \
     -- python launch/train.py "${settings[@]}" &
   watch_over $!
