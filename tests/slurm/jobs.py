@@ -5,7 +5,6 @@ nodes of the virtual cluster share one clock, so here, and only here, times of s
 """
 
 import json
-import subprocess
 import sys
 import time
 from dataclasses import dataclass
@@ -13,14 +12,16 @@ from datetime import datetime
 from pathlib import Path
 
 import torch
-from conftest import REPOSITORY, environment
+from conftest import REPOSITORY
 from launching import losses
 from slurm.cluster import Cluster
 
 from phi3v_dist.cluster import starts
+from phi3v_dist.data import audit, audit_report
 from phi3v_dist.data.ledger import LEDGER_NAME, LedgerReader
 from phi3v_dist.observe.metrics import ATTEMPT, STEP
 from phi3v_dist.observe.tracker import RECORD_NAME
+from phi3v_dist.run import Data, plan
 from phi3v_dist.survive.checkpoint import read_tensors
 from phi3v_dist.watch.node_report import read_reports
 
@@ -109,9 +110,13 @@ def ledger(run: Path) -> list[tuple]:
 
 
 def assert_each_sample_once(run: Path) -> None:
-    command = [sys.executable, "launch/prepare.py", "audit", str(run)]
-    done = subprocess.run(command, cwd=REPOSITORY, env=environment(), capture_output=True, text=True, timeout=120)
-    assert done.returncode == 0, done.stdout + done.stderr
+    """As `launch/prepare.py audit` finds it."""
+    settings = audit_report.settings_of(run, [])
+    data = Data.open(settings.data.train, settings)
+    head, listed = audit_report.newest_head(run), audit_report.listed_in(run)
+    reader = LedgerReader(run / LEDGER_NAME)
+    found = audit.audit(reader, data.table, data.lengths, plan(settings, data), head, listed)
+    assert not found.problems, audit_report.lines_of(found)
 
 
 @dataclass(frozen=True)
