@@ -163,7 +163,7 @@ stage() { # stage SETTINGS…: each node copies the shards to its own disk, if a
   ((status == 0)) || say "not every node could copy the shards (see $run/logs): they are read where they are"
 }
 
-tell_ranks() { # which start this is, and how long the job has
+tell_ranks() {                                                                 # which start this is, and how long the job has
   export PHI3V_START=$start PHI3V_LAST_WORD=$run/attempts/last-word-$life.json # another job may be refused in this run
   export PHI3V_TIME_LEFT_S
   PHI3V_TIME_LEFT_S=$(seconds_left)
