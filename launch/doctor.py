@@ -37,6 +37,7 @@ def main() -> None:
     parser.add_argument("overrides", nargs="*", help="settings as key=value")
     arguments = parser.parse_intermixed_args()
     check_words(arguments)
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # torch warns of every address that has no name
     from phi3v_dist.cluster import preflight
     from phi3v_dist.cluster.checking import Place
     from phi3v_dist.cluster.network import Patience
@@ -98,7 +99,7 @@ def say(report) -> int:  # type: ignore[no-untyped-def]  # its class brings pyda
         for level, texts in (("PROBLEM", check.problems), ("warning", check.warnings)):
             for text in texts:
                 print(printable(f"{report.host}: {level} {check.name}: {text}"))
-    if not report.problems:
+    if not any(check.problems or check.warnings for check in report.checks):
         print(printable(f"{report.host}: ok"))
     return min((ERRORS[check.kind].exit_code for check in report.checks if check.problems), default=0)
 

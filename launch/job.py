@@ -85,7 +85,8 @@ def begin(arguments: argparse.Namespace) -> None:
 def choose_nodes(arguments: argparse.Namespace) -> None:
     past, own = starts.read(arguments.run), arguments.life
     findings = summarize(read_reports(arguments.run / FOLDER_NAME), arguments.hosts, str(own))
-    if findings.entries:
+    is_first = own.restart == 0 and own.number == 1
+    if is_first or findings.bad or findings.common or findings.warnings:
         log.warning("\n".join(findings.lines()))
     if findings.common:
         return answer(action=nodes.STOP, code=findings.exit_code)

@@ -16,20 +16,28 @@ python launch/prepare.py audit runs/quickstart                  was each sample 
 python launch/prepare.py audit runs/quickstart --step 120 --preview
                                                                 the samples of a step, and a page that shows them
 python launch/prepare.py weights --verify models/phi-3.5-vision read it again and compare
+python launch/prepare.py stage --config my.yaml data.cache.path=/local/shards data.cache.local_shards=true
+                                                                copy the shards of a run to this node's own disk
 python launch/prepare.py checkpoint old/checkpoints --config my.yaml run.name=continued
                                                                 an old DeepSpeed ZeRO-3 checkpoint: a new run's start
 """
 
 import argparse
+import contextlib
 import logging
+import os
+import signal
 import sys
+import threading
 from pathlib import Path
 
+import psutil
 from rich.progress import MofNCompleteColumn, Progress, TaskID
 
 from launch import look
 from phi3v_dist import config
-from phi3v_dist.cli import plain_console, run_script
+from phi3v_dist.attempt.requests import NOTICES
+from phi3v_dist.cli import OWNER_ONLY, plain_console, run_script
 from phi3v_dist.config import SourceSettings
 from phi3v_dist.data.shards import ShardTable
 from phi3v_dist.errors import ConfigError, DataError
@@ -85,8 +93,11 @@ def main() -> None:
     )
     checkpoint.add_argument("--tag", help="which one; default: what `latest` says")
     checkpoint.set_defaults(run=import_deepspeed)
+    staging = commands.add_parser("stage", help="copy the shards of a run to this node's own disk, before it begins")
+    staging.add_argument("--config", required=True, help="of the run; key=value words override it")
+    staging.set_defaults(run=stage_shards)
     arguments, words = parser.parse_known_args()  # argparse takes no `*` in two places
-    if words and arguments.run not in (import_records, import_deepspeed):
+    if words and arguments.run not in (import_records, import_deepspeed, stage_shards):
         parser.error(f"unrecognized arguments: {' '.join(words)}")
     arguments.setting_words = words
     arguments.run(arguments)
@@ -148,6 +159,23 @@ def fetch_weights(arguments: argparse.Namespace) -> None:
         )  # fmt: skip
     else:
         raise ConfigError("give OWNER/NAME and --out FOLDER to fetch a model, or only --verify FOLDER to look at one")
+
+
+def stage_shards(arguments: argparse.Namespace) -> None:
+    from phi3v_dist.data.staging import stage
+
+    logging.getLogger().setLevel(logging.INFO)  # a rank here is a node, and each has much to say
+    settings = config.load(arguments.config, arguments.setting_words)
+    os.umask(OWNER_ONLY)  # a copy must not be open to more than the shard is
+    os.nice(19)
+    with contextlib.suppress(OSError, psutil.Error):  # some containers forbid it
+        psutil.Process().ionice(psutil.IOPRIO_CLASS_BE, 7)
+    stop = threading.Event()
+    for number in NOTICES:
+        signal.signal(number, lambda *_: stop.set())
+    staged = stage(settings.data, stop)
+    for line in staged.lines(settings.data.cache.path):
+        logging.info("%s", line)
 
 
 def import_deepspeed(arguments: argparse.Namespace) -> None:

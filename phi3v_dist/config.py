@@ -108,6 +108,9 @@ class CacheSettings(Section):
     """Folder on the node's own disk; none: samples are read from the store one by one."""
     limit_gb: float = Field(100, gt=0)
     """What the copies may take; those not used for longest go first."""
+    local_shards: bool = False
+    """Copy shards given as paths too: for a shared file system that is slower than the node's disk. Those that do not
+    fit are read where they are. `launch/prepare.py stage` makes the copies before the run."""
 
 
 class DataSettings(Section):
@@ -380,6 +383,8 @@ def _contradictions(settings: Settings) -> list[str]:
             f"`train.rows_per_step` {train.rows_per_step} is not a multiple of "
             f"`train.gradient_accumulation_steps` {train.gradient_accumulation_steps}: leave the latter out"
         )
+    if settings.data.cache.local_shards and not settings.data.cache.path:
+        problems.append("`data.cache.local_shards` is set, but not where: set data.cache.path to a folder on the nodes")
     if settings.eval.every_steps and not settings.data.validation:
         problems.append("`eval.every_steps` is set but `data.validation` names no shards")
     return problems

@@ -7,6 +7,8 @@
 : "${PHI3V_RANKS_PER_NODE:=}"  # default: --ntasks-per-node, else a rank for each GPU, else one
 : "${PHI3V_MAX_REQUEUES:=100}" # how often the job may come back
 : "${PHI3V_EXAMINE_S:=120}"    # a node that has not examined itself by then is left out
+: "${PHI3V_STAGE:=}"           # folder on each node's own disk, to which the shards are copied before training
+: "${PHI3V_STAGE_S:=3600}"     # training begins by then, with what is copied
 readonly LOOK_S=2              # between looks at files
 readonly LATE_S=40             # a node that examines itself so much longer than half of them do is left out, too
 readonly OVER_S=20             # srun may live so much longer than its ranks: it waits for nodes that are gone
@@ -25,7 +27,7 @@ give_up() { # give_up CODE REASON
 
 check_numbers() { # before any arithmetic, which in bash would run what is inside $(…)
   local name
-  for name in PHI3V_{NODES,MIN_NODES,RANKS_PER_NODE,MAX_REQUEUES,EXAMINE_S}; do
+  for name in PHI3V_{NODES,MIN_NODES,RANKS_PER_NODE,MAX_REQUEUES,EXAMINE_S,STAGE_S}; do
     [[ -z ${!name} || ${!name} =~ ^(0|[1-9][0-9]{0,6})$ ]] || give_up 2 "$name is '${!name}': it must be a number"
   done
 }
@@ -129,10 +131,6 @@ choose_nodes() { # choose_nodes SETTINGS…: nodes examine themselves; those tha
   requeue) come_back "${answer[bad]}" ;;
   *) exit "${answer[code]}" ;;
   esac
-  export PHI3V_START=$start PHI3V_TIME_LEFT_S
-  PHI3V_TIME_LEFT_S=$(seconds_left)
-  [[ -n $PHI3V_TIME_LEFT_S ]] || unset PHI3V_TIME_LEFT_S
-  export PHI3V_LAST_WORD=$run/attempts/last-word-$life.json # of this start alone: another job may be refused here
 }
 
 wait_for_reports() { # wait_for_reports PID NUM_NODES: until all have reported, or half of them have and the rest is late
@@ -140,7 +138,7 @@ wait_for_reports() { # wait_for_reports PID NUM_NODES: until all have reported, 
   while kill -0 "$1" 2>/dev/null; do
     sleep "$LOOK_S" &
     wait $! || true
-    told=$(grep -ls "\"token\": \"$life\"" "$run"/preflight/*.json | wc -l)
+    told=$({ grep -ls "\"token\": \"$life\"" "$run"/preflight/*.json || true; } | wc -l)
     ((waited_s += LOOK_S)) || true
     ((2 * told < $2)) || ((late_s += LOOK_S))
     ((waited_s < PHI3V_EXAMINE_S && late_s < LATE_S)) || end_steps "$1"
@@ -148,13 +146,39 @@ wait_for_reports() { # wait_for_reports PID NUM_NODES: until all have reported, 
   wait_for "$1"
 }
 
+stage() { # stage SETTINGS…: each node copies the shards to its own disk, if asked to; what is not copied is read where it is
+  local timer
+  [[ -n $PHI3V_STAGE ]] || return 0
+  say "each node copies the shards to $PHI3V_STAGE"
+  on_nodes "$use" --ntasks-per-node=1 --no-kill --kill-on-bad-exit=0 -- \
+    python launch/prepare.py stage "$@" &
+  step_pid=$!
+  { sleep "$PHI3V_STAGE_S" && end_steps "$step_pid"; } &
+  timer=$!
+  [[ -z $noticed ]] || notice "$noticed" # it came while the step began
+  wait_for "$step_pid"
+  kill "$timer" 2>/dev/null || true
+  step_pid=""
+  [[ -z $noticed ]] || come_back ""
+  ((status == 0)) || say "not every node could copy the shards (see $run/logs): they are read where they are"
+}
+
+tell_ranks() {                                                                 # which start this is, and how long the job has
+  export PHI3V_START=$start PHI3V_LAST_WORD=$run/attempts/last-word-$life.json # another job may be refused in this run
+  export PHI3V_TIME_LEFT_S
+  PHI3V_TIME_LEFT_S=$(seconds_left)
+  [[ -n $PHI3V_TIME_LEFT_S ]] || unset PHI3V_TIME_LEFT_S
+}
+
 watch_over() { # watch_over PID: until the ranks have ended, or srun only waits for a node that is gone
-  local log before attempt beat="" last_beat="" over_s=0 silent_s=0
+  local log deputy="" ended before attempt beat="" last_beat="" over_s=0 silent_s=0
   step_pid=$1 before=$(newest_attempt)
   tail --lines=0 --follow=name --retry "$run/logs/${use%%,*}.log" 2>/dev/null &
   log=$!
+  echo "$SECONDS" >"$run/logs/alive"
   if [[ $use == *,* ]]; then # a node that outlives this one
     (container=() && inside=() && on_nodes "${use##*,}" --ntasks=1 -- slurm/deputy.sh "$run/logs/alive" "$job") &
+    deputy=$!
   fi
   [[ -z $noticed ]] || notice "$noticed" # it came while the step began
   while kill -0 "$step_pid" 2>/dev/null; do
@@ -172,10 +196,12 @@ watch_over() { # watch_over PID: until the ranks have ended, or srun only waits 
     fi
   done
   wait_for "$step_pid"
-  step_pid=""
+  ended=$status step_pid=""
   sleep 1 # for the last lines of the log
   kill "$log" 2>/dev/null || true
-  end_steps "" # the deputy
+  rm -f "$run/logs/alive"
+  [[ -z $deputy ]] || wait_for "$deputy"
+  status=$ended
 }
 
 newest_attempt() { # folder of the run's newest attempt; nothing before the first

@@ -17,7 +17,8 @@
 # Whole nodes are asked for, with all their GPUs, cores and memory. Two minutes before the time limit the job saves, is
 # queued again and goes on. Settings are given as arguments and stay arguments: no shell reads a word of them. What the
 # environment of sbatch may say (PHI3V_…) is in job.sh and README.md beside this file. Submit it in the repository.
-set -euo pipefail
+set -eEuo pipefail
+trap 'echo "slurm/train.sh: $BASH_COMMAND (line $LINENO of ${BASH_SOURCE[0]}) failed with $?" >&2' ERR
 
 [[ -n ${SLURM_JOB_ID:-} ]] || cd "$(dirname "${BASH_SOURCE[0]}")/.." # in a job, Slurm runs a copy from elsewhere
 if [[ ! -f slurm/job.sh ]]; then
@@ -31,12 +32,15 @@ source slurm/env.sh
 (($#)) || give_up 2 "no settings are named. Usage: sbatch [options] slurm/train.sh CONFIG.yaml [key=value…]"
 settings=(--config "$@")
 [[ -z ${sweep:-} ]] || settings_of_task "$@" # this is slurm/sweep.sh
+[[ -z $PHI3V_STAGE ]] || settings+=("data.cache.path=$PHI3V_STAGE" data.cache.local_shards=true)
 
 trap 'notice USR1' USR1
 trap 'notice TERM' TERM
 may_begin "${settings[@]}"
 while true; do
   choose_nodes "${settings[@]}"
+  stage "${settings[@]}"
+  tell_ranks
   on_nodes "$use" --ntasks-per-node="$ranks_per_node" --cpus-per-task="$(cpus_per_rank)" --kill-on-bad-exit=1 --wait=60 \
     -- python launch/train.py "${settings[@]}" &
   watch_over $!

@@ -46,6 +46,10 @@ class SmiError(Exception):
     """nvidia-smi did not answer, or not with a table; the message says which."""
 
 
+class SmiHangs(SmiError):
+    """It does not answer at all, and will not the next time."""
+
+
 def gpus(place: Place, notes: Notes) -> None:
     """Asked before this process touches a GPU, so that what is in use is used by others."""
     if os.environ.get("CUDA_VISIBLE_DEVICES") == "":
@@ -93,11 +97,9 @@ def _listed(notes: Notes) -> int:
         ("--query-remapped-rows", REMAP_FIELDS, notes.problem),
         ("--query-gpu", THROTTLE_FIELDS, notes.warn),
     ):
-        for field, meaning in fields.items():
-            for number, row in enumerate(_query_if_known(kind, field)):
-                if _counts(row[0]):
-                    advice = "" if tell == notes.warn else "; reset it, and replace it if that comes back"
-                    tell(f"GPU {number}: {meaning} ({field} is {row[0]}){advice}")
+        for number, field, value in _flags(kind, tuple(fields)):
+            advice = "" if tell == notes.warn else "; reset it, and replace it if that comes back"
+            tell(f"GPU {number}: {fields[field]} ({field} is {value}){advice}")
     return len(rows)
 
 
@@ -107,7 +109,7 @@ def query(kind: str, fields: tuple[str, ...]) -> list[Row]:
     try:
         done = subprocess.run(words, capture_output=True, text=True, errors="replace", timeout=SMI_LIMIT_S)
     except subprocess.TimeoutExpired as error:
-        raise SmiError(f"{SMI} did not answer within {SMI_LIMIT_S:.0f} s: a GPU or its driver hangs") from error
+        raise SmiHangs(f"{SMI} did not answer within {SMI_LIMIT_S:.0f} s: a GPU or its driver hangs") from error
     except OSError as error:
         raise SmiError(f"{SMI} cannot be started: {error.strerror}") from error
     if done.returncode:
@@ -119,13 +121,25 @@ def query(kind: str, fields: tuple[str, ...]) -> list[Row]:
     return rows
 
 
-def _query_if_known(kind: str, field: str) -> list[Row]:
-    """Drivers know different fields, and say so with an error."""
+def _flags(kind: str, fields: tuple[str, ...]) -> list[tuple[int, str, str]]:
+    """(GPU, field, value) of what counts or says yes. Raises SmiError when nvidia-smi hangs."""
+    found = []
+    rows = _query_if_known(kind, fields)
+    asked = [(fields, rows)] if rows else [((field,), _query_if_known(kind, (field,))) for field in fields]
+    for names, its in asked:
+        for number, row in enumerate(its):
+            cells = zip(names, row, strict=False)
+            found += [(number, name, cell) for name, cell in cells if _counts(cell)]
+    return found
+
+
+def _query_if_known(kind: str, fields: tuple[str, ...]) -> list[Row]:
+    """Drivers know different fields, and say so with an error; then empty. Raises SmiError when nvidia-smi hangs."""
     try:
-        return query(kind, (field,))
-    except SmiError as error:
-        if "did not answer" in str(error):
-            raise
+        return query(kind, fields)
+    except SmiHangs:
+        raise
+    except SmiError:
         return []
 
 
@@ -135,7 +149,7 @@ def _counts(cell: str) -> bool:
 
 def _holders() -> str:
     """Processes that compute, for a message; no command lines, which may hold secrets."""
-    rows = _query_if_known("--query-compute-apps", "pid")
+    rows = _query_if_known("--query-compute-apps", ("pid",))
     pids = list(dict.fromkeys(row[0] for row in rows))
     return f", by process {', '.join(pids[:4])}" if pids else ""
 

@@ -148,10 +148,9 @@ def _by_themselves(own: Sequence[Report]) -> list[Entry]:
         entries += [Entry(level, name, tuple(on), text, kind) for (level, text, kind), on in found.items()]
         good = [(host, check.detail) for host, check in its if not check.problems and not check.warnings]
         if good:
-            details = Counter(detail for _, detail in good)
-            text = next(iter(details)) + (
-                f" (others: {num_nodes(len(good) - details[good[0][1]])})" * (len(details) > 1)
-            )
+            text = good[0][1]
+            if any(detail != text for _, detail in good):
+                text += f" on {good[0][0]}, and the like on the others"
             entries.append(Entry(OK, name, tuple(host for host, _ in good), text))
     return entries
 
@@ -247,12 +246,12 @@ def _network(own: Sequence[Report], num_hosts: int) -> list[Entry]:
         return entries
     known_bad = {report.host for report in own} - {report.host for report in done}
     edges = {report.host: {to: mb for to, mb in report.edges.items() if to not in known_bad} for report in done}
-    late = tuple(host for host, its in edges.items() if not its)
+    failed = {frozenset((host, to)) for host, its in edges.items() for to, mb in its.items() if not mb}
+    worked = {frozenset((host, to)) for host, its in edges.items() for to, mb in its.items() if mb} - failed
+    late = tuple(host for host, its in edges.items() if not its and not any(host in edge for edge in failed))
     if late and len(late) < len(edges):
         text = "no neighbour of it was there in the network probe: it came too late, or its neighbours are bad"
         entries.append(Entry(WARNING, LINKS, late, text))
-    failed = {frozenset((host, to)) for host, its in edges.items() for to, mb in its.items() if not mb}
-    worked = {frozenset((host, to)) for host, its in edges.items() for to, mb in its.items() if mb} - failed
     if failed and not worked:
         hosts = tuple(edges)
         text = (
@@ -261,9 +260,7 @@ def _network(own: Sequence[Report], num_hosts: int) -> list[Entry]:
         )
         return [*entries, Entry(PROBLEM, LINKS, hosts, text, is_common=True)]
     for host, others in _blamed(failed, worked):
-        entries.append(
-            Entry(PROBLEM, NETWORK, (host,), f"did not answer {folded(others)}: its link, or its neighbour's")
-        )
+        entries.append(Entry(PROBLEM, LINKS, (host,), f"did not answer {folded(others)}: its link, or its neighbour's"))
     return entries + _slow_edges({r.host: r for r in done}, worked, edges)
 
 

@@ -14,7 +14,7 @@ import time
 from collections.abc import Callable
 from concurrent.futures import Future
 from concurrent.futures import TimeoutError as FutureTimeout
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import timedelta
 from pathlib import Path
 from typing import TypeVar
@@ -28,6 +28,7 @@ from phi3v_dist.errors import LaunchError
 from phi3v_dist.survive.durable import no_links
 from phi3v_dist.watch import faults
 
+AGAIN = "~"  # after the name of a start: its second meeting
 PREFIX = ".meeting-"  # of a start's folder; empty files in it say who came
 ADDRESS_NAME = "address.json"
 CONNECT_S = 3.0
@@ -83,6 +84,23 @@ def announce(folder: Path, token: str, host: str) -> Path:
     return meeting
 
 
+def take_part(folder: Path, token: str, host: str, num_nodes: int, patience: Patience, result: Talk) -> None:
+    """The whole probe. Where the first node of a meeting turns out to be out of reach, the others hold one without it.
+
+    Raises whatever a broken network, driver or file server makes of a second meeting.
+    """
+    try:
+        talk(announce(folder, token, host), token, host, num_nodes, patience, result)
+    except (LaunchError, RuntimeError, OSError) as error:  # torch's own are RuntimeErrors
+        result.broke_off(first_words(error))
+        if not result.first or len(result.edges) > 1 or num_nodes == 2:
+            return
+        again = f"{token}{AGAIN}"
+        result.first, result.at = "", "waiting for the other nodes"
+        brief = replace(patience, come=2 * patience.turn)
+        talk(announce(folder, again, host), again, host, num_nodes - 1, brief, result)
+
+
 def talk(meeting: Path, token: str, host: str, num_nodes: int, patience: Patience, result: Talk) -> None:
     """Take part in the probe of a start; fills `result` as it goes.
 
@@ -90,7 +108,7 @@ def talk(meeting: Path, token: str, host: str, num_nodes: int, patience: Patienc
         LaunchError: there was no meeting that could be reached.
     """
     opened = _meet(meeting, token, host, num_nodes, patience)
-    _forget_older(meeting)
+    _forget_older(meeting, token)
     faults.fire("network", 0)
     store, members = within(2 * patience.join, lambda: _begin(meeting, token, host, opened, patience, result))
     if host not in members:
@@ -250,7 +268,7 @@ def _edge(store: dist.TCPStore, pair: tuple[str, str], host: str, until_s: float
         left_s = max(until_s - time.monotonic(), 1.0)
         result.edges[other] = round(_reduce(store, name, list(pair), host, left_s), 1)
     except (RuntimeError, OSError) as error:  # torch's own are RuntimeErrors
-        result.notes.warn(f"{other} did not answer on the ring: {_first_words(error)}")
+        result.notes.warn(f"{other} did not answer on the ring: {first_words(error)}")
     except _WrongSum as error:
         result.notes.problem(str(error))
 
@@ -261,7 +279,7 @@ def _sum_over_all(store: dist.TCPStore, hosts: list[str], host: str, limit_s: fl
         _reduce(store, "all", hosts, host, limit_s)
         result.total.detail = f"a sum over {len(hosts)} nodes is right"
     except (RuntimeError, OSError) as error:
-        result.total.problem(f"a sum over {len(hosts)} nodes broke off: {_first_words(error)}")
+        result.total.problem(f"a sum over {len(hosts)} nodes broke off: {first_words(error)}")
     except _WrongSum as error:
         result.total.problem(str(error))
 
@@ -323,13 +341,15 @@ def _wait_for(condition: Callable[[], bool], limit_s: float) -> bool:
     return True
 
 
-def _forget_older(meeting: Path) -> None:
+def _forget_older(meeting: Path, token: str) -> None:
     """Meetings of earlier starts."""
+    start = token.removesuffix(AGAIN)
     for folder in meeting.parent.glob(f"{PREFIX}*"):
-        if folder != meeting:
+        if folder.name.removesuffix(AGAIN) != f"{PREFIX}{start}":
             shutil.rmtree(folder, ignore_errors=True)
 
 
-def _first_words(error: Exception) -> str:
+def first_words(error: Exception) -> str:
+    """The first line that says something, of an error that may hold a stack."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return (lines[0] if lines else type(error).__name__)[:200]
+    return (lines[0] if lines else type(error).__name__)[:300]

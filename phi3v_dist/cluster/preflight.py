@@ -63,13 +63,12 @@ def probe(report: Report, place: Place, patience: Patience) -> Report:
     if place.num_nodes > 1:
         os.environ |= WAIT_FOR_PROBE
         try:
-            meeting = network.announce(place.folder, report.token, place.host)
             network.within(
                 patience.come + patience.whole,
-                lambda: network.talk(meeting, report.token, place.host, place.num_nodes, patience, result),
+                lambda: network.take_part(place.folder, report.token, place.host, place.num_nodes, patience, result),
             )
         except Exception as error:  # of a network, a driver or a file server that may be broken in any way
-            result.broke_off(" ".join(str(error).split())[:300] or type(error).__name__)
+            result.broke_off(network.first_words(error))
     seconds = round(time.monotonic() - began_s, 3)
     notes, total = result.notes, result.total
     notes.detail = "one node alone" if place.num_nodes == 1 else "neighbours were tried"

@@ -1,11 +1,13 @@
-"""Remote shards → whole copies on the node, shared by its ranks.
+"""Shards elsewhere → whole copies on the node, shared by its ranks.
 
-What comes in: an address and the object's size. What goes out: an open file with its bytes. Surprise: there is no
-process that manages the folder, and nothing to clean up after a kill. A copy in the making is `NAME.partial`, locked by
-who writes it; the kernel drops the lock with the process, and whoever wants the shard next goes on at that byte.
+What comes in: a shard's address, size and, for a path, time of change. What goes out: an open file with its bytes.
+Surprise: there is no process that manages the folder, and nothing to clean up after a kill. A copy in the making is
+`NAME.partial`, locked by who writes it; the kernel drops the lock with the process, and whoever wants the shard next
+goes on at that byte.
 
 A file that is being read is locked too (shared), so eviction passes it over. Only file locks (flock) and renames are
-used, never named shared memory.
+used, never named shared memory. Shards given as paths push nothing out when they are read: where the limit is below
+what an epoch reads, copies would come and go at every sample. staging.py makes room for them, before.
 """
 
 import contextlib
@@ -14,14 +16,18 @@ import logging
 import os
 import re
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import lru_cache
+from io import FileIO
 from pathlib import Path
 
 import xxhash
 
 from phi3v_dist.config import CacheSettings
 from phi3v_dist.data import store
+from phi3v_dist.watch import heartbeat
 
+PIECE_BYTES = 8 << 20
 POLL_S = 0.05
 WAIT_S = 900.0  # for another's download of one shard; then samples are read by range
 
@@ -34,45 +40,112 @@ class ShardCache:
     Args:
         folder: on the node's own disk; made when it is missing.
         limit_bytes: what all copies, whole and in the making, may take together.
+        local_shards: whether shards given as paths are copied too.
     """
 
-    def __init__(self, folder: Path, limit_bytes: int):
-        self.folder, self.limit_bytes = folder, limit_bytes
+    def __init__(self, folder: Path, limit_bytes: int, local_shards: bool = False):
+        self.folder, self.limit_bytes, self.local_shards = folder, limit_bytes, local_shards
         self._given_up = False
 
     @classmethod
     def of(cls, settings: CacheSettings) -> "ShardCache | None":
         """The cache that the settings ask for."""
-        return cls(settings.path, int(settings.limit_gb * 1e9)) if settings.path else None
+        if settings.path is None:
+            return None
+        return cls(settings.path, int(settings.limit_gb * 1e9), settings.local_shards)
+
+    def serves(self, address: str) -> bool:
+        """Whether a shard is to be read from a copy."""
+        return self.local_shards or store.is_remote(address)
 
     @contextlib.contextmanager
-    def open(self, address: str, size_bytes: int) -> Iterator[int | None]:
-        """A descriptor to `pread` from, for the time of the block; None: no copy can be had, read by range.
+    def open(self, address: str, size_bytes: int, modified_ns: int = 0) -> Iterator[int | None]:
+        """A descriptor to `pread` from, for the time of the block; None: no copy can be had, read the original.
+
+        modified_ns: of a path; one that was written anew is another shard.
 
         Raises:
             FileNotFoundError, StoreError: of the object.
         """
-        descriptor = self._open(address, size_bytes)
+        descriptor = self._open(address, size_bytes, modified_ns)
         try:
             yield descriptor
         finally:
             if descriptor is not None:
                 os.close(descriptor)
 
-    def drop(self, address: str, size_bytes: int) -> None:
+    def path(self, address: str, size_bytes: int, modified_ns: int = 0) -> Path:
+        """Where the copy is, or would be."""
+        which = store.shown(address) if store.is_remote(address) else f"{_real(address)}\n{modified_ns}"
+        digest = xxhash.xxh3_64_hexdigest(which.encode(errors="surrogateescape"))
+        return self.folder / f"{digest}-{size_bytes}"
+
+    def has(self, path: Path, size_bytes: int) -> bool:
+        """Whether the copy is there, now marked as used; one of another size, cut by a power loss, goes."""
+        try:
+            descriptor = _open_shared(path)
+        except OSError:
+            return False
+        if descriptor is None:
+            return False
+        try:
+            if os.fstat(descriptor).st_size == size_bytes:
+                return True
+            path.unlink()
+        finally:
+            os.close(descriptor)
+        return False
+
+    def drop(self, address: str, size_bytes: int, modified_ns: int = 0) -> None:
         """Forget a copy whose bytes are wrong."""
         with contextlib.suppress(OSError):
-            self._path(address, size_bytes).unlink()
+            self.path(address, size_bytes, modified_ns).unlink()
 
-    def _open(self, address: str, size_bytes: int) -> int | None:
-        path = self._path(address, size_bytes)
-        descriptor = _open_shared(path)
-        if descriptor is not None or self._given_up or size_bytes > self.limit_bytes:
-            return descriptor
+    def fill(
+        self, address: str, size_bytes: int, modified_ns: int, may_go: Callable[[Path], bool],
+        on_bytes: Callable[[int], object] = int,
+    ) -> bool:  # fmt: skip
+        """Make the copy, or wait until another has made it; False: there is no room, the original cannot be read or is
+        another by now, or it took too long.
+
+        Args:
+            may_go: whether a copy may be removed to make room.
+            on_bytes: told how many have come, each time; an InterruptedError from it leaves the rest to the next call.
+
+        Raises:
+            FileNotFoundError, StoreError: of the object.
+            OSError: the copy cannot be written.
+        """
+        path = self.path(address, size_bytes, modified_ns)
+        self.folder.mkdir(parents=True, exist_ok=True)
+        deadline = time.monotonic() + WAIT_S
+        while not path.exists():
+            with self._locked_folder():  # one at a time, so that all together keep the limit
+                if path.exists():
+                    return True
+                if not _partial(path).exists() and not self._make_room(size_bytes, may_go):
+                    return False
+                descriptor = os.open(_partial(path), os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+                mine = _lock(descriptor, fcntl.LOCK_EX)
+            try:
+                if mine:
+                    return self._make(address, path, size_bytes, modified_ns, on_bytes)
+            finally:
+                os.close(descriptor)  # with it goes the lock
+            if time.monotonic() > deadline:
+                return False
+            on_bytes(0)
+            time.sleep(POLL_S)
+        return True
+
+    def _open(self, address: str, size_bytes: int, modified_ns: int) -> int | None:
+        path = self.path(address, size_bytes, modified_ns)
         try:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            if not self._fill(address, path, size_bytes):
-                return None
+            descriptor = _open_shared(path)
+            if descriptor is not None or self._given_up or size_bytes > self.limit_bytes:
+                return descriptor
+            remote = store.is_remote(address)
+            return _open_shared(path) if self.fill(address, size_bytes, modified_ns, lambda _: remote) else None
         except FileNotFoundError as error:
             if error.errno is None:  # the object's, from the store
                 raise
@@ -81,36 +154,29 @@ class ShardCache:
             if not self._given_up:
                 log.warning("%s: no copies of shards from now on (%s); samples are read one by one", path, error)
             self._given_up = True
-            with contextlib.suppress(OSError):
-                _partial(path).unlink()
             return None
-        return _open_shared(path)
 
-    def _fill(self, address: str, path: Path, size_bytes: int) -> bool:
-        """Make the copy, or wait until another has made it; False: there is no room, or it took too long."""
-        deadline = time.monotonic() + WAIT_S
-        while not path.exists():
-            with self._locked_folder():  # one at a time, so that all together keep the limit
-                if path.exists():
-                    return True
-                if not _partial(path).exists() and not self._make_room(size_bytes):
-                    return False
-                descriptor = os.open(_partial(path), os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
-                mine = _lock(descriptor, fcntl.LOCK_EX)
-            try:
-                if mine:
-                    store.download(address, _partial(path), size_bytes)
-                    with self._locked_folder():
-                        _partial(path).rename(path)
-                    return True
-            finally:
-                os.close(descriptor)  # with it goes the lock
-            if time.monotonic() > deadline:
+    def _make(
+        self, address: str, path: Path, size_bytes: int, modified_ns: int, on_bytes: Callable[[int], object]
+    ) -> bool:
+        """The copy, whose `partial` is locked by us."""
+        try:
+            if store.is_remote(address):
+                store.download(address, _partial(path), size_bytes, on_bytes)
+            elif not _copy(address, _partial(path), size_bytes, modified_ns, on_bytes):
+                _partial(path).unlink()
                 return False
-            time.sleep(POLL_S)
-        return True
+            with self._locked_folder():
+                _partial(path).rename(path)
+            return True
+        except InterruptedError:
+            raise
+        except OSError:
+            with contextlib.suppress(OSError):
+                _partial(path).unlink()  # gives others the room
+            raise
 
-    def _make_room(self, size_bytes: int) -> bool:
+    def _make_room(self, size_bytes: int, may_go: Callable[[Path], bool]) -> bool:
         """Remove what was not used for longest until so many more bytes fit."""
         files = []
         for path in self.folder.iterdir():
@@ -121,7 +187,7 @@ class ShardCache:
         for _, path, size in sorted(files):
             if used_bytes + size_bytes <= self.limit_bytes:
                 break
-            if _remove_unless_in_use(path):
+            if may_go(path) and _remove_unless_in_use(path):
                 used_bytes -= size
         return used_bytes + size_bytes <= self.limit_bytes
 
@@ -134,8 +200,38 @@ class ShardCache:
         finally:
             os.close(descriptor)
 
-    def _path(self, address: str, size_bytes: int) -> Path:
-        return self.folder / f"{xxhash.xxh3_64_hexdigest(store.shown(address).encode())}-{size_bytes}"
+
+@lru_cache(maxsize=1 << 16)
+def _real(path: str) -> str:
+    return os.path.realpath(path)  # a look at each folder above: too much for every sample
+
+
+def _copy(path: str, to: Path, size_bytes: int, modified_ns: int, on_bytes: Callable[[int], object]) -> bool:
+    """A file → `to`, which may hold its beginning already; False: not all of it could be had.
+
+    Raises:
+        OSError: `to` cannot be written.
+    """
+    with to.open("ab") as copy:
+        if copy.tell() > size_bytes:
+            copy.truncate(0)
+            copy.seek(0)
+        for data in _pieces(path, copy.tell(), size_bytes, modified_ns):
+            copy.write(data)
+            heartbeat.read_on()
+            on_bytes(len(data))
+        return copy.tell() == size_bytes
+
+
+def _pieces(path: str, begin: int, size_bytes: int, modified_ns: int) -> Iterator[bytes]:
+    """A file's bytes from `begin` on; they end early where it cannot be read, or is another by now."""
+    with contextlib.suppress(OSError), FileIO(path) as file:
+        while data := os.pread(file.fileno(), PIECE_BYTES, begin):
+            status = os.fstat(file.fileno())
+            if (status.st_size, status.st_mtime_ns) != (size_bytes, modified_ns):
+                return
+            begin += len(data)
+            yield data
 
 
 def _partial(path: Path) -> Path:

@@ -5,7 +5,8 @@ index, so a silent change of a shard (a bad disk, a file rewritten under the run
 strange loss.
 
 Local shards are read by `pread`, so that any number of threads share one descriptor per shard. Remote ones are read
-from the node's copies (cache.py) where there is room for any, else one range of bytes per sample.
+from the node's copies (cache.py) where there is room for any, else one range of bytes per sample; so are local ones,
+where the settings ask for copies.
 """
 
 import contextlib
@@ -91,21 +92,29 @@ class Fetcher:
 
     def _read(self, shard: int, members: Sequence[Member]) -> tuple[dict[str, bytes], str]:
         """(name → bytes, name of a member whose checksum is wrong, or "")."""
-        address = self.table.shards[shard]
-        if not store.is_remote(address):
-            file = self._open(address)  # held here, so that another thread's eviction cannot close it before the read
-            return _check(members, lambda size, offset: os.pread(file.fileno(), size, offset))
+        address, rows = self.table.shards[shard], self.table.rows
+        if not (self.cache and self.cache.serves(address)):
+            return self._read_original(address, members)
+        which = address, int(rows.tar_size_bytes[shard]), int(rows.modified_ns[shard])
+        with self.cache.open(*which) as descriptor:
+            if descriptor is None:
+                return self._read_original(address, members)
+            with contextlib.suppress(OSError):  # of the node's disk
+                parts, wrong = _check(members, lambda size, offset: os.pread(descriptor, size, offset))
+                if not wrong:
+                    return parts, wrong
+        parts, wrong = self._read_original(address, members)
+        if not wrong:  # else the original is at fault, and another copy would be no better
+            self.cache.drop(*which)
+        return parts, wrong
+
+    def _read_original(self, address: str, members: Sequence[Member]) -> tuple[dict[str, bytes], str]:
         if copy := self._copies.get(address):
             return _check(members, lambda size, offset: os.pread(copy.fileno(), size, offset))
-        if self.cache:
-            size_bytes = int(self.table.rows.tar_size_bytes[shard])
-            with self.cache.open(address, size_bytes) as descriptor:
-                if descriptor is not None:
-                    parts, wrong = _check(members, lambda size, offset: os.pread(descriptor, size, offset))
-                    if not wrong:
-                        return parts, wrong
-                    self.cache.drop(address, size_bytes)  # the copy's fault, or the object's: the next lines find out
-        return _check(members, _ranges(address, members))
+        if store.is_remote(address):
+            return _check(members, _ranges(address, members))
+        file = self._open(address)  # held here, so that another thread's eviction cannot close it before the read
+        return _check(members, lambda size, offset: os.pread(file.fileno(), size, offset))
 
     def _open(self, path: str) -> FileIO:
         with self._lock:

@@ -188,6 +188,16 @@ class ShardTable:
         return f"data: {', '.join(map(store.shown, self.sources[source].shards))}: no shard holds a sample ({first})"
 
 
+def find(sources: Sequence[SourceSettings]) -> tuple[list[str], np.ndarray, np.ndarray]:
+    """(address, bytes, time of change in ns) of every shard; none is opened or indexed. The time of a remote one is 0.
+
+    Raises:
+        DataError: one message for each that is missing.
+    """
+    shards, _ = _find(sources, patterns.Listings())
+    return shards, *_look(shards)
+
+
 def _find(sources: Sequence[SourceSettings], listings: patterns.Listings) -> tuple[list[str], np.ndarray]:
     """All shards in order, and the source of each. Raises DataError."""
     found = [patterns.expand(source.shards, listings) for source in sources]

@@ -174,8 +174,10 @@ def read(address: str, begin: int, end: int) -> bytes:
     return bytes(received)
 
 
-def download(address: str, path: Path, size_bytes: int) -> None:
+def download(address: str, path: Path, size_bytes: int, on_bytes: Callable[[int], object] = int) -> None:
     """An object → a file. What the file holds already is taken for the object's first bytes.
+
+    on_bytes: told how many have come, each time; an OSError from it ends the download.
 
     Raises:
         FileNotFoundError, StoreError: of the object.
@@ -185,7 +187,7 @@ def download(address: str, path: Path, size_bytes: int) -> None:
         begin = file.tell()
         if begin > size_bytes:
             file.truncate(begin := 0)
-        _receive(address, begin, size_bytes, file.write, whole=True)
+        _receive(address, begin, size_bytes, lambda data: on_bytes(file.write(data)), whole=True)
         if file.tell() != size_bytes:
             raise StoreError(f"{shown(address)}: ended after {file.tell():,} of {size_bytes:,} bytes; was it replaced?")
 

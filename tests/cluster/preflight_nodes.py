@@ -18,7 +18,7 @@ from phi3v_dist.cluster.report import read_reports
 from phi3v_dist.config import Settings
 
 TOKEN = "7.0.1"
-PATIENCE = Patience(come=2.0, turn=2.0, join=3.0, edge=3.0, reduce=5.0, whole=40.0)
+PATIENCE = Patience(come=2.0, turn=2.0, join=4.0, edge=4.0, reduce=5.0, whole=40.0)
 LONGEST_S = 60.0
 
 Wrong = Callable[[], object]

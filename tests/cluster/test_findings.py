@@ -87,6 +87,12 @@ def test_when_no_two_nodes_can_talk_the_network_is_to_blame():
     assert not found.bad and "no two nodes could talk" in found.common[0].text and found.exit_code == 5
 
 
+def test_a_first_node_that_nobody_could_reach_is_named_when_the_others_could_meet():
+    edges = {"n1": {}, "n2": {"n1": 0.0, "n3": 50.0}, "n3": {"n1": 0.0, "n2": 50.0}}
+    found = judged([report(host, edges=its) for host, its in edges.items()])
+    assert list(found.bad) == ["n1"] and not found.common
+
+
 def test_a_sum_that_broke_off_is_the_fault_of_the_node_that_fell_silent():
     broken = (Check("sum", problems=("a sum over 3 nodes broke off",)),)
     ends = [report(host, checks=broken, edges={"n1": 50.0, "n3": 50.0}) for host in ("n1", "n3")]

@@ -67,6 +67,8 @@ def test_a_first_node_that_freezes_in_the_probe_costs_only_itself(settings, fold
     found = preflight_of(settings, folder, wrong, stopped=["n1"])
     assert found.good == ["n2", "n3"] and "fell silent" in found.bad["n1"][0]
     assert any("n1 held it" in warning for warning in found.warnings)
+    edges = {host: read_report(path_of(folder, host)).edges for host in ("n2", "n3")}
+    assert edges["n2"]["n3"] > 0 < edges["n3"]["n2"], "the others met again without it"
 
 
 def test_what_one_node_cannot_read_is_its_fault_and_what_none_can_read_is_no_ones(

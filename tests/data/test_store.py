@@ -247,7 +247,7 @@ def test_a_full_disk_falls_back_to_ranges_with_one_warning(server, tmp_path: Pat
         def __init__(self, file):
             self.file = file
 
-    def download(address: str, path: Path, size_bytes: int) -> None:
+    def download(address: str, path: Path, size_bytes: int, on_bytes: object) -> None:
         path.write_bytes(TAR[:1000])
         raise OSError(28, "No space left on device")
 

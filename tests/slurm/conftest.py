@@ -30,6 +30,17 @@ def slurm_cluster(pytestconfig) -> Iterator[Cluster]:
         cluster.down()
 
 
+@pytest.fixture(scope="session")
+def undisturbed(slurm_cluster, launched) -> Path:
+    """The folder of a finished run on three nodes that nothing happened to."""
+    from slurm.jobs import submit
+
+    slurm_cluster.reset()
+    job = submit(slurm_cluster, *launched, "undisturbed", slow=0)
+    job.until_finished()
+    return job.run
+
+
 @pytest.fixture
 def slurm(slurm_cluster) -> Cluster:
     """The cluster with every node idle, whatever the test before left behind."""
