@@ -14,8 +14,8 @@ from slurm.cluster import Cluster
 
 PAGE = REPOSITORY / "slurm" / "README.md"
 NOT_RUN = re.compile(r"\(not run by tests: (.+)\)$")
-STEPS = 24
-SLOW = ",".join(f"*:{phase}:*:slow" for phase in ("forward", "backward"))  # half a second each: time to be disturbed
+STEPS = 60
+SLOW = ",".join(f"*:{phase}:*:slow" for phase in ("data", "forward", "backward", "optimizer"))  # half a second each
 IN_USE, WRONG_SETTINGS = 13, 2
 
 
@@ -32,6 +32,7 @@ def checkout(tmp_path, settings_tree) -> Path:
     settings_tree["run"] = {"name": "quickstart"}
     settings_tree["data"]["validation"] = []
     settings_tree["train"]["rows_per_step"] = 2
+    settings_tree["data"]["row_length_tokens"] = 400
     (folder / "launch/configs/quickstart.yaml").write_text(yaml.safe_dump(settings_tree))
     return folder
 
@@ -117,7 +118,7 @@ def test_each_command_of_the_page_does_what_it_says(slurm, checkout, nodes):
     moved = page.run("PHI3V_NODES=2")
     slurm.until("it has begun", lambda: "restart 0 on" in log(checkout, moved), 60, moved)
     page.run("--signal=USR1", moved)
-    slurm.wait(moved, restarts=1, timeout_s=60)
+    slurm.wait(moved, "PENDING", restarts=1, timeout_s=60)
     page.run("scancel JOB", moved)
     slurm.wait(moved, "CANCELLED")
 
