@@ -43,6 +43,7 @@ here() { # here COMMAND…: on this node, where the software is; not to be ended
 ask() { # ask VERB WORDS…: launch/job.py's answer, in the array `answer`
   local lines line
   lines=$(here python launch/job.py "$@") || exit $?
+  answer=()
   while IFS= read -r line; do answer[${line%%=*}]=${line#*=}; done <<<"$lines"
 }
 declare -A answer
@@ -124,11 +125,11 @@ choose_nodes() { # choose_nodes SETTINGS…: nodes examine themselves; those tha
   on_nodes "$hosts" --ntasks-per-node=1 --no-kill --kill-on-bad-exit=0 -- \
     python launch/doctor.py --report "$run/preflight" --token "$life" "$@" &
   wait_for_reports $! "$(tr , '\n' <<<"$hosts" | wc -l)"
-  [[ -z $noticed ]] || come_back ""
-  ask nodes "$run" --life "$life" --hosts "$hosts" --wanted "$wanted" --least "$least" --time-left "$(seconds_left)"
+  ask nodes "$run" --life "$life" --hosts "$hosts" --wanted "$wanted" --least "$least" \
+    --time-left "$(seconds_left)" ${noticed:+--noticed}
   case ${answer[action]} in
   train) use=${answer[use]} ;;
-  requeue) come_back "${answer[bad]}" ;;
+  requeue) come_back "${answer[bad]:-}" ;;
   *) exit "${answer[code]}" ;;
   esac
 }
