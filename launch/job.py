@@ -119,6 +119,13 @@ def tell(run: Path, own: Life, end: End) -> None:
     answer(action=end.action, code=end.exit_code)
 
 
+def show_sweep(arguments: argparse.Namespace) -> None:
+    tasks, given = sweep.read_tasks(arguments.file), arguments.overrides
+    if arguments.task is None:
+        return print("\n".join(sweep.describe(tasks, arguments.config, given)))
+    print("\n".join(sweep.added_by(arguments.task, tasks, arguments.config, given)))
+
+
 def cli() -> None:
     """Entry point of the installed command."""
     run_script(main)
