@@ -17,8 +17,11 @@ PHI3V_MOUNTS=${PHI3V_MOUNTS:-}
 # --- 3. a virtual environment: the one that `make setup` makes ---------------------------------------------------------
 PHI3V_VENV=${PHI3V_VENV:-$PWD/.venv}
 
-container=() # options of srun
-inside=()    # words before a command
+container=()                                   # options of srun
+inside=()                                      # words before a command
+if [[ -n $PHI3V_PYXIS$PHI3V_APPTAINER ]]; then # images hold libraries; the program is this repository
+  export PYTHONPATH=$PWD${PYTHONPATH:+:$PYTHONPATH}
+fi
 if [[ -n $PHI3V_PYXIS ]]; then
   container=(--container-image="$PHI3V_PYXIS" --container-mounts="$PWD:$PWD${PHI3V_MOUNTS:+,$PHI3V_MOUNTS}"
     --container-workdir="$PWD" --no-container-mount-home)
