@@ -190,7 +190,7 @@ def test_a_rank_that_hangs_is_ended_and_training_goes_on(slurm, undisturbed, lau
     fault_s = now_s()
     slurm.on("node2", "kill", "-STOP", job.rank_on("node2"))
     job.until_finished()
-    assert_undisturbed(job, undisturbed, measured(job, fault_s, "a rank hangs (`watch.hang_s=5`)"))
+    assert_undisturbed(job, undisturbed, measured(job, fault_s, "a rank hangs (`watch.hang_s=10`)"))
 
 
 @pytest.mark.fault(17)
