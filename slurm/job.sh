@@ -232,13 +232,17 @@ judge() { # returns when another start in place may help
 }
 
 come_back() { # come_back NODES: queue the job again, without these nodes; ends here
-  local excluded state
+  local excluded fields state lives
   trap '' TERM USR1 # requeueing ends this script
   ((${SLURM_RESTART_COUNT:-0} < PHI3V_MAX_REQUEUES)) ||
     give_up 8 "the job has come back ${SLURM_RESTART_COUNT} times (PHI3V_MAX_REQUEUES): submit it again to go on"
-  state=$(scontrol show job "$job" | sed -n 's/.*JobState=\([A-Z_]*\).*/\1/p')
+  fields=$(scontrol show job "$job")
+  state=$(sed -n 's/.*JobState=\([A-Z_]*\).*/\1/p' <<<"$fields")
+  lives=$(sed -n 's/.*Restarts=\([0-9]*\).*/\1/p' <<<"$fields")
   case $state in
   RUNNING)
+    ((lives <= ${SLURM_RESTART_COUNT:-0})) || # this node stood still, and Slurm did not wait for it
+      give_up 0 "the job runs elsewhere by now: this is what was left of its restart ${SLURM_RESTART_COUNT:-0}"
     scontrol requeue "$job" ||
       give_up 1 "the job cannot be queued again: to go on, submit it again with the same words"
     say "queued again${1:+, without $1}"
