@@ -21,7 +21,7 @@ from phi3v_dist.cli import run_script
 from phi3v_dist.cluster import judge, nodes, starts, sweep
 from phi3v_dist.cluster.findings import summarize
 from phi3v_dist.cluster.report import FOLDER_NAME, read_reports
-from phi3v_dist.cluster.starts import Life
+from phi3v_dist.cluster.starts import End, Life
 from phi3v_dist.errors import ConfigError
 from phi3v_dist.watch.attempts import best_step
 
