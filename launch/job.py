@@ -21,7 +21,7 @@ from phi3v_dist.cli import run_script
 from phi3v_dist.cluster import judge, nodes, starts, sweep
 from phi3v_dist.cluster.findings import summarize
 from phi3v_dist.cluster.report import FOLDER_NAME, read_reports
-from phi3v_dist.cluster.starts import Life
+from phi3v_dist.cluster.starts import End, Life
 from phi3v_dist.errors import ConfigError
 from phi3v_dist.watch.attempts import best_step
 
@@ -40,6 +40,7 @@ def main() -> None:
     verb.add_argument("--hosts", type=lambda text: text.split(","), required=True, metavar="A,B,…")
     verb.add_argument("--wanted", type=int, required=True, help="nodes to train on; those beyond are spares")
     verb.add_argument("--least", type=int, required=True, help="nodes with which to train rather than wait")
+    verb.add_argument("--noticed", action="store_true", help="the job was told that it is going to be ended")
     verb.add_argument("--time-left", type=seconds, default=None, metavar="S", help="until Slurm ends the job")
     verb = verbs.add_parser("judge", help="how the start ended, and what to do now")
     verb.add_argument("run", type=Path)
@@ -84,6 +85,9 @@ def begin(arguments: argparse.Namespace) -> None:
 
 def choose_nodes(arguments: argparse.Namespace) -> None:
     past, own = starts.read(arguments.run), arguments.life
+    if arguments.noticed:
+        starts.begin(arguments.run, own, [], best_step(arguments.run))
+        return tell(arguments.run, own, judge.not_begun(arguments.run, own))
     findings = summarize(read_reports(arguments.run / FOLDER_NAME), arguments.hosts, str(own))
     is_first = own.restart == 0 and own.number == 1
     if is_first or findings.bad or findings.common or findings.warnings:
@@ -105,7 +109,12 @@ def choose_nodes(arguments: argparse.Namespace) -> None:
 
 def judge_start(arguments: argparse.Namespace) -> None:
     end = judge.judge(arguments.run, arguments.life, arguments.exit_code, arguments.noticed)
-    starts.end(arguments.run, arguments.life, end)
+    tell(arguments.run, arguments.life, end)
+
+
+def tell(run: Path, own: Life, end: End) -> None:
+    """Record how a start has ended, and answer with what is to be done."""
+    starts.end(run, own, end)
     log.warning("%s: %s", end.action, end.why)
     answer(action=end.action, code=end.exit_code)
 

@@ -12,6 +12,7 @@
 readonly LOOK_S=2              # between looks at files
 readonly LATE_S=40             # a node that examines itself so much longer than half of them do is left out, too
 readonly OVER_S=20             # srun may live so much longer than its ranks: it waits for nodes that are gone
+readonly LEAVE_S=5             # and the deputy may take so long to leave
 readonly SILENT_S=120          # and so long may rank 0's node show no life
 start=0 noticed="" step_pid="" status=0
 job=${SLURM_JOB_ID:-}
@@ -43,6 +44,7 @@ here() { # here COMMAND…: on this node, where the software is; not to be ended
 ask() { # ask VERB WORDS…: launch/job.py's answer, in the array `answer`
   local lines line
   lines=$(here python launch/job.py "$@") || exit $?
+  answer=()
   while IFS= read -r line; do answer[${line%%=*}]=${line#*=}; done <<<"$lines"
 }
 declare -A answer
@@ -124,11 +126,11 @@ choose_nodes() { # choose_nodes SETTINGS…: nodes examine themselves; those tha
   on_nodes "$hosts" --ntasks-per-node=1 --no-kill --kill-on-bad-exit=0 -- \
     python launch/doctor.py --report "$run/preflight" --token "$life" "$@" &
   wait_for_reports $! "$(tr , '\n' <<<"$hosts" | wc -l)"
-  [[ -z $noticed ]] || come_back ""
-  ask nodes "$run" --life "$life" --hosts "$hosts" --wanted "$wanted" --least "$least" --time-left "$(seconds_left)"
+  ask nodes "$run" --life "$life" --hosts "$hosts" --wanted "$wanted" --least "$least" \
+    --time-left "$(seconds_left)" ${noticed:+--noticed}
   case ${answer[action]} in
   train) use=${answer[use]} ;;
-  requeue) come_back "${answer[bad]}" ;;
+  requeue) come_back "${answer[bad]:-}" ;;
   *) exit "${answer[code]}" ;;
   esac
 }
@@ -200,8 +202,18 @@ watch_over() { # watch_over PID: until the ranks have ended, or srun only waits 
   sleep 1 # for the last lines of the log
   kill "$log" 2>/dev/null || true
   rm -f "$run/logs/alive"
-  [[ -z $deputy ]] || wait_for "$deputy"
+  [[ -z $deputy ]] || let_go "$deputy"
   status=$ended
+}
+
+let_go() { # let_go PID: it leaves by itself, unless its node is gone
+  local waited_s=0
+  while kill -0 "$1" 2>/dev/null && ((waited_s++ < LEAVE_S)); do
+    sleep 1 &
+    wait $! || true
+  done
+  kill -KILL "$1" 2>/dev/null || true
+  wait_for "$1"
 }
 
 newest_attempt() { # folder of the run's newest attempt; nothing before the first
@@ -221,13 +233,17 @@ judge() { # returns when another start in place may help
 }
 
 come_back() { # come_back NODES: queue the job again, without these nodes; ends here
-  local excluded state
+  local excluded fields state lives
   trap '' TERM USR1 # requeueing ends this script
   ((${SLURM_RESTART_COUNT:-0} < PHI3V_MAX_REQUEUES)) ||
     give_up 8 "the job has come back ${SLURM_RESTART_COUNT} times (PHI3V_MAX_REQUEUES): submit it again to go on"
-  state=$(scontrol show job "$job" | sed -n 's/.*JobState=\([A-Z_]*\).*/\1/p')
+  fields=$(scontrol show job "$job")
+  state=$(sed -n 's/.*JobState=\([A-Z_]*\).*/\1/p' <<<"$fields")
+  lives=$(sed -n 's/.*Restarts=\([0-9]*\).*/\1/p' <<<"$fields")
   case $state in
   RUNNING)
+    ((lives <= ${SLURM_RESTART_COUNT:-0})) || # this node stood still, and Slurm did not wait for it
+      give_up 0 "the job runs elsewhere by now: this is what was left of its restart ${SLURM_RESTART_COUNT:-0}"
     scontrol requeue "$job" ||
       give_up 1 "the job cannot be queued again: to go on, submit it again with the same words"
     say "queued again${1:+, without $1}"

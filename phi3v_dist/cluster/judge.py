@@ -19,7 +19,16 @@ from phi3v_dist.watch.endings import MAX_WITHOUT_STEP, Ending, how_it_ended
 
 def judge(run: Path, life: Life, exit_code: int, noticed: bool) -> End:
     """exit_code: of srun, as a shell tells it (128 and the signal's number). noticed: the job is about to be ended."""
-    end = _ending(run, life, exit_code, noticed)
+    return unless_in_vain(run, life, _ending(run, life, exit_code, noticed))
+
+
+def not_begun(run: Path, life: Life) -> End:
+    """Of a start that was asked to stop while its nodes were examined."""
+    return unless_in_vain(run, life, End(REQUEUE, "asked to stop before the ranks began", 0, best_step(run)))
+
+
+def unless_in_vain(run: Path, life: Life, end: End) -> End:
+    """The same, unless too many starts in a row have ended so without a new step."""
     most = {AGAIN: MAX_WITHOUT_STEP, REQUEUE: starts.MAX_NOTICES}.get(end.action)
     past = starts.read(run)
     began_at = next((start.step for start in past if start.life == life), 0)

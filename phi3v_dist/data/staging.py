@@ -39,7 +39,8 @@ class Original:
 class Staged:
     """What became of the shards.
 
-    others: paths that the settings do not ask to copy. there: copied earlier. missed: were to be copied and could not.
+    others: paths that the settings do not ask to copy. there: copied earlier. copied: by this call or beside it.
+    missed: were to be copied and could not. copied_bytes: by this call, those of a copy that is not whole yet too.
     """
 
     others: list[Original] = field(default_factory=list)
@@ -47,16 +48,17 @@ class Staged:
     there: list[Original] = field(default_factory=list)
     copied: list[Original] = field(default_factory=list)
     missed: list[Original] = field(default_factory=list)
+    copied_bytes: int = 0
     seconds: float = 0.0
 
     def lines(self, folder: Path) -> list[str]:
         """For people."""
         whole = [*self.there, *self.copied]
         lines = [f"{_count(whole)} in {folder}"]
-        if self.copied:
-            rate = _size_of(self.copied) / 1e6 / max(self.seconds, 1e-3)
-            lines[0] += f": {_count(self.copied)} copied in {self.seconds:.1f} s ({rate:,.0f} MB/s)"
-        elif whole and not self.missed:
+        if self.copied or self.missed:
+            rate = self.copied_bytes / 1e6 / max(self.seconds, 1e-3)
+            lines[0] += f": {self.copied_bytes / 1e9:,.2f} GB copied in {self.seconds:.1f} s ({rate:,.0f} MB/s)"
+        elif whole:
             lines[0] += " already: nothing to do"
         if self.too_large:
             lines.append(f"{_count(self.too_large)} did not fit: they are read where they are (data.cache.limit_gb)")
@@ -137,6 +139,7 @@ class _Copying:
                 raise
         for future, original in futures.items():
             (staged.copied if future.result() else staged.missed).append(original)
+        staged.copied_bytes = self._bytes
 
     def _tell_until_done(self, waiting: set[Future[bool]], originals: list[Original]) -> None:
         begin = last = time.monotonic()

@@ -176,6 +176,16 @@ def test_a_time_limit_too_short_for_a_step_does_not_requeue_for_ever(run):
     assert "sbatch --time" in actions[-1].why
 
 
+def test_nor_does_one_that_is_over_before_the_nodes_are_examined(run):
+    words = ["--hosts", "node1", "--wanted", 1, "--least", 1, "--noticed"]
+    for number in range(1, starts.MAX_NOTICES):
+        starts.begin(run.folder, Life("12", number, 1), [], 0)
+        starts.end(run.folder, Life("12", number, 1), End(REQUEUE, "", 0, 0))
+    done = job("nodes", run.folder, "--life", "12.99.1", *words)
+    assert done.stdout.splitlines() == ["action=stop", f"code={CrashLoopError.exit_code}"]
+    assert job("nodes", run.folder, "--life", "13.0.1", *words).stdout.splitlines()[0] == "action=requeue"
+
+
 def test_a_start_that_slurm_ended_with_its_batch_script_is_passed_over(run):
     for number in range(1, 6):
         run.start(Life("12", number, 1), step=5)  # nobody was left to say how it ended

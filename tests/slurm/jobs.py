@@ -27,7 +27,7 @@ from phi3v_dist.watch.node_report import read_reports
 
 STEPS, EVERY_STEPS = 24, 6  # of each run here, and between its checkpoints
 SETTINGS = (
-    f"train.steps={STEPS}", f"checkpoint.every_steps={EVERY_STEPS}", "data.validation=[]", "watch.hang_s=5",
+    f"train.steps={STEPS}", f"checkpoint.every_steps={EVERY_STEPS}", "data.validation=[]", "watch.hang_s=10",
 )  # fmt: skip
 SLOW = [f"{rank}:{phase}:*:slow" for phase in ("forward", "optimizer", "data", "backward") for rank in (0, 1)]
 TRAIN = REPOSITORY / "slurm" / "train.sh"

@@ -63,7 +63,9 @@ def page(rows: list[dict]) -> str:
     over = sum(row["ours_s"] > BOUND_S for row in rows)
     said = f"{over} of these {len(rows)} took longer." if over else "All kept it."
     head = HEAD.format(date=date.today().isoformat(), machine=machine())
-    tail = TAIL.format(timeout=os.environ.get("SLURM_SIM_NODE_TIMEOUT", "10"), every=EVERY_STEPS, bound=BOUND_S, over=said)
+    tail = TAIL.format(
+        timeout=os.environ.get("SLURM_SIM_NODE_TIMEOUT", "10"), every=EVERY_STEPS, bound=BOUND_S, over=said
+    )
     return head + "\n".join(lines) + "\n" + tail
 
 

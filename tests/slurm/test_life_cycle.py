@@ -32,3 +32,12 @@ def test_a_notice_costs_no_step_and_the_job_comes_back_by_itself(slurm, undistur
     assert int(slurm.job(job.id)["Restarts"]) == 1
     assert_same_run(job.run, undisturbed)
     assert_each_sample_once(job.run)
+
+
+@pytest.mark.fault(100)
+def test_a_finished_run_submitted_again_ends_at_once(slurm, undisturbed, launched):
+    before = (undisturbed / "metrics.jsonl").read_bytes()
+    job = submit(slurm, *launched, undisturbed.name)
+    assert slurm.wait(job.id, "COMPLETED")["ExitCode"] == "0:0"
+    assert f"{undisturbed} is finished: nothing to do" in slurm.output(job.id)
+    assert (undisturbed / "metrics.jsonl").read_bytes() == before

@@ -74,12 +74,17 @@ def test_a_preempted_job_saves_and_comes_back_when_the_other_is_done(slurm, undi
 
 @pytest.mark.fault(9)
 def test_a_job_at_its_time_limit_saves_and_comes_back(slurm, undisturbed, launched, measured):
-    options = ("--nodes=3", "--time=2", "--signal=B:USR1@60")
-    job = submit(slurm, *launched, "time-limit", options=options, slow=len("12345678"))
-    slurm.wait_for_output(job.id, "USR1", timeout_s=240)
+    options = ("--nodes=3", "--time=20", "--signal=B:USR1@90")
+    job = submit(slurm, *launched, "time-limit", options=options, slow=8)
+    job.until_step(3)
+    hours, minutes, _ = (int(part) for part in slurm.job(job.id)["RunTime"].split(":"))
+    slurm.client("scontrol", "update", f"JobId={job.id}", f"TimeLimit={60 * hours + minutes + 2}")
+    slurm.wait_for_output(job.id, "USR1", timeout_s=120)  # Slurm looks every 30 s
     fault_s = now_s()
-    job.until_finished(timeout_s=600)
-    assert_undisturbed(job, undisturbed, measured(job, fault_s, "time limit (`--signal=B:USR1@60`)"), may_lose=0)
+    slurm.wait_for_output(job.id, "queued again", timeout_s=120)
+    slurm.client("scontrol", "update", f"JobId={job.id}", "TimeLimit=20")
+    job.until_finished()
+    assert_undisturbed(job, undisturbed, measured(job, fault_s, "notice of the time limit"), may_lose=0)
 
 
 @pytest.mark.fault(9, 23)
@@ -190,7 +195,7 @@ def test_a_rank_that_hangs_is_ended_and_training_goes_on(slurm, undisturbed, lau
     fault_s = now_s()
     slurm.on("node2", "kill", "-STOP", job.rank_on("node2"))
     job.until_finished()
-    assert_undisturbed(job, undisturbed, measured(job, fault_s, "a rank hangs (`watch.hang_s=5`)"))
+    assert_undisturbed(job, undisturbed, measured(job, fault_s, "a rank hangs (`watch.hang_s=10`)"))
 
 
 @pytest.mark.fault(17)
