@@ -173,18 +173,18 @@ tell_ranks() {                                                                 #
 }
 
 watch_over() { # watch_over PID: until the ranks have ended, or srun only waits for a node that is gone
-  local log deputy="" ended before attempt beat="" last_beat="" over_s=0 silent_s=0
+  local counter=$run/logs/alive-$SLURM_JOB_ID log deputy="" ended before attempt beat="" last_beat="" over_s=0 silent_s=0
   step_pid=$1 before=$(newest_attempt)
   tail --lines=0 --follow=name --retry "$run/logs/${use%%,*}.log" 2>/dev/null &
   log=$!
-  echo "$SECONDS" >"$run/logs/alive"
+  echo "$SECONDS" >"$counter"
   if [[ $use == *,* ]]; then # a node that outlives this one
-    (container=() && inside=() && on_nodes "${use##*,}" --ntasks=1 -- slurm/deputy.sh "$run/logs/alive" "$job") &
+    (container=() && inside=() && on_nodes "${use##*,}" --ntasks=1 -- slurm/deputy.sh "$counter" "$job") &
     deputy=$!
   fi
   [[ -z $noticed ]] || notice "$noticed" # it came while the step began
   while kill -0 "$step_pid" 2>/dev/null; do
-    echo "$SECONDS" >"$run/logs/alive" || true # a full disk: the ranks say so
+    echo "$SECONDS" >"$counter" || true # a full disk: the ranks say so
     sleep "$LOOK_S" &
     wait $! || true
     attempt=$(newest_attempt)
@@ -201,7 +201,7 @@ watch_over() { # watch_over PID: until the ranks have ended, or srun only waits 
   ended=$status step_pid=""
   sleep 1 # for the last lines of the log
   kill "$log" 2>/dev/null || true
-  rm -f "$run/logs/alive"
+  rm -f "$counter"
   [[ -z $deputy ]] || let_go "$deputy"
   status=$ended
 }
