@@ -12,7 +12,7 @@ export OMP_NUM_THREADS=${OMP_NUM_THREADS:-}
 PHI3V_PYXIS=${PHI3V_PYXIS:-}
 # --- 2. a container through apptainer: a .sif file, made from slurm/phi3v.def ------------------------------------------
 PHI3V_APPTAINER=${PHI3V_APPTAINER:-}
-# What containers see of the file systems beside the repository, as SOURCE[:TARGET], comma-separated
+# What containers see of the file systems beside the repository, as SOURCE:TARGET, comma-separated
 PHI3V_MOUNTS=${PHI3V_MOUNTS:-}
 # --- 3. a virtual environment: the one that `make setup` makes ---------------------------------------------------------
 PHI3V_VENV=${PHI3V_VENV:-$PWD/.venv}
