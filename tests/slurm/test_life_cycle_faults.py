@@ -11,6 +11,8 @@ from pathlib import Path
 
 import pytest
 from launching import losses
+
+from phi3v_dist.cluster import starts
 from slurm.jobs import (
     EVERY_STEPS,
     STEPS,
@@ -22,8 +24,6 @@ from slurm.jobs import (
     submit,
     time_imports,
 )
-
-from phi3v_dist.cluster import starts
 
 pytestmark = pytest.mark.slow
 SAME_IN_FP32 = 2e-6  # relative, of the first 10 steps: two ranks sum in another order than three
