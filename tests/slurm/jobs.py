@@ -153,7 +153,7 @@ def recovery(job: Job, fault_s: float, imports_s: dict[str, float]) -> Recovery:
     life_s = datetime.fromisoformat(job.cluster.job(job.id)["StartTime"]).timestamp() if came_back else None
     noticed_s = max(0.0, min(seen_s, ended_s) - fault_s) if seen_s and ended_s else 0.0
     slurm_s = life_s - (ended_s or fault_s) if life_s else 0.0
-    num_starts = sum(start.unix_s > fault_s for start in starts.read(job.run))
+    num_starts = sum(fault_s < start.unix_s < again["time"] for start in starts.read(job.run))
     asked = 1 + num_starts + (ended_s is not None)  # begin or judge, nodes
     imported_s = asked * imports_s["launch/job.py"]
     imported_s += num_starts * (imports_s["launch/doctor.py"] + imports_s["launch/train.py"])
