@@ -34,7 +34,6 @@ TRAIN = REPOSITORY / "slurm" / "train.sh"
 IMPORTS = {  # program → what it imports before it does anything
     "launch/job.py": "launch.job",
     "launch/doctor.py": "phi3v_dist.cluster.preflight, phi3v_dist.config, phi3v_dist.parallel.topology",
-    "launch/train.py": "deepspeed, phi3v_dist.run, phi3v_dist.parallel.topology, phi3v_dist.train.loop",
 }
 TIMED_IMPORT = "import time, psutil, {}; print(time.time() - psutil.Process().create_time())"
 
@@ -124,7 +123,8 @@ class Recovery:
     """Seconds from a fault to the end of the first step after it, in four parts, and the steps that were lost.
 
     noticed_s: until the ranks' watchers have said what it is. slurm_s: Slurm's own, from the end of the job's life to
-    the next one. imports_s: of Python, measured apart on as many nodes. ours_s: all the rest.
+    the next one. imports_s: of Python: of training until its ranks have met, of other programs measured apart on as
+    many nodes. ours_s: all the rest.
     """
 
     noticed_s: float
@@ -153,10 +153,10 @@ def recovery(job: Job, fault_s: float, imports_s: dict[str, float]) -> Recovery:
     life_s = datetime.fromisoformat(job.cluster.job(job.id)["StartTime"]).timestamp() if came_back else None
     noticed_s = max(0.0, min(seen_s, ended_s) - fault_s) if seen_s and ended_s else 0.0
     slurm_s = life_s - (ended_s or fault_s) if life_s else 0.0
-    num_starts = sum(start.unix_s > fault_s for start in starts.read(job.run))
+    num_starts = sum(fault_s < start.unix_s < again["time"] for start in starts.read(job.run))
     asked = 1 + num_starts + (ended_s is not None)  # begin or judge, nodes
-    imported_s = asked * imports_s["launch/job.py"]
-    imported_s += num_starts * (imports_s["launch/doctor.py"] + imports_s["launch/train.py"])
+    imported_s = asked * imports_s["launch/job.py"] + num_starts * imports_s["launch/doctor.py"]
+    imported_s += sum(job.owner(attempt)["start_s"] for attempt in range(int(before) + 1, int(again[ATTEMPT]) + 1))
     ours_s = again["time"] - fault_s - noticed_s - slurm_s - imported_s
     how = "requeued" if came_back else "in place"
     return Recovery(noticed_s, slurm_s, imported_s, ours_s, int(lost), len(new["hosts"]), how)

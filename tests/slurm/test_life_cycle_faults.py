@@ -111,11 +111,11 @@ def test_a_job_whose_node_is_lost_goes_on_and_the_lost_ranks_change_nothing(
     node = job.batch_host() if where == "first" else "node2"
     fault_s = now_s()
     getattr(slurm, what)(node)
-    job.until_step(AT_STEP + 1, attempt=2)
-    {"kill": slurm.start, "freeze": slurm.thaw, "cut": slurm.heal}[what](node)  # its old ranks wake beside the new
-    job.until_finished()
+    job.until_step(1, attempt=2)
     done = {"kill": "node lost its power", "freeze": "node stands still", "cut": "node lost its network"}[what]
     found = measured(job, fault_s, f"{done}, {'the batch script runs there' if where == 'first' else 'another node'}")
+    {"kill": slurm.start, "freeze": slurm.thaw, "cut": slurm.heal}[what](node)  # its old ranks wake beside the new
+    job.until_finished()
     assert_undisturbed(job, undisturbed, found)
     assert node not in job.owner(2)["hosts"]
     before = job.checkpoints()
