@@ -3,6 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 GPUS := $(shell nvidia-smi --list-gpus 2>/dev/null | wc -l)
 SHELL_FILES := .ci/run tests/slurm/slurm-sim $(wildcard slurm/*.sh)
+WORKERS ?= 2
 RANKS ?= $(if $(filter-out 0,$(GPUS)),$(GPUS),2)
 
 export PATH := $(abspath $(VENV))/bin:$(PATH)
@@ -30,7 +31,7 @@ train: setup ## sample data, a tiny Phi-3-V trained under ZeRO-3, scores, export
 	python launch/report.py runs/quickstart
 
 test: setup lint ## lint, types and every behaviour, in minutes
-	OMP_NUM_THREADS=1 python -m pytest -m "not slow"
+	OMP_NUM_THREADS=1 python -m pytest -m "not slow" -n $(WORKERS)
 
 test-slow: setup ## long trials
 	OMP_NUM_THREADS=1 python -m pytest -m slow --timeout 3600

@@ -5,8 +5,6 @@
 # --- your cluster's own lines: modules, proxies, NCCL --------------------------------------------------------------
 # module purge && module load cuda nccl
 # export NCCL_SOCKET_IFNAME=ib0 NCCL_IB_HCA=mlx5    # only when NCCL picks the wrong network: see README.md
-export OMP_NUM_THREADS=${OMP_NUM_THREADS:-}
-[[ -n $OMP_NUM_THREADS ]] || unset OMP_NUM_THREADS # the ranks divide the cores that Slurm gives them
 
 # --- 1. a container through pyxis/enroot: a name or a .sqsh file -------------------------------------------------------
 PHI3V_PYXIS=${PHI3V_PYXIS:-}
@@ -14,7 +12,8 @@ PHI3V_PYXIS=${PHI3V_PYXIS:-}
 PHI3V_APPTAINER=${PHI3V_APPTAINER:-}
 # What containers see of the file systems beside the repository, as SOURCE:TARGET, comma-separated
 PHI3V_MOUNTS=${PHI3V_MOUNTS:-}
-# --- 3. a virtual environment: the one that `make setup` makes ---------------------------------------------------------
+[[ -z $PHI3V_STAGE ]] || PHI3V_MOUNTS=${PHI3V_MOUNTS:+$PHI3V_MOUNTS,}$PHI3V_STAGE:$PHI3V_STAGE
+# --- 3. a virtual environment: the one that `make setup` makes, or the folder of a conda environment -------------------
 PHI3V_VENV=${PHI3V_VENV:-$PWD/.venv}
 
 container=()                                   # options of srun

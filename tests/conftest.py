@@ -9,8 +9,11 @@ import os
 import sys
 from pathlib import Path
 
+import deepspeed  # noqa: F401
+import transformers.modeling_utils  # noqa: F401
 from jaxtyping import install_import_hook
 
+# Large packages come before it: what is first imported from within a hooked module is compiled anew in every process.
 install_import_hook("phi3v_dist", "beartype.beartype")  # before the first import of the package
 
 import numpy as np  # noqa: E402
@@ -160,3 +163,25 @@ COLLECTED = pytest.StashKey[list[pytest.Item]]()
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Keeps all tests for test_fault_table.py, before `-m "not slow"` leaves some out."""
     config.stash[COLLECTED] = list(items)
+    if hasattr(config, "workerinput"):  # one of several processes
+        from workers import turn
+
+        items.sort(key=lambda item: turn(item.nodeid))
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log):
+    from workers import Scopes
+
+    return Scopes(config, log)
+
+
+NO_CLUSTER = "the Slurm tests do not run: "
+
+
+def pytest_terminal_summary(terminalreporter) -> None:
+    """Here and not beside the Slurm tests, because with several workers only this file is read by who prints."""
+    skipped = {str(report.longrepr[2]) for report in terminalreporter.stats.get("skipped", ())}
+    for reason in sorted(reason for reason in skipped if NO_CLUSTER in reason):
+        terminalreporter.section("NOT RUN: the Slurm tests", red=True, bold=True)
+        terminalreporter.line("because " + reason.split(NO_CLUSTER, 1)[1])

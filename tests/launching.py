@@ -1,5 +1,7 @@
 """Whole runs through the real launchers, as a person would start them."""
 
+import os
+import secrets
 import socket
 import subprocess
 import sys
@@ -9,6 +11,7 @@ from conftest import REPOSITORY, environment
 from phi3v_dist.observe.tracker import read_metrics
 
 TIMEOUT_S = 240
+PORTS = range(12_000, 32_000)  # below those of Linux for outgoing connections
 
 
 def launcher(name: str, port: int, ranks: int) -> list[str]:
@@ -20,9 +23,15 @@ def launcher(name: str, port: int, ranks: int) -> list[str]:
 
 
 def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
+    """None of those that the kernel gives to whoever asks for any, nor one that another of pytest's workers is given:
+    until a launcher has started and opened it, nobody else may take it."""
+    worker, num_workers = os.environ.get("PYTEST_XDIST_WORKER", "gw0"), os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1")
+    ports = range(PORTS.start + int(worker.removeprefix("gw")), PORTS.stop, int(num_workers))
+    while True:
+        port = ports[secrets.randbelow(len(ports))]
+        with socket.socket() as probe:
+            if probe.connect_ex(("127.0.0.1", port)):
+                return port
 
 
 def command(name: str, config, *overrides: str, ranks: int = 2) -> list[str]:

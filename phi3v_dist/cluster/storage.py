@@ -43,7 +43,7 @@ def node_folders(place: Place, notes: Notes) -> None:
     notes.detail = ", ".join(f"{folder} can be written" for _, folder in asked.values()) or "none asked for"
     for setting, (what, folder) in asked.items():
         if why := why_not_writable(folder, what, setting):
-            notes.problem(why)
+            (notes.warn if setting == "data.cache.path" else notes.problem)(why)  # it trains without copies, too
 
 
 def space(place: Place, notes: Notes) -> None:

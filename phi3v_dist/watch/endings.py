@@ -61,10 +61,15 @@ def how_it_ended(attempt: PastAttempt | None, said: dict[str, object], code: int
 
 
 def blamed_hosts(attempt: PastAttempt) -> list[str]:
-    """Hosts whose rank died or hung, or that were not heard of again while others were."""
+    """Hosts whose rank died or hung; where none is known, those that were not heard of again while others were.
+
+    At the first failure srun ends everything on the other nodes, watchers too, so that a node may be silent although
+    all is well with it.
+    """
     verdict = attempt.verdict.verdict if attempt.verdict else None
     hosts = [actor.host for actor in verdict.blamed] if verdict and verdict.kind in (DIED, HANG) else []
-    return list(dict.fromkeys([*hosts, *attempt.silent]))
+    told = {report.host for report in attempt.reports if report.ranks and all(rank.outcome for rank in report.ranks)}
+    return list(dict.fromkeys(hosts or [host for host in attempt.silent if host not in told]))
 
 
 def _signal_name(number: int) -> str:

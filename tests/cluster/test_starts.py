@@ -23,7 +23,7 @@ from phi3v_dist.errors import (
     StuckError,
 )  # fmt: skip
 from phi3v_dist.watch.blame import Actor
-from phi3v_dist.watch.node_report import DIED, ENDED, FAILED, HANG, NodeReport, RankReport, Verdict
+from phi3v_dist.watch.node_report import DIED, ENDED, FAILED, HANG, RUNNING, NodeReport, RankReport, Verdict
 
 LIFE = Life("12", 0, 1)
 HOSTS = ["node1", "node2", "node3"]
@@ -118,6 +118,14 @@ def test_the_node_of_a_dead_or_hanging_rank_is_blamed_and_no_other(run, kind):
 
 
 @pytest.mark.fault(8)
+def test_nodes_that_srun_ended_before_their_watchers_had_a_last_word_are_not_blamed(run):
+    run.start().reached(3).rank("node2", "died", 0, DIED, blamed=[actor(1, "node2")])
+    run.rank("node1", "failed", LostRankError.exit_code)  # and of node3 there is no report
+    node1 = folder_of(run.folder, 1) / "node-node1.json"
+    node1.write_text(json.dumps(json.loads(node1.read_text()) | {"status": RUNNING}))
+    assert run.judge().blamed == ["node2"]
+
+
 def test_a_node_that_was_not_heard_of_again_is_blamed(run):
     run.start().reached(3).rank("node1", "failed", LostRankError.exit_code, FAILED, [actor(0, "node1")])
     assert run.rank("node2", "ended").judge().blamed == ["node3"]

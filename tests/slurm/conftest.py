@@ -6,22 +6,21 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from conftest import NO_CLUSTER
 
 from slurm.cluster import Cluster, why_not
 
 NUM_NODES = 4
-NOT_RUN = pytest.StashKey[str]()
 
 
 @pytest.fixture(scope="session")
-def slurm_cluster(pytestconfig) -> Iterator[Cluster]:
+def slurm_cluster() -> Iterator[Cluster]:
     """Up for the whole session, in a folder of its own (its name is short: sockets are made in it)."""
     reason = why_not()
     if reason:
-        pytestconfig.stash[NOT_RUN] = reason
         if os.environ.get("CI", "").lower() == "true":
             pytest.fail(f"CI must run the Slurm tests: {reason}", pytrace=False)
-        pytest.skip(reason)
+        pytest.skip(NO_CLUSTER + reason)
     cluster = Cluster(Path(f"/tmp/slurm-{secrets.token_hex(3)}"), NUM_NODES)
     try:
         cluster.up()
@@ -46,10 +45,3 @@ def slurm(slurm_cluster) -> Cluster:
     """The cluster with every node idle, whatever the test before left behind."""
     slurm_cluster.reset()
     return slurm_cluster
-
-
-def pytest_terminal_summary(terminalreporter, config: pytest.Config) -> None:
-    reason = config.stash.get(NOT_RUN, "")
-    if reason:
-        terminalreporter.section("NOT RUN: the Slurm tests", red=True, bold=True)
-        terminalreporter.line(f"because {reason}")

@@ -1,7 +1,7 @@
-"""A run submitted with slurm/train.sh on the virtual cluster → how far it is, what it left, and how long it stood still.
+"""A run submitted with slurm/train.sh on the virtual cluster → how far it is, what it left, how long it stood still.
 
-What comes in: a cluster, a YAML file, overrides. What goes out: a `Job`, and after a fault its `Recovery`. Surprise: all
-nodes of the virtual cluster share one clock, so here, and only here, times of several hosts may be subtracted.
+What comes in: a cluster, a YAML file, overrides. What goes out: a `Job`, and after a fault its `Recovery`. Surprise:
+all nodes of the virtual cluster share one clock, so here, and only here, times of several hosts may be subtracted.
 """
 
 import json
@@ -14,7 +14,6 @@ from pathlib import Path
 import torch
 from conftest import REPOSITORY
 from launching import losses
-from slurm.cluster import Cluster
 
 from phi3v_dist.cluster import starts
 from phi3v_dist.data import audit, audit_report
@@ -24,6 +23,7 @@ from phi3v_dist.observe.tracker import RECORD_NAME
 from phi3v_dist.run import Data, plan
 from phi3v_dist.survive.checkpoint import read_tensors
 from phi3v_dist.watch.node_report import read_reports
+from slurm.cluster import Cluster
 
 STEPS, EVERY_STEPS = 24, 6  # of each run here, and between its checkpoints
 SETTINGS = (
@@ -123,7 +123,7 @@ def assert_each_sample_once(run: Path) -> None:
 class Recovery:
     """Seconds from a fault to the end of the first step after it, in four parts, and the steps that were lost.
 
-    noticed_s: until the ranks' watchers, or Slurm, have seen it. slurm_s: Slurm's own, from the end of the job's life to
+    noticed_s: until the ranks' watchers have said what it is. slurm_s: Slurm's own, from the end of the job's life to
     the next one. imports_s: of Python, measured apart on as many nodes. ours_s: all the rest.
     """
 

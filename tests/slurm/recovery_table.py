@@ -34,9 +34,10 @@ TAIL = """
 - **Slurm**: from the end of the job's life to the next one. It finds a silent node after `SlurmdTimeout`, {timeout} s
   here and 300 s by default; it holds a job that was queued again for `cred_expire`, 5 s here and 120 s by default.
 - **Python's imports**: of every program that runs between the two lives, timed apart on three nodes at once.
-- **ours**: all the rest, the promise being {bound:.0f} s: to save and stop, to judge, to examine the nodes, to meet, to load
-  the checkpoint, to train a step. {over}
-- A checkpoint is made every {every} steps; each run ended with weights that are bit for bit those of an undisturbed one.
+- **ours**: all the rest, the promise being {bound:.0f} s: to save and stop, to judge, to examine the nodes, to meet,
+  to load the checkpoint, to train a step. {over}
+- A checkpoint is made every {every} steps. Runs that went on with as many nodes ended with weights that are bit for bit
+  those of an undisturbed one.
 """
 
 

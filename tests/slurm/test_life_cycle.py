@@ -4,6 +4,7 @@ import json
 
 import pytest
 from launching import launch, losses
+
 from slurm.jobs import SETTINGS, assert_each_sample_once, assert_same_run, submit
 
 SAME_IN_FP32 = 2e-6  # relative, of the first 10 steps: three ranks sum in another order
