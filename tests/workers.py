@@ -1,6 +1,6 @@
 """Test names in, pytest's workers (-n 2, as `make test` asks for) out: which tests share a process, and in which order.
 
-Surprise: the longest begin first, or else one worker ends alone with them; a single file run by hand knows none of this.
+Surprise: the longest begin first, or else one worker ends alone with them. A file run by hand knows none of this.
 """
 
 from collections.abc import Callable

@@ -15,8 +15,9 @@ from conftest import REPOSITORY, environment
 from safetensors.torch import load_file, save_file
 from stored import write_checkpoint, write_run
 
+from launch.export import main
 from phi3v_dist.config import Settings
-from phi3v_dist.errors import CheckpointError
+from phi3v_dist.errors import CheckpointError, Phi3VError
 from phi3v_dist.model import export as module
 from phi3v_dist.model.export import export
 from phi3v_dist.model.phi3v import Phi3VForCausalLM
@@ -290,21 +291,30 @@ def command(*words):
     )  # fmt: skip
 
 
-def test_the_command_finds_a_base_that_moved_and_names_what_is_missing(base, trained, run, tmp_path):
+def refused(monkeypatch, *words) -> str:
+    """What the command prints before it exits with 4; within this process, as another needs seconds to start."""
+    monkeypatch.setattr(sys, "argv", ["export.py", *map(str, words)])
+    with pytest.raises(Phi3VError) as caught:
+        main()
+    assert caught.value.exit_code == 4
+    return caught.value.report()
+
+
+def test_the_command_finds_a_base_that_moved_and_names_what_is_missing(base, trained, run, tmp_path, monkeypatch):
     write_checkpoint(run, 3, trained)
     moved = base.rename(tmp_path / "moved")
     done = command(run)
     assert done.returncode == 4 and f"{base}: no model.safetensors" in done.stderr
-    assert command(run, "--base", moved, "--step", 9).returncode == 4
+    refused(monkeypatch, run, "--base", moved, "--step", 9)
     done = command(run, "--base", moved)
     assert done.returncode == 0, done.stderr
     assert OfficialFolder(run / "export").names == OfficialFolder(moved).names
-    assert "no run folder" in command(tmp_path).stderr
-    assert "no adapters to merge" in command(run, "--base", moved, "--merge", "--out", tmp_path / "merged").stderr
+    assert "no run folder" in refused(monkeypatch, tmp_path)
+    merged = ("--base", moved, "--merge", "--out", tmp_path / "merged")
+    assert "no adapters to merge" in refused(monkeypatch, run, *merged)
     for content in ("run: [", "hello", "run: {}\nmodel: {path: x, colour: red}\ndata: {train: []}"):
         (run / "config.yaml").write_text(content)
-        done = command(run)
-        assert done.returncode == 4 and "config.yaml: not the settings of a run" in done.stderr, done.stderr
+        assert "config.yaml: not the settings of a run" in refused(monkeypatch, run)
 
 
 @pytest.mark.parametrize(

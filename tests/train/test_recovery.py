@@ -63,13 +63,20 @@ def test_a_run_killed_while_it_loads_a_checkpoint_ends_as_if_it_had_not_been(lau
 
 
 @pytest.mark.fault(22, 63)
-def test_two_ranks_then_three_then_one_then_four_train_what_two_would_have(launched, reference):
+@pytest.mark.parametrize(
+    "parts",
+    [((3, 2), (5, 3), (10, 1)), pytest.param(((3, 2), (5, 3), (7, 1), (10, 4)), marks=pytest.mark.slow)],
+    ids=["2-3-1", "2-3-1-4"],
+)
+def test_continued_by_other_numbers_of_ranks_a_run_trains_what_two_would_have(launched, reference, parts):
+    """parts: last step, number of ranks."""
     config, root = launched
-    folder = root / "resharded"
-    for step, ranks in ((3, 2), (5, 3), (7, 1), (10, 4)):
+    name = f"resharded-{len(parts)}"
+    folder = root / name
+    for step, ranks in parts:
         fault = f"0:optimizer:{step}:usr1" if step < 10 else ""
-        name = "single" if ranks == 1 else "torchrun"
-        done = launch(name, config, "run.name=resharded", ranks=ranks, fault=fault)
+        launcher = "single" if ranks == 1 else "torchrun"
+        done = launch(launcher, config, f"run.name={name}", ranks=ranks, fault=fault)
         assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
         assert max(losses(folder)) == step
     assert losses(folder) == pytest.approx(losses(reference), rel=SAME_IN_FP32)
