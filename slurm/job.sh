@@ -121,6 +121,7 @@ choose_nodes() { # choose_nodes SETTINGS…: nodes examine themselves; those tha
   local hosts wanted least
   life=$SLURM_JOB_ID.${SLURM_RESTART_COUNT:-0}.$((++start))
   hosts=$(scontrol show hostnames "$(squeue --noheader --jobs "$job" --format %N)" | paste -sd,)
+  [[ -n $hosts ]] || give_up 1 "Slurm does not say which nodes the job has: this node is cut off, and is left to itself"
   wanted=${PHI3V_NODES:-$SLURM_JOB_NUM_NODES} least=${PHI3V_MIN_NODES:-${PHI3V_NODES:-$SLURM_JOB_NUM_NODES}}
   on_nodes "$hosts" --ntasks-per-node=1 --no-kill --kill-on-bad-exit=0 -- \
     python launch/doctor.py --report "$run/preflight" --token "$life" "$@" &
