@@ -9,6 +9,7 @@
 : "${PHI3V_EXAMINE_S:=120}"    # a node that has not examined itself by then is left out
 : "${PHI3V_STAGE:=}"           # folder on each node's own disk, to which the shards are copied before training
 : "${PHI3V_STAGE_S:=3600}"     # training begins by then, with what is copied
+readonly AWAY_S=600            # Slurm's controller may be away so long
 readonly LOOK_S=2              # between looks at files
 readonly LATE_S=40             # a node that examines itself so much longer than half of them do is left out, too
 readonly OVER_S=20             # srun may live so much longer than its ranks: it waits for nodes that are gone
@@ -114,14 +115,26 @@ may_begin() { # may_begin SETTINGS…: wrong ones end the job here, and so does 
   say "restart ${SLURM_RESTART_COUNT:-0} on $SLURM_JOB_NODELIST: $run"
 }
 
+ask_slurm() { # what it knows of the job, in the variable `fields`; a controller may be away for a while
+  local waited_s=0
+  until fields=$(scontrol show job "$job" 2>/dev/null); do
+    ((waited_s++ < AWAY_S)) || give_up 1 "Slurm does not answer: its controller is away, or this node is cut off"
+    sleep 1 &
+    wait $! || true
+  done
+  (($(sed -n 's/.*Restarts=\([0-9]*\).*/\1/p' <<<"$fields") <= ${SLURM_RESTART_COUNT:-0})) || [[ $fields != *JobState=RUNNING* ]] ||
+    give_up 0 "the job runs elsewhere by now: this is what was left of its restart ${SLURM_RESTART_COUNT:-0}"
+}
+
 cpus_per_rank() { # the cores of this node, divided among its ranks
   echo $((SLURM_CPUS_ON_NODE > ranks_per_node ? SLURM_CPUS_ON_NODE / ranks_per_node : 1))
 }
 
 choose_nodes() { # choose_nodes SETTINGS…: nodes examine themselves; those that are fit, and ended no starts, are used
-  local hosts wanted least
+  local fields hosts wanted least
   life=$SLURM_JOB_ID.${SLURM_RESTART_COUNT:-0}.$((++start))
-  hosts=$(scontrol show hostnames "$(squeue --noheader --jobs "$job" --format %N)" | paste -sd,)
+  ask_slurm
+  hosts=$(scontrol show hostnames "$(sed -n 's/^ *NodeList=//p' <<<"$fields")" | paste -sd,)
   wanted=${PHI3V_NODES:-$SLURM_JOB_NUM_NODES} least=${PHI3V_MIN_NODES:-${PHI3V_NODES:-$SLURM_JOB_NUM_NODES}}
   on_nodes "$hosts" --ntasks-per-node=1 --no-kill --kill-on-bad-exit=0 -- \
     python launch/doctor.py --report "$run/preflight" --token "$life" "$@" &
@@ -233,17 +246,14 @@ judge() { # returns when another start in place may help
 }
 
 come_back() { # come_back NODES: queue the job again, without these nodes; ends here
-  local excluded fields state lives
+  local excluded fields state
   trap '' TERM USR1 # requeueing ends this script
   ((${SLURM_RESTART_COUNT:-0} < PHI3V_MAX_REQUEUES)) ||
     give_up 8 "the job has come back ${SLURM_RESTART_COUNT} times (PHI3V_MAX_REQUEUES): submit it again to go on"
-  fields=$(scontrol show job "$job")
+  ask_slurm
   state=$(sed -n 's/.*JobState=\([A-Z_]*\).*/\1/p' <<<"$fields")
-  lives=$(sed -n 's/.*Restarts=\([0-9]*\).*/\1/p' <<<"$fields")
   case $state in
   RUNNING)
-    ((lives <= ${SLURM_RESTART_COUNT:-0})) || # this node stood still, and Slurm did not wait for it
-      give_up 0 "the job runs elsewhere by now: this is what was left of its restart ${SLURM_RESTART_COUNT:-0}"
     scontrol requeue "$job" ||
       give_up 1 "the job cannot be queued again: to go on, submit it again with the same words"
     say "queued again${1:+, without $1}"

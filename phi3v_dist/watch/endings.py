@@ -64,10 +64,12 @@ def blamed_hosts(attempt: PastAttempt) -> list[str]:
     """Hosts whose rank died or hung; where none is known, those that were not heard of again while others were.
 
     At the first failure srun ends everything on the other nodes, watchers too, so that a node may be silent although
-    all is well with it.
+    all is well with it. Where all hang, as when the network between them fails, none is blamed: the doctor finds out.
     """
     verdict = attempt.verdict.verdict if attempt.verdict else None
     hosts = [actor.host for actor in verdict.blamed] if verdict and verdict.kind in (DIED, HANG) else []
+    if len(set(hosts)) > 1 and set(hosts) == set(attempt.hosts):
+        return []
     told = {report.host for report in attempt.reports if report.ranks and all(rank.outcome for rank in report.ranks)}
     return list(dict.fromkeys(hosts or [host for host in attempt.silent if host not in told]))
 

@@ -118,6 +118,13 @@ def test_the_node_of_a_dead_or_hanging_rank_is_blamed_and_no_other(run, kind):
 
 
 @pytest.mark.fault(8)
+def test_no_node_is_blamed_when_all_wait_for_each_other(run):
+    everyone = [actor(number, host) for number, host in enumerate(HOSTS)]
+    run.start().reached(3).rank("node1", "ended", 0, HANG, blamed=everyone)
+    ending = run.judge()
+    assert (ending.action, ending.blamed) == (AGAIN, [])
+
+
 def test_nodes_that_srun_ended_before_their_watchers_had_a_last_word_are_not_blamed(run):
     run.start().reached(3).rank("node2", "died", 0, DIED, blamed=[actor(1, "node2")])
     run.rank("node1", "failed", LostRankError.exit_code)  # and of node3 there is no report

@@ -151,6 +151,8 @@ def recovery(job: Job, fault_s: float, imports_s: dict[str, float]) -> Recovery:
     seen_s = verdict_s(job, int(before))
     came_back = new["restart"] > old["restart"]
     life_s = datetime.fromisoformat(job.cluster.job(job.id)["StartTime"]).timestamp() if came_back else None
+    if ended_s and life_s and ended_s > life_s:
+        ended_s = None  # said by a batch script that was cut off from Slurm, which did not wait for it
     noticed_s = max(0.0, min(seen_s, ended_s) - fault_s) if seen_s and ended_s else 0.0
     slurm_s = life_s - (ended_s or fault_s) if life_s else 0.0
     num_starts = sum(fault_s < start.unix_s < again["time"] for start in starts.read(job.run))

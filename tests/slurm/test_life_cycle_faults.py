@@ -201,7 +201,7 @@ def test_a_rank_that_hangs_is_ended_and_training_goes_on(slurm, undisturbed, lau
 @pytest.mark.fault(17)
 def test_a_job_that_fails_each_time_at_the_same_step_ends(slurm, launched):
     job = submit(slurm, *launched, "crash-loop", PHI3V_FAULT="0:forward:3:raise")
-    fields = slurm.wait(job.id, "FAILED", timeout_s=300)
+    fields = slurm.wait(job.id, "FAILED", timeout_s=900)
     assert fields["ExitCode"] == "8:0"
     assert "3 starts in a row ended without a new step" in slurm.output(job.id)
 
@@ -222,7 +222,7 @@ def test_a_run_that_was_asked_to_stop_does_not_come_back_until_it_is_submitted_a
     job = submit(slurm, *launched, "stopped")
     job.until_step(AT_STEP)
     (job.run / "STOP").touch()
-    fields = slurm.wait(job.id, "COMPLETED", timeout_s=60)
+    fields = slurm.wait(job.id, "COMPLETED", timeout_s=180)
     assert fields["Restarts"] == "0" and not (job.run / "summary.json").exists()
     again = submit(slurm, *launched, "stopped")
     again.until_finished()
@@ -234,7 +234,7 @@ def test_a_second_job_in_the_same_folder_is_refused_and_the_first_goes_on(slurm,
     first = submit(slurm, *launched, "shared", options=("--nodes=2",), slow=4)
     first.until_step(2)
     second = submit(slurm, *launched, "shared", options=("--nodes=2",))
-    fields = slurm.wait(second.id, "FAILED", timeout_s=240)
+    fields = slurm.wait(second.id, "FAILED", timeout_s=400)
     assert fields["ExitCode"] == "13:0"
     assert f"Slurm job {first.id}" in slurm.output(second.id)
     first.until_finished()
