@@ -10,6 +10,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+from conftest import pytest_terminal_summary
 
 from slurm import conftest
 from slurm.cluster import TOOL, Cluster
@@ -218,15 +219,16 @@ def test_what_is_missing_is_told_at_once(slurm_cluster, tmp_path):
 def test_absent_slurm_is_a_loud_skip_and_a_failure_in_ci(monkeypatch):
     """Needs no Slurm itself."""
     monkeypatch.setattr(conftest, "why_not", lambda: "slurmctld not found: apt-get install slurmctld")
-    config = SimpleNamespace(stash=pytest.Stash())
     cluster = conftest.slurm_cluster.__wrapped__
     monkeypatch.delenv("CI", raising=False)
-    with pytest.raises(pytest.skip.Exception, match="slurmctld not found"):
-        next(cluster(config))
+    with pytest.raises(pytest.skip.Exception, match="slurmctld not found") as skipped:
+        next(cluster())
     monkeypatch.setenv("CI", "true")
     with pytest.raises(pytest.fail.Exception, match="CI must run the Slurm tests: slurmctld not found"):
-        next(cluster(config))
-    said = []
-    reporter = SimpleNamespace(section=lambda title, **_: said.append(title), line=said.append)
-    conftest.pytest_terminal_summary(reporter, config)
+        next(cluster())
+    said, reports = [], [SimpleNamespace(longrepr=("conftest.py", 1, f"Skipped: {skipped.value}"))] * 2
+    reporter = SimpleNamespace(
+        section=lambda title, **_: said.append(title), line=said.append, stats={"skipped": reports}
+    )
+    pytest_terminal_summary(reporter)
     assert said == ["NOT RUN: the Slurm tests", "because slurmctld not found: apt-get install slurmctld"]
