@@ -4,16 +4,15 @@
 #
 #   slurm/deputy.sh COUNTER JOB       COUNTER: a file that the batch script renews, and removes when it needs no deputy
 set -euo pipefail
-readonly SILENT_S=180
-counter=$1 job=$2 last="" since=$SECONDS
+readonly LOOKS=180 # a second each; looks are counted and not time, since a disk that is away stops both of us
+counter=$1 job=$2 last="" unchanged=0
 
 while [[ -e $counter ]]; do
   sleep 1
   now=$(cat "$counter" 2>/dev/null) || continue
-  [[ $now == "$last" ]] || last=$now since=$SECONDS
-  if ((SECONDS - since > SILENT_S)); then
-    echo "the batch script of job $job has shown no life for $SILENT_S s: its node is gone, the job is queued again"
-    scontrol requeue "$job"
-    exit
-  fi
+  if [[ $now == "$last" ]]; then ((unchanged += 1)); else last=$now unchanged=0; fi
+  ((unchanged > LOOKS)) || continue
+  echo "the batch script of job $job has shown no life for $LOOKS s: its node is gone, the job is queued again"
+  until scontrol requeue "$job"; do sleep 10; done
+  exit
 done

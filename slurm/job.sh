@@ -1,4 +1,4 @@
-# shellcheck shell=bash
+# shellcheck shell=bash disable=SC2034,SC2154 # its variables are also those of cluster.sh, env.sh and train.sh
 # What slurm/train.sh does, step by step. Bash starts and ends things, since Slurm's programs are not to be had inside
 # containers; launch/job.py, inside, says what to do. Its answers are lines of name=value.
 
@@ -9,87 +9,33 @@
 : "${PHI3V_EXAMINE_S:=120}"    # a node that has not examined itself by then is left out
 : "${PHI3V_STAGE:=}"           # folder on each node's own disk, to which the shards are copied before training
 : "${PHI3V_STAGE_S:=3600}"     # training begins by then, with what is copied
-readonly AWAY_S=600            # Slurm's controller may be away so long
-readonly LOOK_S=2              # between looks at files
+readonly LOOK_S=1              # between looks at files
 readonly LATE_S=40             # a node that examines itself so much longer than half of them do is left out, too
-readonly OVER_S=20             # srun may live so much longer than its ranks: it waits for nodes that are gone
-readonly LEAVE_S=5             # and the deputy may take so long to leave
-readonly SILENT_S=120          # and so long may rank 0's node show no life
+readonly AGAIN_S=60            # before nodes are examined again after something that was wrong with all of them
+readonly OVER_S=8              # srun may live so much longer than its ranks: it waits for nodes that are gone
+readonly SILENT_S=600          # and so long may rank 0's node show no life: the watchers on other nodes are faster
+readonly LEAVE_S=5             # the deputy may take so long to leave
+readonly MARGIN_S=30           # from our asking how much time is left to the ranks' hearing it
 start=0 noticed="" step_pid="" status=0
 job=${SLURM_JOB_ID:-}
 # A task of an array: one of them has the number of the whole array, by which Slurm's programs mean all tasks
 [[ -z ${SLURM_ARRAY_TASK_ID:-} ]] || job=${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID
-
-say() { printf '%(%H:%M:%S)T %s%s\n' -1 "${job:+[job $job] }" "$*"; }
-
-give_up() { # give_up CODE REASON
-  say "$2" >&2
-  exit "$1"
-}
+life=$job
 
 check_numbers() { # before any arithmetic, which in bash would run what is inside $(…)
   local name
-  for name in PHI3V_{NODES,MIN_NODES,RANKS_PER_NODE,MAX_REQUEUES,EXAMINE_S,STAGE_S}; do
-    [[ -z ${!name} || ${!name} =~ ^(0|[1-9][0-9]{0,6})$ ]] || give_up 2 "$name is '${!name}': it must be a number"
+  for name in PHI3V_{MAX_REQUEUES,EXAMINE_S,STAGE_S}; do
+    [[ ${!name} =~ ^(0|[1-9][0-9]{0,6})$ ]] || give_up 2 "$name is '${!name}': it must be a number"
+  done
+  for name in PHI3V_{NODES,MIN_NODES,RANKS_PER_NODE}; do
+    [[ -z ${!name} || ${!name} =~ ^[1-9][0-9]{0,6}$ ]] || give_up 2 "$name is '${!name}': it must be a number from 1 on"
   done
 }
 
-here() { # here COMMAND…: on this node, where the software is; not to be ended by a notice
-  trap '' TERM USR1
-  if ((${#container[@]})); then
-    exec srun --overlap --nodes=1 --ntasks=1 --nodelist="$SLURMD_NODENAME" "${container[@]}" "$@"
-  fi
-  exec "${inside[@]}" "$@"
-}
-
-ask() { # ask VERB WORDS…: launch/job.py's answer, in the array `answer`
-  local lines line
-  lines=$(here python launch/job.py "$@") || exit $?
-  answer=()
-  while IFS= read -r line; do answer[${line%%=*}]=${line#*=}; done <<<"$lines"
-}
-declare -A answer
-
-on_nodes() { # on_nodes NODES OPTIONS… -- COMMAND…: a step on these nodes, where the software is
-  local nodes=$1 options=()
-  shift
-  while [[ $1 != -- ]]; do
-    options+=("$1")
-    shift
-  done
-  shift
-  trap '' TERM # Slurm sends it to this whole script, and srun would end the ranks
-  exec srun --overlap --mem=0 --nodelist="$nodes" --nodes="$(tr , '\n' <<<"$nodes" | wc -l)" \
-    --output="${run//%/%%}/logs/%N.log" --open-mode=append --unbuffered "${container[@]}" "${options[@]}" "${inside[@]}" "$@"
-}
-
-notice() { # the job is going to be ended: the ranks save after the step in hand, and stop
-  noticed=$1
-  say "$1: the ranks are asked to save and to stop"
-  [[ -z $step_pid ]] || kill -USR1 "$step_pid" 2>/dev/null || true # srun passes it on
-}
-
-wait_for() { # wait_for PID: until it has ended, whatever signals come; its exit status is in `status`
-  status=0
-  while kill -0 "$1" 2>/dev/null; do wait "$1" || true; done
-  wait "$1" || status=$?
-}
-
-end_steps() { # of this job, also those that wait for a node that is gone
-  local step
-  for step in $(squeue --noheader --steps --jobs "$job" --format %i 2>/dev/null); do
-    [[ ! $step =~ \.[0-9]+$ ]] || scancel --signal=KILL "$step" 2>/dev/null || true
-  done
-  [[ -z $1 ]] || kill -KILL "$1" 2>/dev/null || true
-}
-
-seconds_left() { # until Slurm ends the job, as its controller counts; nothing when there is no limit
-  local text days=0 parts
-  text=$(squeue --noheader --jobs "$job" --format %L 2>/dev/null) || return 0
-  [[ $text =~ ^([0-9]+-)?([0-9]+:){0,2}[0-9]+$ ]] || return 0
-  [[ $text != *-* ]] || days=${text%%-*}
-  IFS=: read -ra parts <<<"0:0:${text#*-}"
-  echo $((((10#$days * 24 + 10#${parts[-3]}) * 60 + 10#${parts[-2]}) * 60 + 10#${parts[-1]}))
+make_mounts() { # what a container is to see of a node's own disk must be there before it starts
+  [[ -n $PHI3V_STAGE && -n ${container[*]}${inside[*]} ]] || return 0
+  timeout 60 srun --overlap --ntasks-per-node=1 --ntasks="$SLURM_JOB_NUM_NODES" mkdir -p -- "$PHI3V_STAGE" ||
+    say "$PHI3V_STAGE could not be made on every node"
 }
 
 settings_of_task() { # settings_of_task CONFIG FILE [key=value…]: with what the task's line in the sweep's file adds
@@ -104,26 +50,27 @@ settings_of_task() { # settings_of_task CONFIG FILE [key=value…]: with what th
 }
 
 may_begin() { # may_begin SETTINGS…: wrong ones end the job here, and so does a finished run
-  local gpus
   ask begin "$@"
   run=${answer[run]}
   [[ ${answer[finished]} == no ]] || give_up 0 "$run is finished: nothing to do"
   umask 077 # a run folder is for its owner alone
   mkdir -p "$run/logs" "$run/attempts"
-  gpus=$(nvidia-smi --list-gpus 2>/dev/null | grep -c '^GPU') || true
-  ranks_per_node=${PHI3V_RANKS_PER_NODE:-${SLURM_NTASKS_PER_NODE:-$((gpus > 0 ? gpus : 1))}}
+  count_ranks
   say "restart ${SLURM_RESTART_COUNT:-0} on $SLURM_JOB_NODELIST: $run"
 }
 
-ask_slurm() { # what it knows of the job, in the variable `fields`; a controller may be away for a while
-  local waited_s=0
-  until fields=$(scontrol show job "$job" 2>/dev/null); do
-    ((waited_s++ < AWAY_S)) || give_up 1 "Slurm does not answer: its controller is away, or this node is cut off"
-    sleep 1 &
-    wait $! || true
-  done
-  (($(sed -n 's/.*Restarts=\([0-9]*\).*/\1/p' <<<"$fields") <= ${SLURM_RESTART_COUNT:-0})) || [[ $fields != *JobState=RUNNING* ]] ||
-    give_up 0 "the job runs elsewhere by now: this is what was left of its restart ${SLURM_RESTART_COUNT:-0}"
+count_ranks() { # on each node: as asked for, else one for each GPU, of which Slurm or the driver may know more
+  local gpus=0 listed
+  if command -v nvidia-smi >/dev/null; then
+    if listed=$(timeout 30 nvidia-smi --list-gpus 2>&1); then
+      gpus=$(grep -c '^GPU' <<<"$listed") || true
+    else
+      say "nvidia-smi does not answer on $SLURMD_NODENAME: ${listed:0:200}"
+      gpus=${SLURM_GPUS_ON_NODE:-0}
+    fi
+    ((gpus == 0 || ${SLURM_GPUS_ON_NODE:-0} <= gpus)) || gpus=$SLURM_GPUS_ON_NODE
+  fi
+  ranks_per_node=${PHI3V_RANKS_PER_NODE:-${SLURM_NTASKS_PER_NODE:-$((gpus > 0 ? gpus : 1))}}
 }
 
 cpus_per_rank() { # the cores of this node, divided among its ranks
@@ -131,83 +78,88 @@ cpus_per_rank() { # the cores of this node, divided among its ranks
 }
 
 choose_nodes() { # choose_nodes SETTINGS…: nodes examine themselves; those that are fit, and ended no starts, are used
-  local fields hosts wanted least
-  life=$SLURM_JOB_ID.${SLURM_RESTART_COUNT:-0}.$((++start))
-  ask_slurm
-  hosts=$(scontrol show hostnames "$(sed -n 's/^ *NodeList=//p' <<<"$fields")" | paste -sd,)
+  local fields wanted least
   wanted=${PHI3V_NODES:-$SLURM_JOB_NUM_NODES} least=${PHI3V_MIN_NODES:-${PHI3V_NODES:-$SLURM_JOB_NUM_NODES}}
-  on_nodes "$hosts" --ntasks-per-node=1 --no-kill --kill-on-bad-exit=0 -- \
-    python launch/doctor.py --report "$run/preflight" --token "$life" "$@" &
-  wait_for_reports $! "$(tr , '\n' <<<"$hosts" | wc -l)"
-  ask nodes "$run" --life "$life" --hosts "$hosts" --wanted "$wanted" --least "$least" \
-    --time-left "$(seconds_left)" ${noticed:+--noticed}
-  case ${answer[action]} in
-  train) use=${answer[use]} ;;
-  requeue) come_back "${answer[bad]:-}" ;;
-  *) exit "${answer[code]}" ;;
-  esac
+  while true; do
+    life=$SLURM_JOB_ID.${SLURM_RESTART_COUNT:-0}.$((++start))
+    ask_slurm
+    hosts=$(scontrol show hostnames "$(field NodeList)" | paste -sd,)
+    on_nodes examine "$hosts" 1 --no-kill --kill-on-bad-exit=0 -- python launch/doctor.py --report "$run/preflight" \
+      --token "$life" --ranks-per-node "$ranks_per_node" "$@" &
+    wait_for_reports $! "$(count "$hosts")"
+    ask nodes "$run" --life "$life" --hosts "$hosts" --wanted "$wanted" --least "$least" \
+      --time-left "$(seconds_left)" ${noticed:+--noticed}
+    case ${answer[action]} in
+    train) break ;;
+    wait) pause "$AGAIN_S" ;;
+    requeue) come_back ;;
+    *) exit "${answer[code]}" ;;
+    esac
+  done
+  use=${answer[use]}
 }
 
 wait_for_reports() { # wait_for_reports PID NUM_NODES: until all have reported, or half of them have and the rest is late
   local waited_s=0 late_s=0 told
   while kill -0 "$1" 2>/dev/null; do
-    sleep "$LOOK_S" &
-    wait $! || true
+    pause "$LOOK_S"
     told=$({ grep -ls "\"token\": \"$life\"" "$run"/preflight/*.json || true; } | wc -l)
     ((waited_s += LOOK_S)) || true
     ((2 * told < $2)) || ((late_s += LOOK_S))
-    ((waited_s < PHI3V_EXAMINE_S && late_s < LATE_S)) || end_steps "$1"
+    if [[ -n $noticed ]] || ((waited_s >= PHI3V_EXAMINE_S || late_s >= LATE_S)); then
+      end_step examine "$1"
+    fi
   done
   wait_for "$1"
 }
 
-stage() { # stage SETTINGS…: each node copies the shards to its own disk, if asked to; what is not copied is read where it is
-  local timer
+stage() { # stage SETTINGS…: each node copies the shards to its own disk, if asked to; the others are read where they are
+  local waited_s=0
   [[ -n $PHI3V_STAGE ]] || return 0
   say "each node copies the shards to $PHI3V_STAGE"
-  on_nodes "$use" --ntasks-per-node=1 --no-kill --kill-on-bad-exit=0 -- \
-    python launch/prepare.py stage "$@" &
+  on_nodes stage "$use" 1 --no-kill --kill-on-bad-exit=0 -- python launch/prepare.py stage "$@" &
   step_pid=$!
-  { sleep "$PHI3V_STAGE_S" && end_steps "$step_pid"; } &
-  timer=$!
   [[ -z $noticed ]] || notice "$noticed" # it came while the step began
+  while kill -0 "$step_pid" 2>/dev/null; do
+    pause "$LOOK_S"
+    (((waited_s += LOOK_S) < PHI3V_STAGE_S)) || end_step stage "$step_pid"
+  done
   wait_for "$step_pid"
-  kill "$timer" 2>/dev/null || true
   step_pid=""
-  [[ -z $noticed ]] || come_back ""
   ((status == 0)) || say "not every node could copy the shards (see $run/logs): they are read where they are"
+  [[ -z $noticed ]] || judge --not-begun
 }
 
-tell_ranks() {                                                                 # which start this is, and how long the job has
-  export PHI3V_START=$start PHI3V_LAST_WORD=$run/attempts/last-word-$life.json # another job may be refused in this run
-  export PHI3V_TIME_LEFT_S
-  PHI3V_TIME_LEFT_S=$(seconds_left)
-  [[ -n $PHI3V_TIME_LEFT_S ]] || unset PHI3V_TIME_LEFT_S
+tell_ranks() { # which start this is, where to leave their last word, how long the job has
+  local left
+  export PHI3V_START=$start PHI3V_LAST_WORD=$run/attempts/last-word-$life.json PHI3V_TIME_LEFT_S
+  left=$(seconds_left)
+  if [[ -n $left ]]; then
+    PHI3V_TIME_LEFT_S=$((left > MARGIN_S ? left - MARGIN_S : 0))
+  else
+    unset PHI3V_TIME_LEFT_S
+  fi
 }
 
 watch_over() { # watch_over PID: until the ranks have ended, or srun only waits for a node that is gone
-  local counter=$run/logs/alive-$SLURM_JOB_ID log deputy="" ended before attempt beat="" last_beat="" over_s=0 silent_s=0
-  step_pid=$1 before=$(newest_attempt)
+  local counter=$run/logs/alive-$SLURM_JOB_ID log deputy="" ended attempt="" beat last_beat="" over_s=0 silent_s=0
+  step_pid=$1
   tail --lines=0 --follow=name --retry "$run/logs/${use%%,*}.log" 2>/dev/null &
   log=$!
   echo "$SECONDS" >"$counter"
-  if [[ $use == *,* ]]; then # a node that outlives this one
-    (container=() && inside=() && on_nodes "${use##*,}" --ntasks=1 -- slurm/deputy.sh "$counter" "$job") &
-    deputy=$!
-  fi
+  call_deputy "$counter"
   [[ -z $noticed ]] || notice "$noticed" # it came while the step began
   while kill -0 "$step_pid" 2>/dev/null; do
     echo "$SECONDS" >"$counter" || true # a full disk: the ranks say so
-    sleep "$LOOK_S" &
-    wait $! || true
-    attempt=$(newest_attempt)
-    [[ $attempt != "$before" ]] || continue
+    pause "$LOOK_S"
+    [[ -n $attempt ]] || attempt=$(own_attempt)
+    [[ -n $attempt ]] || continue
     ! grep -qs '"verdict": {' "$attempt"/node-*.json || ((over_s += LOOK_S))
-    beat=$(cat "$attempt/alive" 2>/dev/null) || true
+    beat=$(cat "$attempt/alive" 2>/dev/null) || continue # a disk that is away says nothing about the ranks
     if [[ $beat == "$last_beat" ]]; then ((silent_s += LOOK_S)); else silent_s=0 last_beat=$beat; fi
     if ((over_s > OVER_S || silent_s > SILENT_S)); then
       say "the ranks have ended and srun has not: it is ended, and a node is probably gone"
-      end_steps "$step_pid"
+      end_step train "$step_pid"
     fi
   done
   wait_for "$step_pid"
@@ -219,98 +171,59 @@ watch_over() { # watch_over PID: until the ranks have ended, or srun only waits 
   status=$ended
 }
 
+call_deputy() {                     # call_deputy COUNTER: on another node, in `deputy`: a job with --no-kill outlives this one
+  local node container=() inside=() # scontrol is not to be had in a container
+  for node in $(tr , '\n' <<<"$hosts" | tac); do
+    [[ $node != "$SLURMD_NODENAME" ]] || continue
+    on_nodes deputy "$node" 1 -- slurm/deputy.sh "$1" "$job" &
+    deputy=$!
+    return 0
+  done
+}
+
 let_go() { # let_go PID: it leaves by itself, unless its node is gone
   local waited_s=0
-  while kill -0 "$1" 2>/dev/null && ((waited_s++ < LEAVE_S)); do
-    sleep 1 &
-    wait $! || true
-  done
+  while kill -0 "$1" 2>/dev/null && ((waited_s++ < LEAVE_S)); do pause 1; done
   kill -KILL "$1" 2>/dev/null || true
   wait_for "$1"
 }
 
-newest_attempt() { # folder of the run's newest attempt; nothing before the first
-  local folders=("$run"/attempts/[0-9]*)
-  [[ ! -d ${folders[-1]} ]] || echo "${folders[-1]}"
+own_attempt() { # folder of the attempt that this start has made; nothing before that. Others may try the folder, too
+  local folders=("$run"/attempts/[0-9]*) number owner
+  for ((number = ${#folders[@]} - 1; number >= 0 && number >= ${#folders[@]} - 9; number--)); do
+    owner=$(cat "${folders[number]}/owner.json" 2>/dev/null) || continue
+    [[ $owner == *"\"job\": \"$SLURM_JOB_ID\","* && $owner == *"\"restart\": ${SLURM_RESTART_COUNT:-0},"* &&
+      $owner == *"\"start\": $start,"* ]] || continue
+    echo "${folders[number]}"
+    return 0
+  done
 }
 
-judge() { # returns when another start in place may help
-  ask judge "$run" --life "$life" --exit-code "$status" ${noticed:+--noticed}
+judge() { # judge [--not-begun]: returns when another start in place may help
+  ask judge "$run" --life "$life" --exit-code "$status" ${noticed:+--noticed} "$@"
   rm -f "$PHI3V_LAST_WORD"
   case ${answer[action]} in
   done) exit 0 ;;
-  requeue) come_back "" ;;
+  requeue) come_back ;;
   again) say "starting again on the nodes that are left" ;;
   *) exit "${answer[code]}" ;;
   esac
 }
 
-come_back() { # come_back NODES: queue the job again, without these nodes; ends here
-  local excluded fields state
+come_back() { # queue the job again, without the nodes of the answer that are bad; ends here
+  local fields state bad=${answer[bad]:-}
   trap '' TERM USR1 # requeueing ends this script
-  ((${SLURM_RESTART_COUNT:-0} < PHI3V_MAX_REQUEUES)) ||
-    give_up 8 "the job has come back ${SLURM_RESTART_COUNT} times (PHI3V_MAX_REQUEUES): submit it again to go on"
   ask_slurm
-  state=$(sed -n 's/.*JobState=\([A-Z_]*\).*/\1/p' <<<"$fields")
+  state=$(field JobState)
   case $state in
   RUNNING)
-    scontrol requeue "$job" ||
+    insist scontrol requeue "$job" ||
       give_up 1 "the job cannot be queued again: to go on, submit it again with the same words"
-    say "queued again${1:+, without $1}"
+    say "queued again${bad:+, without $bad}"
     ;;
-  PENDING | REQUEUED) say "Slurm has queued the job again${1:+; it is to come back without $1}" ;;
+  PENDING | REQUEUED | COMPLETING) say "Slurm queues the job again${bad:+; it is to come back without $bad}" ;;
   *) give_up 0 "the job is $state: it does not come back" ;;
   esac
-  if [[ -n $1 ]]; then
-    excluded=$(scontrol show job "$job" | sed -n 's/.*ExcNodeList=\([^ ]*\).*/\1/p')
-    [[ $excluded != "(null)" ]] || excluded=""
-    scontrol update JobId="$job" ExcNodeList="${excluded:+$excluded,}$1" ||
-      say "the nodes could not be excluded: scontrol update JobId=$job ExcNodeList=$1"
-  fi
+  leave_out "$bad" "${answer[forgive]:-}"
   exit 0
-}
-
-dry_run() { # what would be submitted, and what the settings and Slurm say to it; ends here
-  local script=slurm/train.sh options=() nodes=1 ranks file=()
-  [[ -z ${sweep:-} ]] || script=slurm/sweep.sh
-  [[ ${1:-} != --dry-run ]] || shift
-  while (($#)) && [[ $1 != *.yaml && $1 != *.yml ]]; do
-    case $1 in
-    --nodes | -N) nodes=${2:-} ;;
-    --nodes=*) nodes=${1#*=} ;;
-    -N*) nodes=${1#-N} ;;
-    esac
-    options+=("$1")
-    shift
-  done
-  (($#)) || give_up 2 "no settings are named. Usage: $script --dry-run [options] CONFIG.yaml ${sweep:+FILE }[key=value…]"
-  [[ -z ${sweep:-} || $# -ge 2 ]] || give_up 2 "no sweep is named after $1: a text file with a line for each task"
-  nodes=${nodes##*-} ranks=${PHI3V_RANKS_PER_NODE:-1} # of MIN-MAX nodes the most
-  [[ $nodes =~ ^[1-9][0-9]{0,6}$ ]] || give_up 2 "--nodes is '$nodes': it must be a number"
-  check_numbers
-  source slurm/env.sh
-
-  echo "Would be submitted, from $PWD:"
-  printf '  sbatch'
-  printf ' %q' "${options[@]}" "$script" "$@"
-  printf '\n\nOptions in its header, for those not given there:\n'
-  sed -n 's/^#SBATCH /  /p' "$script"
-  [[ -z ${sweep:-} ]] || file=("$2")
-  set -- "$1" "${@:2+${#file[@]}}"
-  printf '\nWould run, on %s node(s):\n  srun --ntasks-per-node=%s' "$nodes" "${PHI3V_RANKS_PER_NODE:-GPUS_OF_A_NODE}"
-  printf ' %q' "${container[@]}" "${inside[@]}" python launch/train.py --config "$@"
-  printf '\n\n'
-  if ((${#container[@]})); then
-    echo "The settings were not looked at: what could do so is in $PHI3V_PYXIS"
-  elif [[ -n ${sweep:-} ]]; then
-    echo "What the tasks add, and their runs:"
-    "${inside[@]}" python launch/job.py sweep --file "${file[0]}" --config "$@" || exit $?
-  else
-    echo "The settings say, for $((nodes * ranks)) rank(s), $ranks on each node (PHI3V_RANKS_PER_NODE=… says another number):"
-    "${inside[@]}" python launch/check.py --world_size "$((nodes * ranks))" --config "$@" || exit $?
-  fi
-  command -v sbatch >/dev/null || give_up 0 "there is no sbatch here, so Slurm was not asked"
-  printf '\nSlurm says:\n'
-  sbatch --test-only "${options[@]}" "$script" "$1" "${file[@]}" "${@:2}" 2>&1
-  exit
 }

@@ -25,10 +25,14 @@ if [[ ! -f slurm/job.sh ]]; then
   echo "slurm/train.sh: $PWD is not the repository: submit the job there, or with sbatch --chdir" >&2
   exit 5
 fi
+source slurm/cluster.sh
 source slurm/job.sh
-[[ -n ${SLURM_JOB_ID:-} && ${1:-} != --dry-run ]] || dry_run "$@"
+if [[ -z ${SLURM_JOB_ID:-} || ${1:-} == --dry-run ]]; then
+  source slurm/dry_run.sh
+fi
 check_numbers
 source slurm/env.sh
+make_mounts
 (($#)) || give_up 2 "no settings are named. Usage: sbatch [options] slurm/train.sh CONFIG.yaml [key=value…]"
 settings=(--config "$@")
 [[ -z ${sweep:-} ]] || settings_of_task "$@" # this is slurm/sweep.sh
@@ -41,8 +45,8 @@ while true; do
   choose_nodes "${settings[@]}"
   stage "${settings[@]}"
   tell_ranks
-  on_nodes "$use" --ntasks-per-node="$ranks_per_node" --cpus-per-task="$(cpus_per_rank)" --kill-on-bad-exit=1 --wait=60 \
-    -- python launch/train.py "${settings[@]}" &
+  on_nodes train "$use" "$ranks_per_node" --cpus-per-task="$(cpus_per_rank)" --kill-on-bad-exit=1 --wait=60 -- \
+    python launch/train.py "${settings[@]}" &
   watch_over $!
   judge
 done
