@@ -1,6 +1,7 @@
 """slurm/README.md, walked through on a real Slurm; sweeps, chains, two jobs in one folder, and words that mean harm."""
 
 import re
+import subprocess
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -70,7 +71,12 @@ class Page:
 
     def type(self, text: str, **env: str) -> str:
         script = "\n".join(["set -e", *self.prelude, text])
-        return self.cluster.client("bash", "-c", script, env=env, cwd=self.folder)
+        done = subprocess.run(
+            ["bash", "-c", script], env=self.cluster.environment(**env), cwd=self.folder,
+            capture_output=True, text=True, timeout=300,
+        )  # fmt: skip
+        assert done.returncode == 0, f"{text}\n{done.stdout}{done.stderr}"
+        return done.stdout.strip()
 
     def not_run(self) -> dict[str, str]:
         """Command → why the tests do not run it."""
