@@ -97,7 +97,13 @@ def test_ranks_start_where_the_software_is_with_the_words_as_they_were_typed(sta
     assert ranks[-len(HARM) - 4 :] == ["python", "launch/train.py", "--config", "c.yaml", *HARM]
     options = ranks[1 : -len(HARM) - 4]
     assert options[len(options) - len(inside) :] == inside and set(container) <= set(options)
-    assert {"--ntasks-per-node=2", "--cpus-per-task=4", "--kill-on-bad-exit=1", "--nodelist=node1"} <= set(options)
+    assert {
+        "--ntasks-per-node=2",
+        "--ntasks=2",
+        "--cpus-per-task=4",
+        "--kill-on-bad-exit=1",
+        "--nodelist=node1",
+    } <= set(options)
     (log,) = [word for word in options if word.startswith("--output=")]
     assert log == f"--output={tmp_path}/run $(touch fired) %%j/logs/%N.log"  # %% is % to Slurm
     asked = [words for words in starts if "launch/job.py" in words]
