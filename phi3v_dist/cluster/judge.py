@@ -23,7 +23,7 @@ def judge(run: Path, life: Life, exit_code: int, noticed: bool) -> End:
 
 
 def not_begun(run: Path, life: Life) -> End:
-    """Of a start that was asked to stop while its nodes were examined."""
+    """Of a start that was asked to stop while its nodes were examined, or copied shards."""
     return unless_in_vain(run, life, End(REQUEUE, "asked to stop before the ranks began", 0, best_step(run)))
 
 
@@ -31,13 +31,26 @@ def unless_in_vain(run: Path, life: Life, end: End) -> End:
     """The same, unless too many starts in a row have ended so without a new step."""
     most = {AGAIN: MAX_WITHOUT_STEP, REQUEUE: starts.MAX_NOTICES}.get(end.action)
     past = starts.read(run)
-    began_at = next((start.step for start in past if start.life == life), 0)
+    began_at = next((start.step for start in past if start.life == life), end.step)
     if most is None or end.step > began_at or starts.without_step(past, life.job, end.action) + 1 < most:
         return end
     why = f"{most} starts in a row ended without a new step, at step {end.step}. The last one: {end.why}"
     if end.action == REQUEUE:
         why += ". If it was the time limit: ask for more (sbatch --time)"
     return End(STOP, why, CrashLoopError.exit_code, end.step, end.blamed)
+
+
+def refused(run: Path, life: Life) -> End | None:
+    """Of a start that is not made, because Slurm has ended too many with their batch script; None when it may be."""
+    step = best_step(run)
+    if starts.unended(starts.read(run), life.job, step) < starts.MAX_UNENDED:
+        return None
+    why = (
+        f"{starts.MAX_UNENDED} starts since step {step} were ended together with their batch script, and nobody could "
+        "say why: the node that runs it is lost each time, or the job is preempted before it can make a step (sacct "
+        "-j JOB --duplicates tells)"
+    )
+    return End(STOP, why, CrashLoopError.exit_code, step)
 
 
 def _ending(run: Path, life: Life, exit_code: int, noticed: bool) -> End:
