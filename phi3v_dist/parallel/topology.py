@@ -7,6 +7,7 @@ use it, so it is switched off here.
 """
 
 import os
+import socket
 from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import timedelta
