@@ -16,6 +16,8 @@ from pathlib import Path
 
 import psutil
 
+from phi3v_dist.parallel.variables import host_name
+
 VARIABLE = "TORCH_EXTENSIONS_DIR"
 LOCK_NAME = "lock"  # of torch.utils.cpp_extension, one in each extension's folder
 
@@ -46,7 +48,7 @@ def leftover_locks() -> list[str]:
         return []
     held = set(_open_files())
     return [
-        f"{lock}: a build lock, {_age(lock)} old, that no process of {platform.node()} holds. Was a build killed? What "
+        f"{lock}: a build lock, {_age(lock)} old, that no process of {host_name()} holds. Was a build killed? What "
         "needs this extension would wait for ever: delete the file, unless another machine is building there now"
         for lock in locks
         if str(lock.resolve()) not in held

@@ -28,6 +28,7 @@ from phi3v_dist.attempt.build_cache import leftover_locks
 from phi3v_dist.config_file import flattened
 from phi3v_dist.errors import LaunchError
 from phi3v_dist.parallel.topology import Topology
+from phi3v_dist.parallel.variables import host_name
 
 PACKAGE = Path(__file__).parents[1]
 VERSIONS = ("torch", "deepspeed", "transformers", "phi3v-dist")  # those that change numbers or what ranks exchange
@@ -199,7 +200,7 @@ def require_writable(folder: Path, topology: Topology) -> None:
 
 def why_not_writable(folder: Path, what: str = "the run folder", setting: str = "run.root") -> str | None:
     """What goes wrong in writing there; None when nothing does. what, setting: how a message calls the folder."""
-    path = folder / f".write-test-{platform.node()}-{secrets.token_hex(4)}"
+    path = folder / f".write-test-{host_name()}-{secrets.token_hex(4)}"
     content = secrets.token_bytes(64)
     try:
         folder.mkdir(parents=True, exist_ok=True)

@@ -10,7 +10,6 @@ import json
 import logging
 import os
 import secrets
-import socket
 import threading
 import time
 from collections.abc import Mapping
@@ -21,7 +20,7 @@ from pathlib import Path
 import psutil
 
 from phi3v_dist.errors import LaunchError
-from phi3v_dist.parallel.variables import number
+from phi3v_dist.parallel.variables import host_name, number
 from phi3v_dist.survive.durable import write_durably
 
 OWNER_NAME, COUNTER_NAME = "owner.json", "alive"
@@ -58,7 +57,7 @@ class Owner:
         boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
         return cls(
             attempt=attempt, job=env.get("SLURM_JOB_ID", ""), restart=number(env, "SLURM_RESTART_COUNT", default=0),
-            host=socket.gethostname(),
+            host=host_name(env),
             machine=f"{boot}/{os.stat('/proc/self/ns/pid').st_ino}", pid=os.getpid(),
             pid_started=psutil.Process().create_time(),
             since=datetime.now(UTC).astimezone().isoformat(timespec="seconds"), token=secrets.token_hex(8),

@@ -2,7 +2,8 @@
 
 What comes in: `PHI3V_TIME_LEFT_S`, seconds as Slurm's controller counted them when this process was started. What goes
 out: how much is left by now. Surprise: Slurm tells a job neither when it ends nor, before the end, that it does; and
-the controller's clock is not this node's, so only the time since the start of this process is counted.
+the controller's clock is not this node's, so only the time since the start of this process is counted. It took a while
+to start it, too: slurm/train.sh has taken 30 s off for that.
 """
 
 import math

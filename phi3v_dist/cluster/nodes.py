@@ -13,7 +13,8 @@ from phi3v_dist.errors import ConfigError, DataError
 from phi3v_dist.survive.goodput import costs_of
 from phi3v_dist.survive.interval import about
 
-TRAIN, REQUEUE, STOP = "train", "requeue", "stop"
+TRAIN, REQUEUE, STOP, WAIT = "train", "requeue", "stop", "wait"
+MAX_WAITS = 5  # in a row, before what is wrong on all nodes ends the job
 
 
 @dataclass(frozen=True)
@@ -42,6 +43,20 @@ def choose(hosts: list[str], unfit: dict[str, str], past: list[Start], wanted: i
         return Choice(TRAIN, good[:wanted], bad)
     why = f"{len(good)} of {len(hosts)} nodes are fit, and at least {least} are wanted"
     return Choice(REQUEUE, [], bad, why)
+
+
+def common_problem(waited: int, has_trained: bool) -> str:
+    """What is wrong on all nodes may be an outage of a file server where all was well before: STOP or WAIT.
+
+    waited: how often in a row the job has waited for it. has_trained: this run has made a step, or this job a start.
+    """
+    return WAIT if has_trained and waited < MAX_WAITS else STOP
+
+
+def suspected(past: list[Start], job: str) -> dict[str, str]:
+    """Host → why it should not run the batch script, going by starts that Slurm ended together with theirs."""
+    found = starts.suspects(past, job)
+    return {host: f"{n} of the last starts were lost with their batch script on it" for host, n in found.items()}
 
 
 def in_time(choice: Choice, run: Path, left_s: float | None, is_first: bool) -> Choice:

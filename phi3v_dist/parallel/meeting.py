@@ -46,7 +46,7 @@ def meet(rank: int, world_size: int, host: str, timeout_s: float, env: Mapping[s
         store = dist.PrefixStore(f"start {env.get('TORCHELASTIC_RESTART_COUNT', '0')}", tcp)
         if main:
             store.set(LOOKED, "")
-        store.set(f"{ARRIVED}/{rank}", env.get("SLURMD_NODENAME", host))
+        store.set(f"{ARRIVED}/{rank}", host)
         store.add(ARRIVED, 1)
         if main:
             _wait_for_all(store, world_size, timeout_s, slurm_step.hosts(env))

@@ -20,7 +20,7 @@ import torch.distributed as dist
 from phi3v_dist.errors import LaunchError
 from phi3v_dist.parallel import slurm_step
 from phi3v_dist.parallel.meeting import meet
-from phi3v_dist.parallel.variables import number
+from phi3v_dist.parallel.variables import host_name, number
 
 
 @dataclass(frozen=True)
@@ -63,9 +63,9 @@ class Topology:
         elif number(env, "WORLD_SIZE", default=1) > 1:
             raise LaunchError(f"WORLD_SIZE is {env['WORLD_SIZE']} but RANK is not set: check the launcher")
         else:
-            return cls(host=socket.gethostname())
+            return cls(host=host_name(env))
         rank, world_size, local_rank = (number(env, name) for name in names)
-        host = socket.gethostname()
+        host = host_name(env)
         bounds = ((names[0], rank, names[1], world_size), (names[2], local_rank, local_name, local_world_size))
         for name, value, limit_name, limit in bounds:
             if value >= limit:

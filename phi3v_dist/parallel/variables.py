@@ -1,9 +1,11 @@
-"""Variables of the launcher → numbers, or an error that names the variable.
+"""Variables of the launcher → numbers, or an error that names the variable; and this node's name.
 
-What comes in: an environment. What goes out: whole numbers. Surprise: a batch script that sets them by hand may leave
-anything in them, so that a traceback of `int` would be what a person sees first.
+What comes in: an environment. What goes out: whole numbers and a name. Surprise: a batch script that sets them by hand
+may leave anything in them, so that a traceback of `int` would be what a person sees first.
 """
 
+import os
+import socket
 from collections.abc import Mapping
 
 from phi3v_dist.errors import LaunchError
@@ -19,3 +21,8 @@ def number(env: Mapping[str, str], name: str, default: int | None = None) -> int
             else f"{name} is {value!r}, which is not a whole number: check the launcher, or unset it"
         )
     return int(value)
+
+
+def host_name(env: Mapping[str, str] = os.environ) -> str:
+    """This node, as Slurm calls it: its own name may be longer, or quite another in a cloud, and Slurm refuses that."""
+    return env.get("SLURMD_NODENAME") or socket.gethostname()

@@ -5,7 +5,6 @@ main thread trains. That is safe because the group of processes it talks in is i
 thread, by all ranks, before the first save.
 """
 
-import platform
 from collections.abc import Callable
 from datetime import timedelta
 from typing import Any, TypeVar
@@ -13,6 +12,7 @@ from typing import Any, TypeVar
 import torch.distributed as dist
 
 from phi3v_dist.errors import CheckpointError, LostRankError
+from phi3v_dist.parallel.variables import host_name
 
 SLOWEST_RANK_TIMEOUT_S = 3600  # how long ranks that have written their share wait for the last one
 T = TypeVar("T")
@@ -39,7 +39,7 @@ class Ranks:
     @property
     def name(self) -> str:
         """As a person looks for it."""
-        return f"rank {self.rank} on {platform.node()}"
+        return f"rank {self.rank} on {host_name()}"
 
     def meet(self) -> None:
         """Make the group. Collective; main thread only."""

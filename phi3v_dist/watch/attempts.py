@@ -97,7 +97,7 @@ def best_step(run: Path) -> int:
 
 
 def _read(run: Path, number: int, folder: Path, steps: tuple[int, int] | None, newest: int) -> PastAttempt:
-    owner, reports = _json(folder / OWNER_NAME), read_reports(folder)
+    owner, reports = read_json(folder / OWNER_NAME), read_reports(folder)
     silent = [host for host in owner.get("hosts", []) if host not in {report.host for report in reports}]
     if reports and any(report.verdict for report in reports):
         silent += [report.host for report in reports if report.status in (RUNNING, SUSPECT)]
@@ -151,7 +151,7 @@ def _steps(run: Path) -> dict[int, tuple[int, int]]:
     return {number: (min(found), max(found)) for number, found in steps.items()}
 
 
-def _json(path: Path) -> dict[str, Any]:
+def read_json(path: Path) -> dict[str, Any]:
     """Empty when there is no such file, or it is damaged: it is then worth less than the rest."""
     try:
         tree = json.loads(path.read_text())

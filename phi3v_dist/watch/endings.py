@@ -6,7 +6,9 @@ a rank that it has itself ended), so they are believed last.
 """
 
 import signal
-from dataclasses import dataclass
+from collections import defaultdict
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
 
 from phi3v_dist.errors import (
     CheckpointError,
@@ -29,12 +31,12 @@ LOOK_FIRST = {error.exit_code: error.kind for error in (DivergedError, OutOfMemo
 
 @dataclass(frozen=True)
 class Ending:
-    """again: whether another start may help; why: for people; blamed: hosts on which something died or hung."""
+    """again: whether another start may help; why: for people; blamed: hosts, and which ranks died or hung there."""
 
     again: bool
     why: str
     exit_code: int = 1
-    blamed: tuple[str, ...] = ()
+    blamed: Mapping[str, list[int]] = field(default_factory=dict)
 
 
 def how_it_ended(attempt: PastAttempt | None, said: dict[str, object], code: int) -> Ending:
@@ -53,25 +55,35 @@ def how_it_ended(attempt: PastAttempt | None, said: dict[str, object], code: int
         return Ending(False, f"not started again: look at this {LOOK_FIRST[failed]} error first", failed)
     if failed in HOPELESS and not was_ended:
         return Ending(False, f"not started again: another start would not mend this {HOPELESS[failed]} error", failed)
-    blamed = tuple(blamed_hosts(attempt)) if attempt else ()
+    blamed = blamed_hosts(attempt) if attempt else {}
     if attempt is not None and attempt.verdict and attempt.verdict.verdict:
         return Ending(True, "\n".join(attempt.verdict.verdict.lines), failed, blamed)
     message = str(said.get("message", "")) or f"the launcher {ended} and no rank said why"
     return Ending(True, message, failed, blamed)
 
 
-def blamed_hosts(attempt: PastAttempt) -> list[str]:
-    """Hosts whose rank died or hung; where none is known, those that were not heard of again while others were.
+def blamed_hosts(attempt: PastAttempt) -> dict[str, list[int]]:
+    """Hosts whose ranks died or hung, with these; where none is known, those not heard of again while others were.
 
     At the first failure srun ends everything on the other nodes, watchers too, so that a node may be silent although
-    all is well with it. Where all hang, as when the network between them fails, none is blamed: the doctor finds out.
+    all is well with it. Where all hang, or nobody is heard of, as when the network or the file server fails, none is
+    blamed: the doctor finds out. Nor where the kernel ended a rank that wanted too much memory, as it would elsewhere.
     """
     verdict = attempt.verdict.verdict if attempt.verdict else None
-    hosts = [actor.host for actor in verdict.blamed] if verdict and verdict.kind in (DIED, HANG) else []
-    if len(set(hosts)) > 1 and set(hosts) == set(attempt.hosts):
-        return []
+    if verdict and verdict.of_memory:
+        return {}
+    if verdict and verdict.kind in (DIED, HANG) and verdict.blamed:
+        ranks = defaultdict(set)
+        for actor in verdict.blamed:
+            ranks[actor.host].add(actor.rank)
+        return {} if _is_everybody(ranks, attempt) and len(ranks) > 1 else {host: sorted(ranks[host]) for host in ranks}
     told = {report.host for report in attempt.reports if report.ranks and all(rank.outcome for rank in report.ranks)}
-    return list(dict.fromkeys(hosts or [host for host in attempt.silent if host not in told]))
+    silent: dict[str, list[int]] = {host: [] for host in attempt.silent if host not in told}
+    return {} if _is_everybody(silent, attempt) else silent
+
+
+def _is_everybody(hosts: Iterable[str], attempt: PastAttempt) -> bool:
+    return set(hosts) == set(attempt.hosts)
 
 
 def _signal_name(number: int) -> str:

@@ -40,11 +40,13 @@ class RankReport:
 
 @dataclass(frozen=True)
 class Verdict:
-    """Why the ranks of a job were ended. kind: hang, died or failed; lines: for people."""
+    """Why the ranks of a job were ended. kind: hang, died or failed; lines: for people. of_memory: the kernel has
+    killed for want of memory meanwhile."""
 
     kind: str
     lines: list[str]
     blamed: list[Actor]
+    of_memory: bool = False
 
 
 @dataclass(frozen=True)

@@ -33,7 +33,7 @@ def of_death(
         )
     else:
         lines.append("  nothing says why: a signal from outside (scontrol, kill -9), or a crash in native code")
-    return Verdict(DIED, [*lines, f"  all ranks are ended; {goes_on(checkpoint)}"], list(dead))
+    return Verdict(DIED, [*lines, f"  all ranks are ended; {goes_on(checkpoint)}"], list(dead), of_memory)
 
 
 def of_failure(actor: Actor, message: str) -> Verdict:

@@ -10,7 +10,8 @@ from conftest import REPOSITORY, environment
 
 from phi3v_dist.attempt.attempt import STOPPED_NAME, SUMMARY_NAME, folder_of
 from phi3v_dist.cluster import nodes, starts
-from phi3v_dist.cluster.judge import judge
+from phi3v_dist.cluster.judge import judge, refused
+from phi3v_dist.cluster.report import Report
 from phi3v_dist.cluster.starts import AGAIN, DONE, REQUEUE, STOP, End, Life
 from phi3v_dist.errors import (
     ConfigError,
@@ -56,8 +57,17 @@ class Run:
             file.write(json.dumps({"train/step": step, "run/attempt": self.attempts, "train/loss": 1.0}) + "\n")
         return self
 
-    def rank(self, host: str, outcome: str, code: int = 0, kind: str = "", blamed=(), where="forward, step 3") -> "Run":
-        verdict = Verdict(kind, [f"{kind}: of {host}"], list(blamed)) if kind else None
+    def rank(
+        self,
+        host: str,
+        outcome: str,
+        code: int = 0,
+        kind: str = "",
+        blamed=(),
+        where="forward, step 3",
+        of_memory=False,
+    ) -> "Run":
+        verdict = Verdict(kind, [f"{kind}: of {host}"], list(blamed), of_memory) if kind else None
         rank = RankReport(
             HOSTS.index(host), 1, 1, outcome, code, message=f"why {host} ended" if code else "", where=where
         )
@@ -76,8 +86,25 @@ def run(tmp_path) -> Run:
 
 
 def test_a_finished_run_is_done_whatever_srun_says(run):
-    (run.start().folder / SUMMARY_NAME).write_text("{}")
+    (run.start().reached(3).folder / SUMMARY_NAME).write_text("{}")
     assert run.judge(code=143).action == DONE
+
+
+def test_a_summary_from_before_counts_only_when_the_ranks_have_found_the_run_finished(run):
+    """Of a run that was asked for more steps since: its next attempt removes the summary."""
+    (run.start().reached(3).folder / SUMMARY_NAME).write_text("{}")
+    life = Life("13", 0, 1)
+    starts.begin(run.folder, life, HOSTS, 3)
+    assert run.judge(code=1, life=life).action == AGAIN
+    assert run.judge(code=ConfigError.exit_code, life=life).action == STOP
+    assert run.judge(code=0, life=life).action == DONE
+    (run.folder / "attempts" / f"last-word-{life}.json").write_text('{"outcome": "stopped"}')
+    assert run.judge(code=0, life=life).action == REQUEUE, "stopped before they could look"
+
+
+def test_so_does_the_summary_that_an_attempt_has_not_come_to_remove(run):
+    (run.start().reached(3).folder / SUMMARY_NAME).write_text("{}")
+    assert run.start(Life("13", 0, 1), step=3).judge(code=137, life=Life("13", 0, 1)).action == AGAIN
 
 
 @pytest.mark.parametrize("notice, action", [(True, REQUEUE), (False, DONE)])
@@ -136,6 +163,33 @@ def test_nodes_that_srun_ended_before_their_watchers_had_a_last_word_are_not_bla
 def test_a_node_that_was_not_heard_of_again_is_blamed(run):
     run.start().reached(3).rank("node1", "failed", LostRankError.exit_code, FAILED, [actor(0, "node1")])
     assert run.rank("node2", "ended").judge().blamed == ["node3"]
+
+
+@pytest.mark.fault(8)
+def test_no_node_is_blamed_when_nobody_was_heard_of(run):
+    assert run.start().reached(3).judge(code=137).blamed == []
+    assert run.start(Life("12", 0, 2), hosts=HOSTS[:1]).judge(code=137, life=Life("12", 0, 2)).blamed == []
+
+
+def test_no_node_is_blamed_for_a_rank_that_the_kernel_ended_for_want_of_memory(run):
+    run.start().reached(3).rank("node2", "died", 0, DIED, [actor(1, "node2")], of_memory=True)
+    ending = run.rank("node1", "failed", LostRankError.exit_code).judge()
+    assert (ending.action, ending.blamed) == (AGAIN, [])
+
+
+@pytest.mark.parametrize("failures, out", [
+    ([("node2", 1), ("node2", 1)], ["node2"]), ([("node2", 1), ("node2", 2)], ["node2"]),
+    ([("node2", 1), ("node3", 1), ("node2", 1)], []),
+    ([("node2", 1), ("node3", 1), ("node2", 4), ("node2", 5)], ["node2"]),
+])  # fmt: skip
+def test_a_rank_that_fails_on_two_nodes_takes_its_trouble_with_it_and_none_is_blamed(run, failures, out):
+    for number, (host, rank) in enumerate(failures, 1):
+        life = Life("12", 0, number)
+        run.start(life, step=number - 1).reached(number).rank(host, "died", 0, DIED, [actor(rank, host)])
+        assert run.judge(life=life).blamed == [host]
+    past = starts.read(run.folder)
+    assert [start.end.ranks for start in past] == [{host: [rank]} for host, rank in failures]
+    assert list(nodes.choose(HOSTS, {}, past, wanted=2, least=2).bad) == out
 
 
 @pytest.mark.parametrize("code, action", [(2, STOP), (3, STOP), (13, STOP), (5, AGAIN), (1, AGAIN), (137, AGAIN)])
@@ -197,7 +251,7 @@ def test_nor_does_one_that_is_over_before_the_nodes_are_examined(run):
         starts.begin(run.folder, Life("12", number, 1), [], 0)
         starts.end(run.folder, Life("12", number, 1), End(REQUEUE, "", 0, 0))
     done = job("nodes", run.folder, "--life", "12.99.1", *words)
-    assert done.stdout.splitlines() == ["action=stop", f"code={CrashLoopError.exit_code}"]
+    assert done.stdout.splitlines()[:2] == ["action=stop", f"code={CrashLoopError.exit_code}"]
     assert job("nodes", run.folder, "--life", "13.0.1", *words).stdout.splitlines()[0] == "action=requeue"
 
 
@@ -213,8 +267,127 @@ def test_damaged_lines_of_the_record_are_passed_over(run):
     path = run.folder / starts.STARTS_NAME
     text = path.read_text()
     path.write_text('{"start": 5}\n[]\nnull\n{}\n' + text + '{"start": {"job": "12", "res')
-    assert [asdict(one) for one in starts.read(run.folder)] == [asdict(one) for one in starts.read(run.folder)[:1]]
-    assert starts.read(run.folder)[0].end is not None
+    assert len(starts.read(run.folder)) == 1 and starts.read(run.folder)[0].end is not None
+    starts.begin(run.folder, Life("12", 0, 2), HOSTS, 3)
+    assert [start.life.number for start in starts.read(run.folder)] == [1, 2], "the line after a torn one is whole"
+
+
+def test_lines_of_an_earlier_release_are_read(run):
+    rows = [
+        {"start": asdict(LIFE) | {"nodes": HOSTS, "step": 0, "unix_s": 1.0}},
+        {"end": asdict(LIFE) | {"action": AGAIN, "why": "", "exit_code": 1, "step": 0, "blamed": ["node2"]}},
+    ]
+    (run.folder / starts.STARTS_NAME).write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert starts.to_blame(starts.read(run.folder)) == {"node2": 1}
+
+
+def unended(run: Run, lives, hosts=HOSTS) -> None:
+    for life in lives:
+        starts.begin(run.folder, life, hosts, 0)
+
+
+@pytest.mark.fault(17)
+def test_a_job_whose_batch_script_is_lost_with_each_start_does_not_come_back_for_ever(run):
+    words = ["--hosts", "node1", "--wanted", 1, "--least", 1]
+    unended(run, [Life("12", number, 1) for number in range(starts.MAX_UNENDED)])
+    done = job("nodes", run.folder, "--life", f"12.{starts.MAX_UNENDED}.1", *words)
+    assert done.stdout.splitlines()[:2] == ["action=stop", f"code={CrashLoopError.exit_code}"]
+    assert "10 starts since step 0 were ended together with their batch script" in done.stderr
+    assert refused(run.folder, Life("13", 0, 1)) is None, "another job has other nodes"
+    assert run.start(Life("12", 50, 1)).reached(1) and refused(run.folder, Life("12", 51, 1)) is None, "a new step"
+
+
+def test_the_first_node_of_starts_that_were_lost_with_their_batch_script_is_suspect(run):
+    other = Life("12", 0, 1)
+    starts.begin(run.folder, other, ["node2", "node1"], 0)
+    starts.end(run.folder, other, End(AGAIN, "", 1, 0))
+    unended(run, [Life("12", 1, 1)])
+    assert not starts.suspects(starts.read(run.folder), "12"), "once may be chance"
+    unended(run, [Life("12", 2, 1)])
+    assert starts.suspects(starts.read(run.folder), "12") == {"node1": 2}
+    assert list(nodes.suspected(starts.read(run.folder), "12")) == ["node1"]
+    starts.begin(run.folder, Life("12", 3, 1), HOSTS, 0)
+    starts.end(run.folder, Life("12", 3, 1), End(AGAIN, "", 1, 0))
+    assert not starts.suspects(starts.read(run.folder), "12"), "it came to an end there"
+
+
+def test_where_every_batch_script_is_lost_no_node_is_suspect(run):
+    unended(run, [Life("12", number, 1) for number in range(4)])
+    unended(run, [Life("12", number, 1) for number in range(4, 8)], ["node2", "node3"])
+    assert not starts.suspects(starts.read(run.folder), "12")
+
+
+def test_a_start_of_another_job_that_may_still_run_is_no_lost_one(run):
+    starts.begin(run.folder, Life("11", 0, 1), ["node2"], 0)
+    starts.end(run.folder, Life("11", 0, 1), End(AGAIN, "", 1, 0))
+    unended(run, [Life("12", 0, 1), Life("13", 0, 1)])
+    assert not starts.suspects(starts.read(run.folder), "14")
+
+
+def test_a_job_may_have_back_the_nodes_that_it_did_without_for_ten_starts(run):
+    starts.begin(run.folder, LIFE, HOSTS, 0)
+    starts.exclude(run.folder, LIFE, ["node9"], [])
+    for number in range(1, starts.LOOKS_BACK + 1):
+        assert starts.excluded(*starts.read_all(run.folder), "12") == (["node9"], []), number
+        starts.begin(run.folder, Life("12", number, 1), HOSTS, 0)
+    assert starts.excluded(*starts.read_all(run.folder), "12") == ([], ["node9"])
+    assert starts.excluded(*starts.read_all(run.folder), "12", ["node9"]) == ([], []), "it is there again"
+    assert starts.excluded(*starts.read_all(run.folder), "13") == ([], []), "another job excludes by itself"
+    starts.exclude(run.folder, Life("12", 11, 1), [], ["node9"])
+    assert starts.excluded(*starts.read_all(run.folder), "12") == ([], [])
+
+
+def test_a_job_that_comes_back_is_told_which_nodes_to_do_without_and_which_no_longer(run):
+    starts.exclude(run.folder, Life("12", 0, 1), ["node8"], [])
+    for number in range(starts.LOOKS_BACK):
+        starts.begin(run.folder, Life("12", 1, number), HOSTS, 0)
+        starts.end(run.folder, Life("12", 1, number), End(AGAIN, "", 1, number + 1, ["node2"] if number > 7 else []))
+    starts.exclude(run.folder, Life("12", 2, 1), ["node9"], [])
+    for host in HOSTS:
+        Report(host, "12.3.1", is_complete=True).write(run.folder / "preflight")
+    words = ["--life", "12.3.1", "--hosts", ",".join(HOSTS), "--wanted", 3, "--least", 3]
+    done = job("nodes", run.folder, *words)
+    said = dict(line.split("=", 1) for line in done.stdout.splitlines())
+    assert (said["action"], said["bad"], said["forgive"]) == ("requeue", "node2,node9", "node8"), done.stderr
+    assert starts.excluded(*starts.read_all(run.folder), "12") == (["node9", "node2"], []), "as recorded"
+
+
+@pytest.mark.parametrize("life, step, waited, action", [
+    ("12.0.1", 0, 0, "stop"), ("12.0.1", 3, 0, "wait"), ("12.0.2", 0, 0, "wait"), ("12.1.1", 0, 4, "wait"),
+    ("12.1.1", 3, 5, "stop"),
+])  # fmt: skip
+def test_what_is_wrong_on_all_nodes_is_waited_for_where_it_was_well_before(run, life, step, waited, action):
+    if step:
+        run.start(Life("11", 0, 1)).reached(step)
+    words = ["--hosts", "node1", "--wanted", 1, "--least", 1, "--waited", waited]
+    assert job("nodes", run.folder, "--life", life, *words).stdout.splitlines()[0] == f"action={action}"
+
+
+@pytest.mark.parametrize("restarts, most, lines", [
+    (3, 3, ["finished=no", "action=begin", "code=0"]), (4, 3, ["finished=no", "action=stop", "code=8"]),
+])  # fmt: skip
+def test_a_job_comes_back_as_often_as_it_may(config_file, restarts, most, lines):
+    done = job("begin", "--config", config_file, "--restarts", restarts, "--most", most)
+    assert done.stdout.splitlines()[1:] == lines
+    assert ("come back 4 times (PHI3V_MAX_REQUEUES)" in done.stderr) == (restarts == 4)
+
+
+def test_a_start_that_is_stopped_while_shards_are_copied_is_recorded(run):
+    starts.begin(run.folder, LIFE, HOSTS, 0)
+    assert job("judge", run.folder, "--life", "12.0.1", "--not-begun").stdout.startswith("action=requeue\ncode=0\n")
+    assert [start.end.action for start in starts.read(run.folder)] == [REQUEUE]
+
+
+def test_the_answer_is_given_also_where_nothing_can_be_written(run):
+    (run.folder / starts.STARTS_NAME).mkdir()  # root may write anywhere else
+    done = job("judge", run.folder, "--life", "12.0.1", "--exit-code", "1")
+    assert done.returncode == 0 and done.stdout.splitlines()[0] == "action=again"
+    assert "will not be remembered" in done.stderr and "Traceback" not in done.stderr
+
+
+def test_a_run_folder_that_is_gone_is_made(tmp_path):
+    starts.begin(tmp_path / "gone" / "run", LIFE, HOSTS, 0)
+    assert [start.life for start in starts.read(tmp_path / "gone" / "run")] == [LIFE]
 
 
 def blamed(host: str, *numbers: int) -> list[starts.Start]:
@@ -275,12 +448,14 @@ def test_the_answer_is_on_stdout_and_the_reasons_on_stderr(run):
     assert "none of 2 nodes reported" in done.stderr
     run.start().reached(3)
     done = job("judge", run.folder, "--life", "12.0.1", "--exit-code", "1")
-    assert done.stdout.splitlines() == ["action=again", "code=1"]
+    assert done.stdout.splitlines() == ["action=again", "code=1", "bad=", "forgive="]
     assert "again: the launcher ended with 1 and no rank said why" in done.stderr
 
 
 @pytest.mark.parametrize("words, said", [
     (["judge", "x", "--life", "12", "--exit-code", "1"], "is not JOB.RESTART.NUMBER"),
+    (["judge", "x", "--life", "12.0.1"], "--exit-code --not-begun is required"),
+    (["nodes", "x", "--life", "1.0.1", "--hosts", "a", "--wanted", "1", "--least", "1", "--waited", "-1"], "'-1'"),
     (["begin", "--config", "missing.yaml"], "missing.yaml"),
     (["nodes", "x", "--life", "1.0.1", "--hosts", "a", "--wanted", "1", "--least", "1", "--time-left", "soon"], "soon"),
 ])  # fmt: skip

@@ -24,7 +24,7 @@ def env():
 def others(ranks, world_size, env, errors):
     def come(rank: int) -> None:
         try:
-            meeting.meet(rank, world_size, f"host{rank}", 2.0, env | {"SLURMD_NODENAME": f"n{rank}"})
+            meeting.meet(rank, world_size, f"n{rank}", 2.0, env)
         except LostRankError as error:
             errors.append(str(error))
 
@@ -40,9 +40,9 @@ def test_ranks_that_do_not_come_are_named_with_their_nodes_and_nobody_waits_for_
     monkeypatch.setattr(meeting, "MARGIN_S", 1.0)
     errors: list[str] = []
     threads = others([1, 2], 5, env, errors)
-    step = {"SLURM_STEP_NODELIST": "n[0-4]", "SLURMD_NODENAME": "n0"}
+    step = {"SLURM_STEP_NODELIST": "n[0-4]"}
     with caplog.at_level(logging.WARNING), pytest.raises(LaunchError) as caught:
-        meeting.meet(0, 5, "host0", 4.0, env | step)
+        meeting.meet(0, 5, "n0", 4.0, env | step)
     for thread in threads:
         thread.join(60)
     missing = "2 of 5 ranks have not come (3, 4; nobody from n3, n4)"

@@ -1,8 +1,11 @@
 """Who a process is, from the variables of each launcher, and what makes them unbelievable."""
 
+import socket
+
 import pytest
 import torch
 
+from phi3v_dist.attempt.owner import Owner
 from phi3v_dist.errors import LaunchError
 from phi3v_dist.parallel.topology import Topology
 
@@ -42,6 +45,14 @@ def numbers(env):
 )
 def test_ranks_are_those_of_the_launcher(env, expected):
     assert numbers(env) == expected
+
+
+@pytest.mark.parametrize("env", [{}, TORCHRUN, SRUN])
+def test_under_slurm_a_node_has_the_name_that_slurm_gives_it(env):
+    for name, host in (("gpu-0017", "gpu-0017"), ("", socket.gethostname())):
+        named = env | {"SLURMD_NODENAME": name}
+        assert Topology.from_environment(named).host == Owner.of_this_process(1, named).host == host
+    assert Topology.from_environment(env).host == Owner.of_this_process(1, env).host == socket.gethostname()
 
 
 @pytest.mark.parametrize(

@@ -77,6 +77,7 @@ def test_a_death_and_a_failure_are_told(run):
     leave(run, of_death([culprit()], [3 * 2**30], 8 * 2**30, of_memory=True, checkpoint="step-00000004"), "died")
     assert "killed by the kernel, probably memory" in says(run).lower()
     assert "3.0 GiB of memory; the machine has 8.0 GiB" in says(run)
+    assert read_attempts(run)[-1].verdict.verdict.of_memory
     leave(run, of_failure(culprit(), "data: 1 problem\n  - no such shard"), "failed")
     assert "Data: 1 problem. No such shard." in says(run) and "Mend what the error names" in says(run)
 
