@@ -98,7 +98,7 @@ def begin(arguments: argparse.Namespace) -> None:
     if not finished and arguments.most is not None and arguments.restarts > arguments.most:
         log.warning("the job has come back %d times (PHI3V_MAX_REQUEUES): submit it again to go on", arguments.restarts)
         action, code = starts.STOP, CrashLoopError.exit_code
-    answer(run=folder, finished="yes" if finished else "no", action=action, code=code)
+    answer(run=folder, action=action, code=code)
 
 
 def choose_nodes(arguments: argparse.Namespace) -> None:

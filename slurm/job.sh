@@ -50,9 +50,13 @@ settings_of_task() { # settings_of_task CONFIG FILE [key=value…]: with what th
 }
 
 may_begin() { # may_begin SETTINGS…: wrong ones end the job here, and so does a finished run
-  ask begin "$@"
+  ask begin --restarts "${SLURM_RESTART_COUNT:-0}" --most "$PHI3V_MAX_REQUEUES" "$@"
   run=${answer[run]}
-  [[ ${answer[finished]} == no ]] || give_up 0 "$run is finished: nothing to do"
+  case ${answer[action]} in
+  begin) ;;
+  done) give_up 0 "$run is finished: nothing to do" ;;
+  *) exit "${answer[code]}" ;;
+  esac
   umask 077 # a run folder is for its owner alone
   mkdir -p "$run/logs" "$run/attempts"
   count_ranks
@@ -78,7 +82,7 @@ cpus_per_rank() { # the cores of this node, divided among its ranks
 }
 
 choose_nodes() { # choose_nodes SETTINGS…: nodes examine themselves; those that are fit, and ended no starts, are used
-  local fields wanted least
+  local fields wanted least waited=0
   wanted=${PHI3V_NODES:-$SLURM_JOB_NUM_NODES} least=${PHI3V_MIN_NODES:-${PHI3V_NODES:-$SLURM_JOB_NUM_NODES}}
   while true; do
     life=$SLURM_JOB_ID.${SLURM_RESTART_COUNT:-0}.$((++start))
@@ -88,10 +92,10 @@ choose_nodes() { # choose_nodes SETTINGS…: nodes examine themselves; those tha
       --token "$life" --ranks-per-node "$ranks_per_node" "$@" &
     wait_for_reports $! "$(count "$hosts")"
     ask nodes "$run" --life "$life" --hosts "$hosts" --wanted "$wanted" --least "$least" \
-      --time-left "$(seconds_left)" ${noticed:+--noticed}
+      --waited "$waited" --time-left "$(seconds_left)" ${noticed:+--noticed}
     case ${answer[action]} in
     train) break ;;
-    wait) pause "$AGAIN_S" ;;
+    wait) ((++waited)) && pause "$AGAIN_S" ;;
     requeue) come_back ;;
     *) exit "${answer[code]}" ;;
     esac
@@ -127,7 +131,7 @@ stage() { # stage SETTINGS…: each node copies the shards to its own disk, if a
   wait_for "$step_pid"
   step_pid=""
   ((status == 0)) || say "not every node could copy the shards (see $run/logs): they are read where they are"
-  [[ -z $noticed ]] || judge --not-begun
+  [[ -z $noticed ]] || judge --not-begun # ends here
 }
 
 tell_ranks() { # which start this is, where to leave their last word, how long the job has
@@ -199,9 +203,9 @@ own_attempt() { # folder of the attempt that this start has made; nothing before
   done
 }
 
-judge() { # judge [--not-begun]: returns when another start in place may help
-  ask judge "$run" --life "$life" --exit-code "$status" ${noticed:+--noticed} "$@"
-  rm -f "$PHI3V_LAST_WORD"
+judge() { # judge OPTION…, of launch/job.py: how the start ended. Returns when another one in place may help
+  ask judge "$run" --life "$life" "$@"
+  rm -f "$run/attempts/last-word-$life.json"
   case ${answer[action]} in
   done) exit 0 ;;
   requeue) come_back ;;

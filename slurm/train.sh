@@ -48,5 +48,5 @@ while true; do
   on_nodes train "$use" "$ranks_per_node" --cpus-per-task="$(cpus_per_rank)" --kill-on-bad-exit=1 --wait=60 -- \
     python launch/train.py "${settings[@]}" &
   watch_over $!
-  judge
+  judge --exit-code "$status" ${noticed:+--noticed}
 done

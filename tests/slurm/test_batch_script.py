@@ -19,7 +19,7 @@ RECORDS = """#!/bin/bash
 { printf '%s\\0' "${0##*/}" "$@"; printf '\\n\\0'; } >>"$RECORD"
 for word in "$@"; do
   case $word in
-  begin) printf 'run=%s\\nfinished=no\\n' "$RUN" ;;
+  begin) printf 'run=%s\\naction=begin\\ncode=0\\n' "$RUN" ;;
   nodes) printf 'action=train\\nuse=node1\\nbad=\\ncode=2\\n' ;;
   judge) printf 'action=done\\ncode=0\\n' ;;
   esac
