@@ -16,7 +16,7 @@ from phi3v_dist import config
 from phi3v_dist.attempt import environment
 from phi3v_dist.cluster import devices, machine, network, storage
 from phi3v_dist.cluster.checking import Look, Notes, Place, check
-from phi3v_dist.cluster.findings import NETWORK, SUM
+from phi3v_dist.cluster.entries import NETWORK, SUM
 from phi3v_dist.cluster.network import Patience, Talk
 from phi3v_dist.cluster.report import CONFIGURATION, DATA, LAUNCH, Check, Report, path_of, read_report
 from phi3v_dist.errors import Phi3VError
@@ -50,7 +50,7 @@ def examine(place: Place, token: str) -> Report:
     checks.append(check("arithmetic", lambda _, notes: speeds.extend(devices.arithmetic(notes)), place))
     report = replace(
         report, facts=found["facts"], settings=found["settings"], checks=tuple(checks), speeds=tuple(speeds),
-        has_gpus=torch.cuda.is_available(),
+        has_gpus=torch.cuda.is_available(), num_gpus=torch.cuda.device_count(),
     )  # fmt: skip
     report.write(place.folder)
     return report
