@@ -1,7 +1,7 @@
 """What was found on nodes, in one line each, and how their names are written.
 
-What comes in: names of nodes, values by node. What goes out: `Entry`s and words for people. Surprise: one line may stand
-for hundreds of nodes, so that the table of a job stays as short as that of a machine.
+What comes in: names of nodes, values by node. What goes out: `Entry`s and words for people. Surprise: one line may
+stand for hundreds of nodes, so that the table of a job stays as short as that of a machine.
 """
 
 import re

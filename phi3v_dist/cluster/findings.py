@@ -39,8 +39,10 @@ class Findings:
 
     @property
     def silent(self) -> list[str]:
-        """Nodes of `bad` of which no more is known than that they gave no report in time: leave them out of this start,
-        and ask them again at the next."""
+        """Nodes of `bad` of which no more is known than that they gave no report in time.
+
+        They are to be left out of this start, and asked again at the next.
+        """
         told = {
             host for entry in self.entries if entry.level == PROBLEM and entry.check != REPORT for host in entry.hosts
         }

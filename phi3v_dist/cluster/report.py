@@ -52,8 +52,8 @@ class Report:
 
     token: names the start (job, requeue, start in place). is_complete: the network probe is over.
     facts: what must be alike on all nodes; settings: by dotted key, as text, to say which of them differ.
-    speeds: TFLOP/s of each device, of the CPU where there is none. num_gpus: that torch sees. edges: MB/s to each neighbour, 0
-    where it failed; timed_out: those of them with whom it did not end in time, and no more is known.
+    speeds: TFLOP/s of each device, of the CPU where there is none. num_gpus: that torch sees.
+    edges: MB/s to each neighbour, 0 where it failed; timed_out: those with whom it merely did not end in time.
     earlier: failures of this host at earlier starts, oldest first.
     """
 
