@@ -15,19 +15,30 @@ from phi3v_dist.cluster.report import LAUNCH, Check
 from phi3v_dist.config import Settings
 from phi3v_dist.errors import Phi3VError
 
-LIMIT_S = 60.0
+LIMIT_S = 60.0  # of one look
+WHOLE_S = 240.0  # of the preflight, unless PHI3V_EXAMINE_S says another time
+LOOKS_FRAC, MEET_FRAC, PROBE_FRAC = 0.4, 0.15, 0.35  # of that: looks, nodes that have not come, the network
 SHOWN = 4  # problems of one kind that a check lists
 
 
 @dataclass(frozen=True)
 class Place:
-    """What a node knows about its part in the job. ranks_per_node: None when nobody said it."""
+    """What a node knows about its part in the job, and how much time it has.
+
+    ranks_per_node: None when nobody said it. limit_s: of the whole preflight, from `began_s` (monotonic) on.
+    """
 
     settings: Settings
     host: str
     num_nodes: int
     ranks_per_node: int | None
     folder: Path
+    limit_s: float = WHOLE_S
+    began_s: float = field(default_factory=time.monotonic)
+
+    def left_s(self, frac: float) -> float:
+        """Seconds until this part of the time is over."""
+        return self.began_s + frac * self.limit_s - time.monotonic()
 
 
 @dataclass
@@ -49,9 +60,12 @@ Look = Callable[[Place, Notes], None]
 
 
 def check(name: str, look: Look, place: Place, kind: str = LAUNCH, limit_s: float = LIMIT_S) -> Check:
-    """Whatever a look raises or hangs in is a problem of the node, and stops no other look."""
+    """Whatever a look raises or hangs in is a problem of the node, and stops no other look but for want of time."""
     notes = Notes()
     began_s = time.monotonic()
+    limit_s = min(limit_s, place.left_s(LOOKS_FRAC))
+    if limit_s <= 0:
+        return Check(name, warnings=("not looked at: other looks took all the time (PHI3V_EXAMINE_S)",))
 
     def run() -> None:
         try:

@@ -2,7 +2,7 @@
 
 What comes in: settings, a report folder that all nodes see, the name of this start. What goes out: `HOST.json` there.
 Surprise: nothing here is collective until the first report is on the disk, and whatever the network then does, the
-second one is written within a minute, by a thread that waits for nobody.
+second one is written in time, by a thread that waits for nobody.
 """
 
 import os
@@ -14,11 +14,11 @@ import torch
 
 from phi3v_dist import config
 from phi3v_dist.attempt import environment
-from phi3v_dist.cluster import devices, machine, network, storage
-from phi3v_dist.cluster.checking import Look, Notes, Place, check
-from phi3v_dist.cluster.findings import NETWORK, SUM
-from phi3v_dist.cluster.network import Patience, Talk
+from phi3v_dist.cluster import devices, machine, network, storage, talk
+from phi3v_dist.cluster.checking import LOOKS_FRAC, MEET_FRAC, PROBE_FRAC, Look, Notes, Place, check
+from phi3v_dist.cluster.entries import NETWORK, SUM
 from phi3v_dist.cluster.report import CONFIGURATION, DATA, LAUNCH, Check, Report, path_of, read_report
+from phi3v_dist.cluster.talk import Patience, Talk
 from phi3v_dist.errors import Phi3VError
 from phi3v_dist.printable import printable
 
@@ -50,10 +50,17 @@ def examine(place: Place, token: str) -> Report:
     checks.append(check("arithmetic", lambda _, notes: speeds.extend(devices.arithmetic(notes)), place))
     report = replace(
         report, facts=found["facts"], settings=found["settings"], checks=tuple(checks), speeds=tuple(speeds),
-        has_gpus=torch.cuda.is_available(),
+        has_gpus=torch.cuda.is_available(), num_gpus=torch.cuda.device_count(),
     )  # fmt: skip
     report.write(place.folder)
     return report
+
+
+def patience_of(place: Place, pause_s: float) -> Patience:
+    """How long to wait in the network probe, so that all is over in time. pause_s: for one more node to come."""
+    come_s = max(place.left_s(LOOKS_FRAC + MEET_FRAC), 1.0)
+    whole_s = PROBE_FRAC * place.limit_s
+    return Patience.of(place.num_nodes, torch.cuda.is_available(), pause_s, come_s, whole_s)
 
 
 def probe(report: Report, place: Place, patience: Patience) -> Report:
@@ -63,19 +70,24 @@ def probe(report: Report, place: Place, patience: Patience) -> Report:
     if place.num_nodes > 1:
         os.environ |= WAIT_FOR_PROBE
         try:
-            network.within(
+            talk.within(
                 patience.come + patience.whole,
                 lambda: network.take_part(place.folder, report.token, place.host, place.num_nodes, patience, result),
             )
+        except TimeoutError as error:
+            result.notes.warn(f"the network probe did not end in time, {result.at}: {error}")
         except Exception as error:  # of a network, a driver or a file server that may be broken in any way
-            result.broke_off(network.first_words(error))
+            result.broke_off(talk.first_words(error))
     seconds = round(time.monotonic() - began_s, 3)
     notes, total = result.notes, result.total
     notes.detail = "one node alone" if place.num_nodes == 1 else "neighbours were tried"
     outcome = [Check(NETWORK, notes.detail, tuple(notes.problems), tuple(notes.warnings), LAUNCH, seconds)]
-    if total.detail or total.problems:
-        outcome.append(Check(SUM, total.detail, tuple(total.problems)))
-    report = replace(report, checks=(*report.checks, *outcome), edges=dict(result.edges), is_complete=True)
+    if total.detail or total.problems or total.warnings:
+        outcome.append(Check(SUM, total.detail, tuple(total.problems), tuple(total.warnings)))
+    report = replace(
+        report, checks=(*report.checks, *outcome), edges=dict(result.edges), timed_out=tuple(result.timed_out),
+        is_complete=True,
+    )  # fmt: skip
     report.write(place.folder)
     return report
 

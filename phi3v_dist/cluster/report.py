@@ -52,7 +52,8 @@ class Report:
 
     token: names the start (job, requeue, start in place). is_complete: the network probe is over.
     facts: what must be alike on all nodes; settings: by dotted key, as text, to say which of them differ.
-    speeds: TFLOP/s of each device, of the CPU where there is none. edges: MB/s to each neighbour, 0 where it failed.
+    speeds: TFLOP/s of each device, of the CPU where there is none. num_gpus: that torch sees.
+    edges: MB/s to each neighbour, 0 where it failed; timed_out: those with whom it merely did not end in time.
     earlier: failures of this host at earlier starts, oldest first.
     """
 
@@ -64,7 +65,9 @@ class Report:
     settings: dict[str, str] = field(default_factory=dict)
     checks: tuple[Check, ...] = ()
     speeds: tuple[float, ...] = ()
+    num_gpus: int = 0
     edges: dict[str, float] = field(default_factory=dict)
+    timed_out: tuple[str, ...] = ()
     earlier: tuple[Failure, ...] = ()
     __pydantic_config__ = _STRICT
 

@@ -13,12 +13,12 @@ from pathlib import Path
 from phi3v_dist.cluster import preflight
 from phi3v_dist.cluster.checking import Place
 from phi3v_dist.cluster.findings import Findings, summarize
-from phi3v_dist.cluster.network import Patience
 from phi3v_dist.cluster.report import read_reports
+from phi3v_dist.cluster.talk import Patience
 from phi3v_dist.config import Settings
 
 TOKEN = "7.0.1"
-PATIENCE = Patience(come=2.0, turn=2.0, join=4.0, edge=4.0, reduce=5.0, whole=40.0)
+PATIENCE = Patience(pause=2.0, come=20.0, turn=1.0, join=3.0, edge=2.0, reduce=4.0, whole=40.0)
 LONGEST_S = 60.0
 
 Wrong = Callable[[], object]

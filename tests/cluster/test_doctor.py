@@ -49,6 +49,8 @@ def test_by_hand_on_two_machines_the_first_process_prints_one_table(config_file,
         (["--ranks-per-node", "0"], "--ranks-per-node is 0: it must be at least 1"),
         (["--wait-s", "-1"], "--wait-s is -1.0"),
         (["--wait-s", "nan"], "--wait-s is nan"),
+        (["--limit-s", "1"], "--limit-s is 1.0"),
+        (["--limit-s", "nan"], "--limit-s is nan"),
         (["train.stepz=3"], "train.stepz"),
     ],
 )
@@ -74,6 +76,17 @@ def test_a_report_folder_that_cannot_be_written_is_an_error_with_its_name(config
     monkeypatch.setattr(sys, "argv", ["doctor.py", *words])
     with pytest.raises(ConfigError, match="file/preflight: the report cannot be written"):
         doctor.main()
+
+
+def test_it_ends_in_time_when_the_file_system_of_the_settings_does_not_answer(tmp_path):
+    """A pipe that nobody writes to keeps whoever opens it, as a file server that is gone does."""
+    os.mkfifo(tmp_path / "settings.yaml")
+    command = [sys.executable, "launch/doctor.py", "--config", str(tmp_path / "settings.yaml")]
+    done = subprocess.run(
+        command, cwd=REPOSITORY, env=environment(PHI3V_EXAMINE_S="5"), capture_output=True, text=True,
+        timeout=TIMEOUT_S,
+    )  # fmt: skip
+    assert done.returncode == 5 and "not ended after 5 s" in done.stdout, done
 
 
 def test_in_a_job_each_node_says_its_own_outcome(capsys):

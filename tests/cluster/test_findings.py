@@ -7,7 +7,8 @@ from dataclasses import replace
 
 import pytest
 
-from phi3v_dist.cluster.findings import folded, summarize
+from phi3v_dist.cluster.entries import folded
+from phi3v_dist.cluster.findings import summarize
 from phi3v_dist.cluster.report import DATA, KEPT_FAILURES, Check, Failure, Report, path_of, read_report, read_reports
 
 FACTS = {"torch": "2.13.0", "settings": "a1"}
@@ -16,7 +17,7 @@ FACTS = {"torch": "2.13.0", "settings": "a1"}
 def report(host: str, **changes) -> Report:
     good = Report(
         host, "t", is_complete=True, facts=FACTS, settings={"train.steps": "10"}, checks=(Check("GPUs", "8 x H100"),),
-        speeds=(600.0, 610.0), has_gpus=True,
+        speeds=(600.0, 610.0), has_gpus=True, num_gpus=2,
     )  # fmt: skip
     return replace(good, **changes)
 
@@ -93,11 +94,57 @@ def test_a_first_node_that_nobody_could_reach_is_named_when_the_others_could_mee
     assert list(found.bad) == ["n1"] and not found.common
 
 
-def test_a_sum_that_broke_off_is_the_fault_of_the_node_that_fell_silent():
-    broken = (Check("sum", problems=("a sum over 3 nodes broke off",)),)
-    ends = [report(host, checks=broken, edges={"n1": 50.0, "n3": 50.0}) for host in ("n1", "n3")]
-    assert list(judged([*ends, report("n2", is_complete=False)]).bad) == ["n2"]
-    assert not judged([*ends, report("n2", checks=broken)]).bad, "all failed: nobody is known to be at fault"
+def test_a_wrong_sum_is_the_fault_of_the_link_that_gave_one_or_of_no_known_node():
+    wrong = Check("sum", problems=("a sum over n1, n2, n3 came out wrong",))
+    edges = {"n1": 50.0, "n2": 50.0}
+    all_wrong = [report(host, checks=(wrong,), edges=edges) for host in ("n1", "n2", "n3")]
+    assert not judged(all_wrong).bad and "came out wrong" in judged(all_wrong).common[0].text
+    link = Check("network", problems=("a sum over n3, n1 came out wrong",))
+    known = judged([*all_wrong[:2], report("n3", checks=(wrong, link))])
+    assert list(known.bad) == ["n3"] and not known.common
+    slow = Check("sum", warnings=("a sum over 3 nodes could not be tried in 10 s",))
+    assert judged([report(host, checks=(slow,), edges=edges) for host in ("n1", "n2", "n3")]).exit_code == 0
+
+
+@pytest.mark.parametrize("told, silent", [(1, 199), (100, 100), (1, 2)])
+def test_when_half_of_the_nodes_are_silent_it_is_the_fault_of_none(told, silent):
+    hosts = [f"n{number:03d}" for number in range(told + silent)]
+    found = judged([report(host) for host in hosts[:told]], hosts)
+    assert not found.bad and not found.silent and found.exit_code == 5
+    assert f"{silent} of {told + silent} nodes gave no report in time" in found.common[0].text
+    assert "PHI3V_EXAMINE_S" in found.common[0].text
+
+
+def test_a_silent_node_is_told_apart_from_one_with_a_fault_of_its_own():
+    worn = report("n2", checks=(Check("GPUs", problems=("GPU 3: memory errors",)),))
+    found = judged([report("n1"), worn, report("n3"), report("n4", is_complete=False)], ["n1", "n2", "n3", "n4", "n5"])
+    assert list(found.bad) == ["n2", "n4", "n5"] and found.silent == ["n5"] and not found.common
+    assert judged([report("n1")], ["n1", "n2"]).silent == ["n2"], "one node of two may be down"
+
+
+def test_when_half_of_the_nodes_fell_silent_in_the_probe_it_is_the_fault_of_none():
+    found = judged([report("n1"), report("n2"), report("n3", is_complete=False), report("n4", is_complete=False)])
+    assert not found.bad and "fell silent" in found.common[0].text
+
+
+def test_a_node_with_fewer_gpus_than_most_is_named_and_one_without_is_bad():
+    found = judged([report("n1"), report("n2"), report("n3", num_gpus=1), report("n4", num_gpus=0)])
+    assert list(found.bad) == ["n4"] and "no GPU is seen here, and others see 2" in found.bad["n4"][0]
+    assert found.warnings == ["n3: number of GPUs: 1 GPUs are seen here, and 2 on 2 nodes"]
+    assert not judged([report("n1", num_gpus=0), report("n2", num_gpus=0)]).bad
+
+
+def test_links_that_merely_time_out_everywhere_are_a_warning():
+    reports = [report("n1", edges={"n2": 0.0}, timed_out=("n2",)), report("n2", edges={"n1": 0.0}, timed_out=("n1",))]
+    found = judged(reports)
+    assert not found.bad and not found.common and "no two nodes could be tried in time" in found.warnings[0]
+
+
+def test_a_node_that_came_too_late_for_the_probe_is_fit():
+    late = Check("network", warnings=("came too late for the network probe",))
+    edges = {"n1": {"n2": 50.0}, "n2": {"n1": 50.0}}
+    found = judged([*(report(host, edges=its) for host, its in edges.items()), report("n3", checks=(late,))])
+    assert not found.bad and found.warnings == ["n3: network: came too late for the network probe"]
 
 
 def test_one_node_alone_with_a_missing_shard_is_not_excluded_and_with_a_bad_gpu_it_is():

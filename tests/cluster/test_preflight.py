@@ -1,5 +1,6 @@
 """Whole preflights, a process for each node: good ones, and each way in which a node is bad."""
 
+import dataclasses
 import os
 import resource
 import shutil
@@ -10,9 +11,10 @@ import pytest
 from preflight_nodes import PATIENCE, place_of, preflight_of
 
 from phi3v_dist.attempt import environment
-from phi3v_dist.cluster import checking, devices, machine, preflight, storage
+from phi3v_dist.cluster import checking, devices, machine, preflight, ring, storage
 from phi3v_dist.cluster.checking import Notes
 from phi3v_dist.cluster.report import path_of, read_report
+from phi3v_dist.cluster.talk import Patience, Talk
 from phi3v_dist.config import Settings
 
 
@@ -93,6 +95,49 @@ def test_what_one_node_cannot_read_is_its_fault_and_what_none_can_read_is_no_one
     none = preflight_of(settings, folder, {"n1": None, "n2": None}, token="7.0.2")
     assert none.good == ["n1", "n2"] and not none.bad and none.exit_code == 3
     assert none.common[0].check == "shards" and "all nodes have such a problem" in none.common[0].text
+
+
+@pytest.mark.fault(8)
+def test_late_nodes_are_waited_for_and_one_that_comes_after_the_others_began_is_fit(settings, folder):
+    """Each comes within the pause after the last one, and all much later than the first."""
+    slow = {f"n{number}": (lambda number=number: time.sleep(1.5 * number)) for number in range(3)}
+    found = preflight_of(settings, folder, slow)
+    assert not found.bad and not found.warnings
+    late = {"n0": None, "n1": None, "n2": lambda: time.sleep(PATIENCE.pause + 4)}
+    found = preflight_of(settings, folder, late, token="7.0.2")
+    assert not found.bad and len(found.warnings) == 1
+    assert "n2: network: came too late for the network probe: 2 nodes had begun" in found.warnings[0]
+
+
+def test_the_waits_of_a_probe_grow_with_the_nodes_and_end_in_time():
+    few, many = (Patience.of(count, True, pause=20.0, come=60.0, whole=1000.0) for count in (2, 400))
+    assert many.edge > few.edge and many.reduce > 2 * few.reduce and many.join > 2 * few.join
+    for whole in (5.0, 84.0):
+        brief = Patience.of(400, True, pause=20.0, come=60.0, whole=whole)
+        assert 2 * brief.join + 3 * brief.edge + 2 * brief.reduce < whole
+
+
+def test_a_sum_that_does_not_end_in_time_is_a_warning_and_a_wrong_one_is_a_problem(monkeypatch):
+    def late(*_):
+        raise RuntimeError("Timed out waiting 10000ms for recv operation to complete")
+
+    def wrong(*_):
+        raise ring.WrongSum("a sum over n1, n2 came out wrong")
+
+    for reduce, problems, warnings in ((late, 0, 1), (wrong, 1, 0)):
+        monkeypatch.setattr(ring, "reduce", reduce)
+        result = Talk()
+        ring.sum_over_all(None, ["n1", "n2"], "n1", 10.0, result)
+        assert (len(result.total.problems), len(result.total.warnings)) == (problems, warnings)
+
+
+def test_looks_that_hang_end_together_with_their_part_of_the_time(settings, folder):
+    """A file server that is gone: every look that asks it hangs, and all of them end in time."""
+    place = dataclasses.replace(place_of(settings, "n1", folder), limit_s=1.0, began_s=time.monotonic())
+    began_s = time.monotonic()
+    found = [checking.check(f"look {number}", lambda *_: time.sleep(30), place) for number in range(5)]
+    assert time.monotonic() - began_s < 10
+    assert "hangs" in found[0].problems[0] and not found[1].problems and "not looked at" in found[1].warnings[0]
 
 
 def test_a_look_that_hangs_or_breaks_is_a_problem_and_stops_no_other(settings, folder):
