@@ -1,15 +1,11 @@
-"""One node's GPUs and arithmetic → which of them are missing, taken, worn out, wrong or slow.
+"""One node's arithmetic → which devices are wrong or slow, and which attention they get.
 
-What comes in: nvidia-smi's tables and a product of two matrices. What goes out: notes, and speeds to compare between
-nodes. Surprise: a broken GPU often multiplies as fast as ever. Factors and sums here are small whole numbers, exact in
-bfloat16 in whatever order they are added, so a single wrong bit shows.
+What comes in: a product of two matrices. What goes out: notes, and speeds to compare between nodes. Surprise: a broken
+GPU often multiplies as fast as ever. Factors and sums here are small whole numbers, exact in bfloat16 in whatever order
+they are added, so a single wrong bit shows.
 """
 
-import os
-import shutil
-import subprocess
 import time
-from collections.abc import Mapping
 
 import torch
 from torch import Tensor
@@ -18,140 +14,9 @@ from phi3v_dist.cluster.checking import Notes, Place
 from phi3v_dist.model import backends
 from phi3v_dist.watch import faults
 
-SMI = "nvidia-smi"
-SMI_LIMIT_S = 20.0
-FREE_MIB = 1024  # what drivers and idle services may hold
-BASE_FIELDS = ("index", "name", "memory.total", "memory.used")
-ERROR_FIELDS = {  # nvidia-smi's name → what it means when it counts, or says Yes
-    "ecc.errors.uncorrected.volatile.total": "memory errors that could not be corrected since the driver was loaded",
-    "retired_pages.pending": "memory pages wait to be retired at the next reset",
-}
-REMAP_FIELDS = {
-    "remapped_rows.pending": "memory rows wait to be remapped at the next reset",
-    "remapped_rows.failure": "memory rows could not be remapped",
-}
-THROTTLE_FIELDS = {
-    "clocks_throttle_reasons.hw_slowdown": "the hardware slows it down (heat or power)",
-    "clocks_throttle_reasons.hw_thermal_slowdown": "it is too hot",
-    "clocks_throttle_reasons.sw_thermal_slowdown": "the driver slows it down for heat",
-}
 GPU_SIZE, CPU_SIZE = 8192, 1024  # rows and columns of the product
 GPU_ROUNDS, CPU_ROUNDS = 50, 3
 NONZERO_EVERY = 32  # keeps sums within ±256, which bfloat16 holds exactly
-
-Row = list[str]
-
-
-class SmiError(Exception):
-    """nvidia-smi did not answer, or not with a table; the message says which."""
-
-
-class SmiHangs(SmiError):
-    """It does not answer at all, and will not the next time."""
-
-
-def gpus(place: Place, notes: Notes) -> None:
-    """Asked before this process touches a GPU, so that what is in use is used by others."""
-    if os.environ.get("CUDA_VISIBLE_DEVICES") == "":
-        notes.detail = "hidden (CUDA_VISIBLE_DEVICES is empty)"
-        return
-    listed = 0
-    if shutil.which(SMI):
-        try:
-            listed = _listed(notes)
-        except SmiError as error:
-            notes.problem(str(error))
-            return
-    seen = torch.cuda.device_count() if torch.cuda.is_available() else 0
-    if not listed and not seen:
-        notes.detail = "none"
-        return
-    expected = expected_gpus(place.ranks_per_node, os.environ, listed or seen)
-    notes.detail = f"{seen} x {torch.cuda.get_device_name(0)}" if seen else ""
-    for number, who in ((listed, SMI), (seen, f"torch {torch.__version__}")):
-        if number < expected and (who != SMI or listed):
-            notes.problem(
-                f"{who} sees {number} GPU{'s' if number != 1 else ''}, expected {expected}: look for Xid errors in the "
-                "kernel's log, at CUDA_VISIBLE_DEVICES, and whether torch was built for this driver's CUDA"
-            )
-
-
-def expected_gpus(ranks_per_node: int | None, env: Mapping[str, str], otherwise: int) -> int:
-    """Ranks per node as given, else what Slurm gave this node, else all that there are."""
-    said = env.get("SLURM_GPUS_ON_NODE", "")
-    return ranks_per_node or (int(said) if said.isdecimal() else otherwise)
-
-
-def _listed(notes: Notes) -> int:
-    """How many GPUs nvidia-smi knows; notes what it says against each. Raises SmiError."""
-    rows = query("--query-gpu", BASE_FIELDS)
-    holders = _holders()
-    for index, name, total, used, *_ in rows:
-        if used.isdecimal() and int(used) > FREE_MIB:
-            notes.problem(
-                f"GPU {index} ({name}) is not free: {int(used):,} of {total} MiB are in use{holders}; end what uses "
-                "it, or reset it"
-            )
-    for kind, fields, tell in (
-        ("--query-gpu", ERROR_FIELDS, notes.problem),
-        ("--query-remapped-rows", REMAP_FIELDS, notes.problem),
-        ("--query-gpu", THROTTLE_FIELDS, notes.warn),
-    ):
-        for number, field, value in _flags(kind, tuple(fields)):
-            advice = "" if tell == notes.warn else "; reset it, and replace it if that comes back"
-            tell(f"GPU {number}: {fields[field]} ({field} is {value}){advice}")
-    return len(rows)
-
-
-def query(kind: str, fields: tuple[str, ...]) -> list[Row]:
-    """A table of nvidia-smi. Raises SmiError."""
-    words = [SMI, f"{kind}={','.join(fields)}", "--format=csv,noheader,nounits"]
-    try:
-        done = subprocess.run(words, capture_output=True, text=True, errors="replace", timeout=SMI_LIMIT_S)
-    except subprocess.TimeoutExpired as error:
-        raise SmiHangs(f"{SMI} did not answer within {SMI_LIMIT_S:.0f} s: a GPU or its driver hangs") from error
-    except OSError as error:
-        raise SmiError(f"{SMI} cannot be started: {error.strerror}") from error
-    if done.returncode:
-        said = " ".join((done.stdout + done.stderr).split())[:200]
-        raise SmiError(f"{SMI} fails with {done.returncode}: {said or 'without a word'}")
-    rows = [[cell.strip() for cell in line.split(",")] for line in done.stdout.splitlines() if line.strip()]
-    if any(len(row) < len(fields) for row in rows):
-        raise SmiError(f"{SMI} answers with something else than {', '.join(fields)}: {done.stdout[:200].strip()}")
-    return rows
-
-
-def _flags(kind: str, fields: tuple[str, ...]) -> list[tuple[int, str, str]]:
-    """(GPU, field, value) of what counts or says yes. Raises SmiError when nvidia-smi hangs."""
-    found = []
-    rows = _query_if_known(kind, fields)
-    asked = [(fields, rows)] if rows else [((field,), _query_if_known(kind, (field,))) for field in fields]
-    for names, its in asked:
-        for number, row in enumerate(its):
-            cells = zip(names, row, strict=False)
-            found += [(number, name, cell) for name, cell in cells if _counts(cell)]
-    return found
-
-
-def _query_if_known(kind: str, fields: tuple[str, ...]) -> list[Row]:
-    """Drivers know different fields, and say so with an error; then empty. Raises SmiError when nvidia-smi hangs."""
-    try:
-        return query(kind, fields)
-    except SmiHangs:
-        raise
-    except SmiError:
-        return []
-
-
-def _counts(cell: str) -> bool:
-    return (cell.isdecimal() and int(cell) > 0) or cell.lower() in ("yes", "active")
-
-
-def _holders() -> str:
-    """Processes that compute, for a message; no command lines, which may hold secrets."""
-    rows = _query_if_known("--query-compute-apps", ("pid",))
-    pids = list(dict.fromkeys(row[0] for row in rows))
-    return f", by process {', '.join(pids[:4])}" if pids else ""
 
 
 def flash_attention(place: Place, notes: Notes) -> None:

@@ -14,7 +14,7 @@ import torch
 
 from phi3v_dist import config
 from phi3v_dist.attempt import environment
-from phi3v_dist.cluster import devices, machine, network, storage, talk
+from phi3v_dist.cluster import devices, gpus, machine, network, storage, talk
 from phi3v_dist.cluster.checking import LOOKS_FRAC, MEET_FRAC, PROBE_FRAC, Look, Notes, Place, check
 from phi3v_dist.cluster.entries import NETWORK, SUM
 from phi3v_dist.cluster.report import CONFIGURATION, DATA, LAUNCH, Check, Report, path_of, read_report
@@ -43,9 +43,9 @@ SHOWN_CHARACTERS = 400  # of a setting's value
 def examine(place: Place, token: str) -> Report:
     """What can be told without any other node, written down. Raises OSError when it cannot be."""
     report = Report(place.host, token).after(read_report(path_of(place.folder, place.host)))
-    gpus = check("GPUs", devices.gpus, place)
+    first = check("GPUs", gpus.gpus, place)
     facts, found = _facts(place)
-    checks = [gpus, facts, *(check(name, look, place, kind) for name, look, kind in LOOKS)]
+    checks = [first, facts, *(check(name, look, place, kind) for name, look, kind in LOOKS)]
     speeds: list[float] = []
     checks.append(check("arithmetic", lambda _, notes: speeds.extend(devices.arithmetic(notes)), place))
     report = replace(

@@ -2,6 +2,7 @@
 
 import os
 import re
+import socket
 import subprocess
 import sys
 
@@ -78,15 +79,15 @@ def test_a_report_folder_that_cannot_be_written_is_an_error_with_its_name(config
         doctor.main()
 
 
-def test_it_ends_in_time_when_the_file_system_of_the_settings_does_not_answer(tmp_path):
+def test_it_ends_in_time_when_the_file_system_of_the_reports_does_not_answer(config_file, tmp_path):
     """A pipe that nobody writes to keeps whoever opens it, as a file server that is gone does."""
-    os.mkfifo(tmp_path / "settings.yaml")
-    command = [sys.executable, "launch/doctor.py", "--config", str(tmp_path / "settings.yaml")]
+    os.mkfifo(tmp_path / f"{socket.gethostname()}.json")
+    words = ["--config", str(config_file), "--report", str(tmp_path)]
     done = subprocess.run(
-        command, cwd=REPOSITORY, env=environment(PHI3V_EXAMINE_S="5"), capture_output=True, text=True,
-        timeout=TIMEOUT_S,
+        [sys.executable, "launch/doctor.py", *words], cwd=REPOSITORY, env=environment(PHI3V_EXAMINE_S="6"),
+        capture_output=True, text=True, timeout=TIMEOUT_S,
     )  # fmt: skip
-    assert done.returncode == 5 and "not ended after 5 s" in done.stdout, done
+    assert done.returncode == 5 and "not ended after 6 s" in done.stdout, done
 
 
 def test_in_a_job_each_node_says_its_own_outcome(capsys):
