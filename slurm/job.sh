@@ -6,11 +6,11 @@
 : "${PHI3V_MIN_NODES:=}"       # train on as few as this rather than wait for others; default: PHI3V_NODES
 : "${PHI3V_RANKS_PER_NODE:=}"  # default: --ntasks-per-node, else a rank for each GPU, else one
 : "${PHI3V_MAX_REQUEUES:=100}" # how often the job may come back
-: "${PHI3V_EXAMINE_S:=120}"    # a node that has not examined itself by then is left out
+: "${PHI3V_EXAMINE_S:=240}"    # a node that has not examined itself by then is left out
 : "${PHI3V_STAGE:=}"           # folder on each node's own disk, to which the shards are copied before training
 : "${PHI3V_STAGE_S:=3600}"     # training begins by then, with what is copied
 readonly LOOK_S=1              # between looks at files
-readonly LATE_S=40             # a node that examines itself so much longer than half of them do is left out, too
+readonly LATE_S=15             # a node that is so much later than half of them, which have waited for it, is left out
 readonly AGAIN_S=60            # before nodes are examined again after something that was wrong with all of them
 readonly OVER_S=8              # srun may live so much longer than its ranks: it waits for nodes that are gone
 readonly SILENT_S=600          # and so long may rank 0's node show no life: the watchers on other nodes are faster
@@ -88,6 +88,7 @@ choose_nodes() { # choose_nodes SETTINGS…: nodes examine themselves; those tha
     life=$SLURM_JOB_ID.${SLURM_RESTART_COUNT:-0}.$((++start))
     ask_slurm
     hosts=$(scontrol show hostnames "$(field NodeList)" | paste -sd,)
+    export PHI3V_EXAMINE_S # within which the doctor makes an end
     on_nodes examine "$hosts" 1 --no-kill --kill-on-bad-exit=0 -- python launch/doctor.py --report "$run/preflight" \
       --token "$life" --ranks-per-node "$ranks_per_node" "$@" &
     wait_for_reports $! "$(count "$hosts")"
@@ -103,14 +104,13 @@ choose_nodes() { # choose_nodes SETTINGS…: nodes examine themselves; those tha
   use=${answer[use]}
 }
 
-wait_for_reports() { # wait_for_reports PID NUM_NODES: until all have reported, or half of them have and the rest is late
-  local waited_s=0 late_s=0 told
+wait_for_reports() { # wait_for_reports PID NUM_NODES: until all are through, or half of them are and the rest is late
+  local waited_s=0 late_s=0 through
   while kill -0 "$1" 2>/dev/null; do
     pause "$LOOK_S"
-    told=$({ grep -ls "\"token\": \"$life\"" "$run"/preflight/*.json || true; } | wc -l)
-    ((waited_s += LOOK_S)) || true
-    ((2 * told < $2)) || ((late_s += LOOK_S))
-    if [[ -n $noticed ]] || ((waited_s >= PHI3V_EXAMINE_S || late_s >= LATE_S)); then
+    through=$({ grep -lsZ "\"token\": \"$life\"" "$run"/preflight/*.json | xargs -0r grep -l '"is_complete": true' || true; } | wc -l)
+    ((waited_s += LOOK_S, 2 * through < $2)) || ((late_s += LOOK_S))
+    if [[ -n $noticed ]] || ((waited_s >= PHI3V_EXAMINE_S + LATE_S || late_s >= LATE_S)); then
       end_step examine "$1"
     fi
   done
