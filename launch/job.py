@@ -126,6 +126,10 @@ def choose_nodes(arguments: argparse.Namespace) -> None:
     if choice.action == nodes.REQUEUE:
         still_bad, forgiven = starts.excluded(past, exclusions, own.job, bad)
         bad = [*bad, *still_bad]
+    if choice.action == nodes.REQUEUE:
+        end = judge.unless_in_vain(run, own, End(starts.REQUEUE, choice.why, 0, step))
+        if end.action == starts.STOP:
+            return tell(run, own, end, is_recorded=False)
     answer(
         action=choice.action, use=",".join(choice.use), bad=",".join(bad), forgive=",".join(forgiven),
         code=ConfigError.exit_code,
@@ -133,6 +137,8 @@ def choose_nodes(arguments: argparse.Namespace) -> None:
     if choice.action == nodes.TRAIN:
         starts.begin(run, own, choice.use, step)
     elif choice.action == nodes.REQUEUE:
+        starts.begin(run, own, [], step)
+        starts.end(run, own, End(starts.REQUEUE, choice.why, 0, step))
         starts.exclude(run, own, list(choice.bad), forgiven)
 
 
@@ -159,7 +165,8 @@ def show_sweep(arguments: argparse.Namespace) -> None:
     tasks, given = sweep.read_tasks(arguments.file), arguments.overrides
     if arguments.task is None:
         return print("\n".join(sweep.describe(tasks, arguments.config, given)))
-    print("\n".join(sweep.added_by(arguments.task, tasks, arguments.config, given)))
+    for word in sweep.added_by(arguments.task, tasks, arguments.config, given):
+        print(f"word={word}")
 
 
 def cli() -> None:

@@ -12,7 +12,13 @@ while [[ -e $counter ]]; do
   now=$(cat "$counter" 2>/dev/null) || continue
   if [[ $now == "$last" ]]; then ((unchanged += 1)); else last=$now unchanged=0; fi
   ((unchanged > LOOKS)) || continue
-  echo "the batch script of job $job has shown no life for $LOOKS s: its node is gone, the job is queued again"
-  until scontrol requeue "$job"; do sleep 10; done
+  why="the batch script of job $job has shown no life for $LOOKS s: its node is gone, the job is queued again"
+  echo "$why"
+  echo "$why" >"$counter" # for the log of the next life
+  until message=$(scontrol requeue "$job" 2>&1); do
+    echo "$message"
+    [[ $message =~ contact|imed\ out|onnect|ocket ]] || exit 1
+    sleep 10
+  done
   exit
 done

@@ -18,7 +18,7 @@ dry_run() {
   [[ -z ${sweep:-} || $# -ge 2 ]] || give_up 2 "no sweep is named after $1: a text file with a line for each task"
   nodes=${nodes##*-} ranks=${PHI3V_RANKS_PER_NODE:-1} # of MIN-MAX nodes the most
   [[ $nodes =~ ^[1-9][0-9]{0,6}$ ]] || give_up 2 "--nodes is '$nodes': it must be a number"
-  check_numbers
+  check_environment
   source slurm/env.sh
 
   echo "Would be submitted, from $PWD:"
@@ -28,6 +28,7 @@ dry_run() {
   sed -n 's/^#SBATCH /  /p' "$script"
   [[ -z ${sweep:-} ]] || file=("$2")
   set -- "$1" "${@:2+${#file[@]}}"
+  [[ -z $PHI3V_STAGE ]] || set -- "$@" "data.cache.path=$PHI3V_STAGE" data.cache.local_shards=true
   printf '\nWould run, on %s node(s):\n  srun --ntasks-per-node=%s' "$nodes" "${PHI3V_RANKS_PER_NODE:-GPUS_OF_A_NODE}"
   printf ' %q' "${container[@]}" "${inside[@]}" python launch/train.py --config "$@"
   printf '\n\n'

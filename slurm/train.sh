@@ -27,19 +27,20 @@ if [[ ! -f slurm/job.sh ]]; then
 fi
 source slurm/cluster.sh
 source slurm/job.sh
+[[ ${BASH_SOURCE[0]} != "$0" ]] || unset sweep # which slurm/sweep.sh sets
 if [[ -z ${SLURM_JOB_ID:-} || ${1:-} == --dry-run ]]; then
   source slurm/dry_run.sh
 fi
-check_numbers
-source slurm/env.sh
-make_mounts
 (($#)) || give_up 2 "no settings are named. Usage: sbatch [options] slurm/train.sh CONFIG.yaml [key=value…]"
-settings=(--config "$@")
-[[ -z ${sweep:-} ]] || settings_of_task "$@" # this is slurm/sweep.sh
-[[ -z $PHI3V_STAGE ]] || settings+=("data.cache.path=$PHI3V_STAGE" data.cache.local_shards=true)
+check_environment
 
 trap 'notice USR1' USR1
 trap 'notice TERM' TERM
+source slurm/env.sh
+make_mounts
+settings=(--config "$@")
+[[ -z ${sweep:-} ]] || settings_of_task "$@"
+[[ -z $PHI3V_STAGE ]] || settings+=("data.cache.path=$PHI3V_STAGE" data.cache.local_shards=true)
 may_begin "${settings[@]}"
 while true; do
   choose_nodes "${settings[@]}"

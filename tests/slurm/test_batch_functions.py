@@ -38,7 +38,7 @@ class Shell:
         prelude = "set -eEuo pipefail; source slurm/cluster.sh; source slurm/job.sh; container=() inside=();"
         return subprocess.run(
             ["bash", "-c", f"{prelude} run={self.folder}; {script}"], cwd=REPOSITORY, env=base | ours | env,
-            capture_output=True, text=True, timeout=60,
+            capture_output=True, text=True, timeout=60, start_new_session=True,
         )  # fmt: skip
 
     def says(self, script: str, **env: str) -> str:
@@ -70,10 +70,15 @@ def test_the_time_left_is_read_as_slurm_shows_it(shell, shown, seconds):
     assert shell.says("seconds_left") == seconds
 
 
+def knows(state: str = "RUNNING", restarts: int = 0, excluded: str = "") -> str:
+    """What squeue says of the job."""
+    return f"case $* in *%T*) echo {state} ;; *Restart*) echo '  {restarts}  ' ;; *%x*) echo '{excluded}' ;; esac"
+
+
 def test_a_controller_that_is_away_is_waited_for(shell):
-    shell.stand_in("scontrol", fails_first(3, AWAY, then="echo '   JobState=RUNNING Reason=None'; echo ' Restarts=0'"))
-    assert shell.says("ask_slurm; field JobState") == "RUNNING"
-    assert len(shell.calls("scontrol")) == 4
+    shell.stand_in("squeue", fails_first(3, AWAY, then=knows()))
+    assert shell.says("known --format=%T") == "RUNNING"
+    assert len(shell.calls("squeue")) == 4
 
 
 def test_what_slurm_refuses_is_said_once(shell):
@@ -85,33 +90,68 @@ def test_what_slurm_refuses_is_said_once(shell):
 
 @pytest.mark.fault(23)
 def test_a_batch_script_that_stood_still_leaves_the_next_life_of_its_job_alone(shell):
-    shell.stand_in("scontrol", "echo '   JobState=RUNNING Reason=None'; echo '   Requeue=1 Restarts=3 BatchFlag=1'")
+    shell.stand_in("squeue", knows(restarts=3))
     done = shell.run("come_back", SLURM_RESTART_COUNT="2")
     assert done.returncode == 0 and "runs elsewhere by now" in done.stderr
-    assert not [words for words in shell.calls("scontrol") if "requeue" in words]
+    assert shell.calls("scontrol") == []
 
 
 @pytest.mark.fault(24)
 def test_bad_nodes_are_left_out_and_mended_ones_forgiven_beside_those_that_the_person_left_out(shell):
-    shell.stand_in(
-        "scontrol",
-        'case $1$2 in showjob) echo "   JobState=RUNNING Reason=None"; echo "   Features=(null) ExcNodeList=n[1-3]";; '
-        "showhostnames) printf 'n1\\nn2\\nn3\\n';; esac",
-    )
+    shell.stand_in("squeue", knows(excluded="n[1-3]"))
+    shell.stand_in("scontrol", "[[ $2 != hostnames ]] || printf 'n1\\nn2\\nn3\\n'")
     shell.says("answer=([bad]=n7,n8 [forgive]=n2); come_back")
     assert "requeue 12" in shell.calls("scontrol")
     assert "update JobId=12 ExcNodeList=n1,n3,n7,n8" in shell.calls("scontrol")
 
 
-@pytest.mark.parametrize(("state", "requeued"), [("CANCELLED", 0), ("PENDING", 0), ("COMPLETING", 0), ("RUNNING", 1)])
-def test_only_a_running_job_is_queued_again(shell, state, requeued):
-    shell.stand_in(
-        "scontrol", f"echo '   JobState={state} Reason=None'; echo '   ReqNodeList=(null) ExcNodeList=(null)'"
-    )
-    shell.says("answer=([bad]=node2); come_back")
+@pytest.mark.parametrize(
+    ("state", "requeued", "said"),
+    [("CANCELLED", 0, "Slurm is ending the job (CANCELLED)"), ("COMPLETING", 0, "Slurm is ending the job (COMPLETING)"),
+     ("PENDING", 0, "Slurm has queued the job again"), ("RUNNING", 1, "queued again, without node2")],
+)  # fmt: skip
+def test_only_a_running_job_is_queued_again(shell, state, requeued, said):
+    shell.stand_in("squeue", knows(state))
+    assert said in shell.says("answer=([bad]=node2); come_back")
     calls = shell.calls("scontrol")
-    assert calls.count("requeue 12") == requeued
-    assert ("update JobId=12 ExcNodeList=node2" in calls) == (state != "CANCELLED")
+    assert calls.count("requeue 12") == requeued and "update JobId=12 ExcNodeList=node2" in calls
+
+
+def test_a_state_that_passes_is_not_taken_for_the_end(shell):
+    shell.stand_in(
+        "squeue",
+        fails_first(0, "", then="") + f"\nif ((n < 2)); then {knows('NODE_FAIL')}; else {knows('PENDING')}; fi",
+    )
+    assert "Slurm has queued the job again" in shell.says("answer=(); come_back")
+
+
+@pytest.mark.fault(9)
+def test_a_term_to_all_of_the_script_loses_no_question(shell):
+    """As Slurm sends it at a preemption: also to the programs that the script has started."""
+    shell.stand_in("squeue", f"kill -TERM 0; /bin/sleep 0.2; {knows()}")
+    script = "trap 'notice TERM' TERM; require_own_life; hosts=$(shielded hosts_of_job); "
+    done = shell.run(script + "shielded known --format=%T; echo $noticed")
+    assert done.stdout.split()[-2:] == ["RUNNING", "TERM"], done
+
+
+def test_a_full_disk_under_the_log_keeps_no_notice_from_the_ranks(shell):
+    done = shell.run("/bin/sleep 9 & step_pid=$!; notice USR1 >/dev/full; wait $step_pid || echo $?")
+    assert done.stdout.strip().endswith(str(128 + 10)), done
+
+
+def test_a_job_that_runs_out_of_time_after_its_notice_is_queued_again_at_once(shell):
+    times = "[[ $* != *%L* ]] || { echo 0:09; exit; }"
+    shell.stand_in("squeue", f"{times}\n{knows()}")
+    done = shell.run("before_it_is_late; echo went on")
+    assert "the ranks have not saved in time" in done.stdout and "went on" not in done.stdout
+    assert shell.calls("scontrol") == ["requeue 12"]
+
+
+def test_a_job_too_small_for_what_it_is_to_train_on_ends(shell):
+    env = {"SLURM_JOB_NUM_NODES": "3", "PHI3V_NODES": "4"}
+    done = shell.run("check_size", **env)
+    assert done.returncode == 2 and "is to train on 4 at least: sbatch --nodes 4" in done.stderr
+    shell.says("check_size", **env, PHI3V_MIN_NODES="2")
 
 
 def write_attempt(run: Path, number: int, job: str, restart: int, start: int) -> None:
@@ -158,7 +198,7 @@ def test_ranks_are_counted_as_asked_for_or_by_gpus(shell, nvidia_smi, env, ranks
 
 @pytest.mark.parametrize("name", ["PHI3V_NODES", "PHI3V_MIN_NODES", "PHI3V_RANKS_PER_NODE"])
 def test_no_nodes_and_no_ranks_are_refused(shell, name):
-    done = shell.run("check_numbers", **{name: "0"})
+    done = shell.run("check_environment", **{name: "0"})
     assert done.returncode == 2 and f"{name} is '0': it must be a number from 1 on" in done.stderr
 
 
@@ -181,8 +221,8 @@ class TestDeputy:
         (counter := shell.folder / "alive").write_text("7")
         shell.stand_in(
             "cat",
-            f"n=$(wc -l <{shell.folder}/calls); ((n < 900)) || rm -f {counter}\n"
-            "((n % 400 < 150)) && echo $((n / 150)) && exit 0; exit 5",  # readable for a while, then not
+            f"n=$(wc -l <{shell.folder}/calls); ((n < 1400)) || rm -f {counter}\n"
+            "((n % 700 < 200)) && echo $((n / 100)) && exit 0; exit 5",  # readable for a while, then 250 looks not
         )
         done = self.start(shell, counter)
         assert done.returncode == 0 and shell.calls("scontrol") == [], done.stdout
