@@ -71,7 +71,7 @@ may_begin() { # may_begin SETTINGS…: wrong ones end the job here, and so does 
   mkdir -p "$run/logs" "$run/attempts"
   counter=$run/logs/alive-$SLURM_JOB_ID
   [[ ! -s $counter || $(<"$counter") =~ ^[0-9]+$ ]] || say "$(<"$counter")" # the deputy's word to this life
-  trap 'rm -f "$counter"' EXIT
+  trap dismiss_deputy EXIT
   count_ranks
   say "restart ${SLURM_RESTART_COUNT:-0} on $SLURM_JOB_NODELIST: $run"
 }
@@ -188,7 +188,7 @@ watch_over() { # watch_over PID: until the ranks have ended, or srun only waits 
   wait_for "$step_pid"
   step_pid=""
   sleep 1 || true # for the last lines of the log
-  kill -KILL "$log" 2>/dev/null || true
+  { kill -KILL "$log" && wait "$log"; } 2>/dev/null || true
 }
 
 before_it_is_late() { # Slurm does not bring a job back that it has ended at its time limit
@@ -211,6 +211,13 @@ call_deputy() {                     # on another node than this: a job with --no
     deputy=$!
     return 0
   done
+}
+
+dismiss_deputy() { # it leaves by itself, unless its node is gone
+  local waited_s=0
+  [[ -z $counter ]] || rm -f "$counter"
+  counter=""
+  while [[ -n $deputy ]] && kill -0 "$deputy" 2>/dev/null && ((waited_s++ < 3)); do sleep 1 || true; done
 }
 
 own_attempt() { # folder of the attempt that this start has made; nothing before that. Others may try the folder, too
@@ -239,6 +246,7 @@ come_back() { # queue the job again, without the nodes of the answer that are ba
   local state="" bad=${answer[bad]:-} tries=0
   trap '' TERM USR1 # requeueing ends this script
   require_own_life
+  dismiss_deputy
   until [[ $state == RUNNING || $state == PENDING ]] || ((++tries > 5)); do # others may pass within a moment
     [[ -z $state ]] || pause 1
     state=$(known --format=%T) || true
