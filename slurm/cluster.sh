@@ -4,7 +4,7 @@
 # At a notice Slurm sends SIGTERM to all of this script's processes, so what must not be lost is `shielded`.
 
 readonly AWAY_S=600 # Slurm's controller may be away so long
-readonly GONE_S=60  # and processes that were killed may take so long to be gone, and free their GPUs
+readonly GONE_S=10  # and a step that was killed may take so long to be gone; one on a dead node never is
 
 say() { printf '%(%H:%M:%S)T %s%s\n' -1 "${job:+[job $job] }" "$*" || true; }
 

@@ -12,7 +12,7 @@
 readonly LOOK_S=1              # between looks at files
 readonly LATE_S=15             # a node that is so much later than half of them, which have waited for it, is left out
 readonly AGAIN_S=60            # before nodes are examined again after something that was wrong with all of them
-readonly OVER_S=8              # srun may live so much longer than its ranks: it waits for nodes that are gone
+readonly OVER_S=5              # srun may live so much longer than its ranks: it waits for nodes that are gone
 readonly SILENT_S=600          # and so long may rank 0's node show no life: the watchers on other nodes are faster
 readonly MARGIN_S=30           # from our asking how much time is left to the ranks' hearing it
 readonly LAST_S=15             # what is not saved by now will not be: the job is queued again before Slurm ends it
