@@ -94,9 +94,10 @@ def log(folder: Path, job: str) -> str:
     return path.read_text(errors="replace") if path.exists() else ""
 
 
+@pytest.mark.slow  # minutes; what it walks through is also shown one by one in test_life_cycle and test_batch_script
 @pytest.mark.timeout(900)  # measured with seven other programs a core: 230 s
 @pytest.mark.fault(19, 100)
-@pytest.mark.parametrize("nodes", [1, pytest.param(2, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("nodes", [1, 2])
 def test_each_command_of_the_page_does_what_it_says(slurm, checkout, nodes):
     page = Page(slurm, checkout, nodes)
     run = checkout / "runs/quickstart"
