@@ -15,6 +15,7 @@ readonly AGAIN_S=60            # before nodes are examined again after something
 readonly OVER_S=5              # srun may live so much longer than its ranks: it waits for nodes that are gone
 readonly SILENT_S=600          # and so long may rank 0's node show no life: the watchers on other nodes are faster
 readonly MARGIN_S=30           # from our asking how much time is left to the ranks' hearing it
+readonly SHORT_S=600           # with less time left the ranks go by Slurm's notice alone: their grace might be all of it
 readonly LAST_S=15             # what is not saved by now will not be: the job is queued again before Slurm ends it
 start=0 noticed="" step_pid="" status=0 counter="" deputy=""
 job=${SLURM_JOB_ID:-}
@@ -77,10 +78,11 @@ may_begin() { # may_begin SETTINGS…: wrong ones end the job here, and so does 
 }
 
 count_ranks() { # on each node: as asked for, else one for each GPU, of which Slurm may know more than the driver
-  local gpus=0 listed node
+  local gpus=0 failed=0 listed node
   if command -v nvidia-smi >/dev/null; then
-    if ! listed=$(timeout 30 nvidia-smi --list-gpus 2>&1); then
-      say "nvidia-smi fails on $SLURMD_NODENAME with $?: ${listed:0:200}"
+    listed=$(timeout 30 nvidia-smi --list-gpus 2>&1) || failed=$?
+    if ((failed)); then
+      say "nvidia-smi fails on $SLURMD_NODENAME with $failed: ${listed:0:200}"
       node=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | grep -vxF "$SLURMD_NODENAME" | tail -n 1) || true
       [[ -z $node ]] || listed=$(timeout 60 srun --overlap --nodes=1 --ntasks=1 --nodelist="$node" nvidia-smi --list-gpus) || true
       gpus=${SLURM_GPUS_ON_NODE:-0}
@@ -157,8 +159,8 @@ tell_ranks() { # which start this is, where to leave their last word, how long t
   local left
   export PHI3V_START=$start PHI3V_LAST_WORD=$run/attempts/last-word-$life.json PHI3V_TIME_LEFT_S
   left=$(shielded seconds_left)
-  if [[ -n $left ]]; then
-    PHI3V_TIME_LEFT_S=$((left > MARGIN_S ? left - MARGIN_S : 0))
+  if [[ -n $left ]] && ((left >= SHORT_S)); then
+    PHI3V_TIME_LEFT_S=$((left - MARGIN_S))
   else
     unset PHI3V_TIME_LEFT_S
   fi

@@ -147,6 +147,17 @@ def test_a_job_that_runs_out_of_time_after_its_notice_is_queued_again_at_once(sh
     assert shell.calls("scontrol") == ["requeue 12"]
 
 
+@pytest.mark.parametrize(("shown", "told"), [("1:00:00", "3570"), ("10:00", "570"), ("9:59", ""), ("UNLIMITED", "")])
+def test_ranks_are_told_how_long_a_job_has_unless_that_is_hardly_more_than_their_grace(shell, shown, told):
+    shell.stand_in("squeue", f"echo {shown}")
+    assert shell.says('tell_ranks; echo "${PHI3V_TIME_LEFT_S:-}"') == told
+
+
+def test_how_nvidia_smi_fails_is_said(shell):
+    shell.stand_in("nvidia-smi", "echo 'no driver' >&2; exit 9")
+    assert "nvidia-smi fails on node1 with 9: no driver" in shell.says("count_ranks", SLURM_JOB_NODELIST="node1")
+
+
 def test_a_job_too_small_for_what_it_is_to_train_on_ends(shell):
     env = {"SLURM_JOB_NUM_NODES": "3", "PHI3V_NODES": "4"}
     done = shell.run("check_size", **env)
