@@ -18,6 +18,8 @@ import re
 import sys
 import threading
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from phi3v_dist import config
@@ -46,7 +48,14 @@ def main() -> None:
     parser.add_argument("overrides", nargs="*", help="settings as key=value")
     arguments = parser.parse_intermixed_args()
     check_words(arguments)
-    end_in_time(arguments.limit_s)
+    with ended_within(arguments.limit_s):
+        code = look(arguments, began_s)
+        sys.stdout.flush()
+        os._exit(code)  # a look that hangs has a thread that would not let this process end
+
+
+def look(arguments: argparse.Namespace, began_s: float) -> int:
+    """Examine this node, and by hand print all nodes. Returns the exit code; raises ConfigError."""
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # torch warns of every address that has no name
     from phi3v_dist.cluster import preflight
     from phi3v_dist.cluster.checking import Place
@@ -55,7 +64,7 @@ def main() -> None:
 
     topology = Topology.from_environment()
     if topology.local_rank != 0:
-        return
+        return 0
     token = arguments.token or token_by_hand()
     try:
         settings = config.load(arguments.config, arguments.overrides)
@@ -72,9 +81,7 @@ def main() -> None:
         report = preflight.probe(report, place, preflight.patience_of(place, arguments.wait_s))
     except OSError as error:
         raise ConfigError(f"{folder}: the report cannot be written: {error}; set run.root to another place") from error
-    code = judge_all(folder, token, num_nodes) if topology.is_main and not arguments.token else say(report)
-    sys.stdout.flush()
-    os._exit(code)  # a look that hangs has a thread that would not let this process end
+    return judge_all(folder, token, num_nodes) if topology.is_main and not arguments.token else say(report)
 
 
 def check_words(arguments: argparse.Namespace) -> None:
@@ -92,7 +99,8 @@ def check_words(arguments: argparse.Namespace) -> None:
         raise ConfigError(wrong)
 
 
-def end_in_time(limit_s: float) -> None:
+@contextmanager
+def ended_within(limit_s: float) -> Iterator[None]:
     """End this process then, even if the file system of the report folder or the settings does not answer."""
 
     def end() -> None:
@@ -102,6 +110,10 @@ def end_in_time(limit_s: float) -> None:
     timer = threading.Timer(limit_s, end)
     timer.daemon = True
     timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()
 
 
 def token_by_hand() -> str:

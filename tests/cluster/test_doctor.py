@@ -5,6 +5,7 @@ import re
 import socket
 import subprocess
 import sys
+import threading
 
 import pytest
 from conftest import REPOSITORY, environment
@@ -66,6 +67,8 @@ def test_a_node_that_cannot_read_its_settings_reports_that(tmp_path, monkeypatch
     monkeypatch.setattr(sys, "argv", ["doctor.py", *words])
     with pytest.raises(ConfigError):
         doctor.main()
+    timers = [thread for thread in threading.enumerate() if isinstance(thread, threading.Timer)]
+    assert all(timer.finished.is_set() for timer in timers), "one would end this process later"
     (report,) = read_reports(tmp_path / "preflight")
     found = summarize([report], [report.host], "7.0.1")
     assert found.exit_code == 2 and "gone.yaml" in found.common[0].text
