@@ -72,6 +72,10 @@ class ModelSettings(Section):
     """Compute type; `auto` is bf16 on GPUs that have it and fp32 elsewhere. Master weights are always fp32."""
     gradient_checkpointing: bool = True
     """Recompute each layer in the backward pass: about a third more work, most of the activation memory saved."""
+    mlp_chunk_tokens: int | None = Field(4096, ge=1)
+    """With gradient checkpointing: most tokens that a layer's feed-forward part takes at once; null: no limit."""
+    offload_activations: bool = False
+    """With gradient checkpointing on GPUs: keep what each layer began with in host memory until the backward pass."""
     vision_chunk_crops: int = Field(16, ge=1)
     """With gradient checkpointing: most crops the vision tower takes in one call. Fewer need less memory, and gather
     the tower's weights more often."""
@@ -218,6 +222,9 @@ class TrainSettings(Section):
 class ParallelSettings(Section):
     deepspeed: Path = Path("ds_configs/zero3.json")
     """DeepSpeed JSON. Numbers that have a home here must be "auto" there."""
+    sequence: int = Field(1, ge=1)
+    """Ranks that share each row, each with a slice of its tokens (Ulysses). It must divide the attention heads and the
+    number of ranks."""
     timeout_s: float = Field(1800, gt=0)
     """Longest wait in a collective before the job is declared stuck."""
 
