@@ -41,7 +41,7 @@ def problems(settings: Settings, device: torch.device) -> list[str]:
         lambda: lora_targets(model, settings.train),
         lambda: proven_backend(settings, device),
         lambda: _require_longrope_said(settings, start),
-        lambda: _require_heads_divide(settings),
+        lambda: require_heads_divide(settings),
     ]
     found = []
     for look in looks:
@@ -52,7 +52,7 @@ def problems(settings: Settings, device: torch.device) -> list[str]:
     return found
 
 
-def _require_heads_divide(settings: Settings) -> None:
+def require_heads_divide(settings: Settings) -> None:
     """Raises ConfigError when ranks that share a row cannot share its attention heads."""
     size, config = settings.parallel.sequence, read_config(settings.model.path)
     heads = config["num_attention_heads"]
