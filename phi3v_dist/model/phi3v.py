@@ -26,6 +26,7 @@ from phi3v_dist.model.backends import Backend, check_name, choose
 from phi3v_dist.model.cache import KeyValueCache
 from phi3v_dist.model.loss import Head
 from phi3v_dist.model.official_config import DEFAULT_PAD_ID, head_dim, read_config
+from phi3v_dist.model.offload import HostActivations, kept_on_host
 from phi3v_dist.model.origin import recorded_longrope
 from phi3v_dist.model.rope import LongRope
 from phi3v_dist.model.vision import ImageEmbedding, Normalization, num_crops_of, num_image_tokens
@@ -60,6 +61,7 @@ class Phi3VDecoder(nn.Module):
         self.layers = nn.ModuleList([Phi3DecoderLayer(phi3, i) for i in range(phi3.num_hidden_layers)])
         self.norm = Phi3RMSNorm(phi3.hidden_size, eps=phi3.rms_norm_eps)
         self.gradient_checkpointing = False
+        self.host_activations: HostActivations | None = None  # where checkpointed layers keep what they began with
 
     def embed(
         self,
@@ -96,11 +98,13 @@ class Phi3VDecoder(nn.Module):
         hidden = embeds
         arguments: dict[str, Any] = {"position_embeddings": rotation, "layout": layout}
         arguments |= {"backend": backend, "cache": cache}
-        for layer in self.layers:
-            if self.gradient_checkpointing and self.training:
-                hidden = checkpoint(layer, hidden, use_reentrant=False, **arguments)
-            else:
-                hidden = layer(hidden, **arguments)
+        recompute = self.gradient_checkpointing and self.training
+        with kept_on_host(self.host_activations if recompute else None):
+            for layer in self.layers:
+                if recompute:
+                    hidden = checkpoint(layer, hidden, use_reentrant=False, **arguments)
+                else:
+                    hidden = layer(hidden, **arguments)
         return self.norm(hidden)
 
 
@@ -179,9 +183,12 @@ class Phi3VForCausalLM(nn.Module):
             self._decided[device, dtype] = choose(self.attention, device, dtype, head_dim(self.config))
         return self._decided[device, dtype]
 
-    def set_gradient_checkpointing(self, on: bool, vision_chunk_crops: int | None = None) -> None:
-        """Recompute decoder and vision layers in the backward pass, the latter in chunks of so many crops."""
-        self.model.gradient_checkpointing = on
+    def set_gradient_checkpointing(
+        self, on: bool, vision_chunk_crops: int | None = None, host_activations: HostActivations | None = None
+    ) -> None:
+        """Recompute decoder and vision layers in the backward pass, the latter in chunks of so many crops; what decoder
+        layers began with waits for it in `host_activations`, on the device when there are none."""
+        self.model.gradient_checkpointing, self.model.host_activations = on, host_activations
         self.model.vision_embed_tokens.set_gradient_checkpointing(on, vision_chunk_crops)
 
     def forward(
