@@ -25,6 +25,7 @@ from phi3v_dist.parallel.fingerprint import fingerprint, fingerprint_text
 
 TESTED_DEEPSPEED = "0.19.8"
 COUNTERS = ("global_steps", "global_samples", "skipped_steps", "micro_steps")
+HOW_IT_STEPS = ("foreach", "fused", "capturable", "differentiable")  # of a parameter group: the engine's own choice
 LOSS_SCALE_NUMBERS = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")
 
 CAST_BLOCK = 2**24  # elements compared at a time
@@ -208,7 +209,8 @@ class Partitions:
 
     def _restore_settings(self, settings: dict[str, Any]) -> None:
         for group, saved in zip(self.zero.optimizer.param_groups, settings["param_groups"], strict=True):
-            group.update({key: tuple(value) if isinstance(value, list) else value for key, value in saved.items()})
+            numbers = {key: value for key, value in saved.items() if key not in HOW_IT_STEPS}
+            group.update({key: tuple(value) if isinstance(value, list) else value for key, value in numbers.items()})
         if settings["schedule"] is not None:
             self.engine.lr_scheduler.load_state_dict(settings["schedule"])
         for name, value in settings["loss_scale"].items():
