@@ -27,9 +27,15 @@ LOCK_NAME = "lock"  # of torch.utils.cpp_extension, one in each extension's fold
 
 def own_build_folder() -> None:
     """Unless the user chose one: a folder for this environment alone. Two environments would build over each other."""
-    if not os.environ.get(VARIABLE):
-        home = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
-        os.environ[VARIABLE] = f"{home}/phi3v_dist/torch_extensions/{environment_digest()}"
+    os.environ[VARIABLE] = str(build_folder())
+
+
+def build_folder() -> Path:
+    """The one the user chose, else this environment's own."""
+    if chosen := os.environ.get(VARIABLE):
+        return Path(chosen)
+    home = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
+    return Path(home) / "phi3v_dist" / "torch_extensions" / environment_digest()
 
 
 def environment_digest() -> str:
@@ -46,8 +52,7 @@ def environment_digest() -> str:
 def is_built(name: str) -> bool:
     """Whether an extension of DeepSpeed's is here, compiled whole: by `build`, or with DeepSpeed when that was
     installed."""
-    own_build_folder()
-    folder = Path(os.environ[VARIABLE]) / name
+    folder = build_folder() / name
     if (folder / f"{name}.so").is_file() and not (folder / LOCK_NAME).exists():
         return True
     from deepspeed.git_version_info import installed_ops
@@ -70,7 +75,10 @@ def build(name: str) -> None:
     builder = ALL_OPS.get(name)
     if builder is None or not builder.is_compatible(verbose=True):
         raise LaunchError(f"DeepSpeed's `{name}` cannot be built on {host_name()}; the lines above say what it misses")
-    print(f"building {name} in {os.environ[VARIABLE]}: some minutes; if you end it, delete */{LOCK_NAME} there", flush=True)
+    print(
+        f"building {name} in {os.environ[VARIABLE]}: some minutes; if you end it, delete */{LOCK_NAME} there",
+        flush=True,
+    )
     builder.load()
 
 

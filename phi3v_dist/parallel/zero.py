@@ -17,11 +17,11 @@ import torch
 from torch import nn
 from transformers.initialization import no_init_weights
 
-from phi3v_dist.attempt.build_cache import is_built
 from phi3v_dist.config import Settings
 from phi3v_dist.data.plan import accumulation
 from phi3v_dist.errors import ConfigError
 from phi3v_dist.memory import returned_when_freed
+from phi3v_dist.parallel import zero_limits
 from phi3v_dist.parallel.topology import Topology
 
 ModuleT = TypeVar("ModuleT", bound=nn.Module)
@@ -39,17 +39,6 @@ REFUSED = {
     "wandb": "`observe.wandb`",
     "tensorboard": "`observe`",
 }
-QUANTIZED = "it rounds what ranks exchange to 8 bits and less, which changes the losses, and runs on no CPU to be tested"
-REFUSED_ZERO = {  # keys of `zero_optimization`, unless they are off
-    "zero_quantized_weights": QUANTIZED,
-    "zero_quantized_gradients": QUANTIZED,
-    "zero_quantized_nontrainable_weights": QUANTIZED,
-    "zenflow": "its updates come late, which changes the losses, and no checkpoint holds its state",
-    "mics_shard_size": "DeepSpeed 0.19 has no MiCS any more; ds_configs/zero3_hpz.json keeps gathers inside a node",
-    "cpu_offload": "write `offload_optimizer`",
-    "cpu_offload_param": "write `offload_param`",
-}
-AIO_OP = "async_io"  # what DeepSpeed reads and writes an NVMe with; compiled from source
 KNOWN = {  # top-level keys of DeepSpeed 0.19 that may stand beside ours; it ignores all others without a word
     *(key.partition(".")[0] for key in HOMES), *REFUSED,
     "zero_optimization", "zero_allow_untested_optimizer", "zero_force_ds_cpu_optimizer", "communication_data_type",
@@ -111,73 +100,14 @@ def _json_problems(config: dict[str, Any], settings: Settings, world_size: int) 
             value = value.get(part, "auto") if isinstance(value, dict) else value
         if value != "auto":
             found.append(f'{path}: `{key}` is {value}; write "auto", its home is {home}')
-    found += [f"{path}: {problem}" for problem in _zero_problems(config["zero_optimization"], settings, world_size)]
+    limits = zero_limits.problems(
+        config["zero_optimization"], world_size, _ranks_per_node(world_size), settings.parallel.nvme
+    )
+    found += [f"{path}: {problem}" for problem in limits]
     allowed = {key: value for key, value in config.items() if key not in REFUSED}
     filled = _fill(allowed, settings, world_size, torch.float32, hidden_size=1)
     found += [f'{path}: nothing here fills in the "auto" of `{key}`; give a value' for key in _autos(filled)]
     return found
-
-
-def _zero_problems(zero: dict[str, Any], settings: Settings, world_size: int) -> list[str]:
-    """What does not work, or not with our checkpoints; see ds_configs/README.md."""
-    found = []
-    if zero.get("stage") != 3:
-        found.append(
-            f"`zero_optimization.stage` is {zero.get('stage')}; this harness shards weights, and its checkpoints are "
-            "made of those shards, so it must be 3"
-        )
-    for key, why in REFUSED_ZERO.items():
-        if zero.get(key) not in (None, False, -1):
-            found.append(f"`zero_optimization.{key}` is {zero[key]}; leave it out: {why}")
-    group = zero.get("zero_hpz_partition_size", 1)
-    own = _ranks_per_node(world_size)
-    group = own if group == "auto" else group
-    if not isinstance(group, int) or group < 1 or world_size % group:
-        found.append(
-            f"`zero_optimization.zero_hpz_partition_size` is {group}, which does not divide {world_size} ranks: give "
-            "every node as many ranks, or take ds_configs/zero3.json"
-        )
-    elif own % group:
-        found.append(
-            f"`zero_optimization.zero_hpz_partition_size` is {group}, but a node has {own} ranks, so groups would reach "
-            'over nodes: write "auto"'
-        )
-    return found + _offload_problems(zero, settings)
-
-
-def _offload_problems(zero: dict[str, Any], settings: Settings) -> list[str]:
-    optimizer, parameters = (_offload(zero, name) for name in ("offload_optimizer", "offload_param"))
-    where, found = "`zero_optimization.offload_", []
-    for name, offload, devices in (("optimizer", optimizer, ("none", "cpu", "nvme")), ("param", parameters, ("none", "cpu"))):
-        if offload.get("device", "none") not in devices:
-            found.append(
-                f"{where}{name}.device` is {offload['device']}; it can be {' or '.join(devices)}"
-                + (": no checkpoint of ours holds weights on NVMe, and in host memory 4 B of them take 8 GB a node")
-                * (name == "param")
-            )
-    if optimizer.get("ratio", 1.0) != 1.0 or optimizer.get("super_offload"):
-        found.append(f"{where}optimizer` has `ratio` or `super_offload`: leave them out, no checkpoint holds its state")
-    on_host, weights_on_host = optimizer.get("device", "none") != "none", parameters.get("device", "none") != "none"
-    if weights_on_host and not on_host:
-        found.append(f"{where}param` needs `offload_optimizer`, else every update goes to the GPU and back")
-    if weights_on_host and zero.get("zero_hpz_partition_size", 1) != 1:
-        found.append(f"{where}param` and `zero_hpz_partition_size`: the node's copy of the weights would be on the host")
-    if optimizer.get("device") == "nvme":
-        if optimizer.get("nvme_path") == "auto" and settings.parallel.nvme is None:
-            found.append(f"{where}optimizer.nvme_path` is auto: set `parallel.nvme` to a folder on each node's own disk")
-        elif "nvme_path" not in optimizer:
-            found.append(f'{where}optimizer.nvme_path` is missing: write "auto", and set `parallel.nvme`')
-        if not is_built(AIO_OP):
-            found.append(
-                f"{where}optimizer.device` is nvme, which needs DeepSpeed's `{AIO_OP}`, and that is not built here. With "
-                "libaio's headers installed (libaio-dev), once on each node, before ranks start: "
-                f"python -m phi3v_dist.attempt.build_cache {AIO_OP}"
-            )
-    return found
-
-
-def _offload(zero: dict[str, Any], name: str) -> dict[str, Any]:
-    return zero[name] if isinstance(zero.get(name), dict) else {}
 
 
 def _ranks_per_node(world_size: int) -> int:
@@ -200,7 +130,7 @@ def resolve(
 
 def steps_on_host(config: dict[str, Any]) -> bool:
     """Whether the optimizer's states, and so its step, are on the CPU."""
-    return _offload(config["zero_optimization"], "offload_optimizer").get("device", "none") != "none"
+    return zero_limits.device(config["zero_optimization"], "offload_optimizer") != "none"
 
 
 def _fill(
@@ -216,9 +146,9 @@ def _fill(
         "stage3_param_persistence_threshold": 10 * hidden_size,
         "zero_hpz_partition_size": ranks_per_node or _ranks_per_node(world_size),
     }
-    filled = {key: size for key, size in sizes.items() if zero.get(key) == "auto"}
-    optimizer = _offload(zero, "offload_optimizer")
-    if optimizer.get("nvme_path") == "auto" and settings.parallel.nvme is not None:
+    filled: dict[str, Any] = {key: size for key, size in sizes.items() if zero.get(key) == "auto"}
+    optimizer = zero_limits.offload(zero, "offload_optimizer")
+    if optimizer.get("nvme_path") == "auto":
         filled["offload_optimizer"] = optimizer | {"nvme_path": str(settings.parallel.nvme)}
     return config | {
         "train_batch_size": micro_steps * world_size,

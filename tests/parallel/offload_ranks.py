@@ -18,7 +18,8 @@ from pathlib import Path
 import torch
 import torch.multiprocessing as mp
 
-sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parents[1] / "train")]
+sys.path.insert(0, str(Path(__file__).parent))
+sys.path.insert(0, str(Path(__file__).parents[1] / "train"))
 import collective_ranks
 import numbers_ranks
 from deepspeed.utils import groups
@@ -107,7 +108,7 @@ def run_train(folder: Path, topology: Topology, file: str) -> dict:
         torch.equal(reader.read(name, state, start, len(tensor)), tensor)
         for (name, state), (start, tensor) in pieces.items()
     )
-    return notes | {"losses": losses, "end": numbers_ranks.digests(engine), "on host": on_host(engine)}
+    return notes | {"losses": losses, "end": numbers_ranks.digests(engine), "built with": built_with(engine)}
 
 
 def run_resume(folder: Path, topology: Topology, source: str, file: str) -> dict:
@@ -119,7 +120,7 @@ def run_resume(folder: Path, topology: Topology, source: str, file: str) -> dict
     return notes | {"losses": losses, "end": numbers_ranks.digests(engine)}
 
 
-def on_host(engine) -> dict:
+def built_with(engine) -> dict:
     """What this engine was built with, as DeepSpeed itself has it."""
     optimizer = engine.optimizer
     return {
