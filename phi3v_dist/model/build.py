@@ -109,6 +109,8 @@ def describe(settings: Settings, device: torch.device) -> list[str]:
         idle["model.vision_chunk_crops"] = "`model.gradient_checkpointing` is off"
     if settings.model.offload_activations and (why := _why_not_offloaded(settings, device)):
         idle["model.offload_activations"] = why
+    if settings.parallel.nvme and not zero.uses_nvme(settings.parallel.deepspeed):
+        idle["parallel.nvme"] = f"{settings.parallel.deepspeed} keeps nothing on a disk"
     return lines + [f"note     `{key}` has no effect: {why}" for key, why in idle.items()]
 
 

@@ -133,6 +133,11 @@ def steps_on_host(config: dict[str, Any]) -> bool:
     return zero_limits.device(config["zero_optimization"], "offload_optimizer") != "none"
 
 
+def uses_nvme(path: Path) -> bool:
+    """Whether a JSON keeps optimizer states on a disk."""
+    return zero_limits.device(read(path)["zero_optimization"], "offload_optimizer") == "nvme"
+
+
 def _fill(
     config: dict[str, Any], settings: Settings, world_size: int, dtype: torch.dtype, hidden_size: int,
     ranks_per_node: int | None = None,

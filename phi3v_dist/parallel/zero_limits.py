@@ -1,8 +1,8 @@
 """The `zero_optimization` section of a DeepSpeed JSON → what of it does not work, or not with our checkpoints.
 
 What comes in: the section as it is written. What goes out: messages, each with the reason, which ds_configs/README.md
-has as a table. Surprise: DeepSpeed accepts most of this, and then trains to other losses, loses state in a checkpoint, or
-waits for ever while it compiles.
+has as a table. Surprise: DeepSpeed accepts most of this, and then trains to other losses, loses state in a checkpoint,
+or waits for ever while it compiles.
 """
 
 from pathlib import Path

@@ -2,6 +2,7 @@
 at once, in the order in which a GPU would be given them."""
 
 import gc
+from pathlib import Path
 
 import pytest
 import torch
@@ -15,6 +16,7 @@ from phi3v_dist.model.offload import HostActivations, kept_on_host
 from phi3v_dist.model.phi3v import Phi3VForCausalLM
 
 CPU = torch.device("cpu")
+FILES = Path(__file__).parents[2] / "ds_configs"
 NUM_LAYERS, TOKENS, HIDDEN = 5, 24, 16
 
 
@@ -156,6 +158,16 @@ def test_a_setting_without_effect_says_so(settings_tree, monkeypatch, checkpoint
         f"`model.offload_activations` has no effect: {why}" in note for note in notes
     )
     assert (build.host_activations(settings, torch.device(device), 64) is None) == bool(why)
+
+
+def test_a_disk_that_nothing_uses_is_said_to_be_idle(settings_tree, tmp_path):
+    def notes(file):
+        chosen = {"nvme": str(tmp_path), "deepspeed": str(FILES / file)}
+        lines = build.describe(Settings.model_validate(settings_tree | {"parallel": chosen}), CPU)
+        return [line for line in lines if "parallel.nvme" in line]
+
+    (note,) = notes("zero3.json")
+    assert note.endswith("zero3.json keeps nothing on a disk") and notes("zero3_nvme.json") == []
 
 
 def test_without_the_setting_nothing_is_said_or_offloaded(settings_tree):
