@@ -25,8 +25,8 @@ def is_decayed(name: str) -> bool:
 def build_optimizer(model: nn.Module, train: TrainSettings, on_host: bool = False) -> torch.optim.AdamW:
     """torch's AdamW (no compiled extension) over trainable parameters, grouped as (part, decayed).
 
-    on_host: its states will be on the CPU. There it takes torch's fused form, one pass over memory: 1.6 instead of 10
-    ns an element on one core, the same update but for rounding.
+    on_host: its states will be on the CPU. There torch's fused form makes one pass over memory, where the usual one
+    makes many; the update is the same but for rounding.
     """
     groups: dict[tuple[str, bool], list[nn.Parameter]] = {}
     for name, parameter in model.named_parameters():

@@ -117,7 +117,9 @@ def run_resume(folder: Path, topology: Topology, source: str, file: str) -> dict
     checkpoints.load(engine, checkpoints.newest())
     notes = {"loaded": numbers_ranks.digests(engine), "evaluated": evaluated(engine)}
     losses = train(engine, topology, SAVED_AT + 1, SAVED_AT + STEPS_AFTER)
-    return notes | {"losses": losses, "end": numbers_ranks.digests(engine)}
+    notes |= {"losses": losses, "end": numbers_ranks.digests(engine)}
+    checkpoints.load(engine, checkpoints.newest())  # over states that are there already
+    return notes | {"rolled back": train(engine, topology, SAVED_AT + 1, SAVED_AT + 2)}
 
 
 def built_with(engine) -> dict:

@@ -65,6 +65,7 @@ def assert_goes_on(folder: Path, world_size: int, source: str, file: str) -> Non
     expected = saved[0]["losses"][-10:]
     for step, (here, there) in enumerate(zip(resumed[0]["losses"], expected, strict=True)):
         assert here == pytest.approx(there, rel=TOLERANCE), step
+    assert resumed[0]["rolled back"] == resumed[0]["losses"][:2]
     if world_size == 2:
         assert [rank["loaded"] for rank in resumed] == [rank["saved"] for rank in saved], "every bit of every state"
         if source == file:
