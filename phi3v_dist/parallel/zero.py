@@ -176,9 +176,16 @@ def build_partitioned(build: Callable[[], ModuleT], config: dict[str, Any]) -> M
     """A model whose parameters are partitioned as they are made, their values not set: load all of them.
 
     Initialisation is skipped: every value will be set.
+
+    Raises:
+        ConfigError: ranks that are to share a copy of the weights are not on one node; on all ranks alike.
     """
     import deepspeed
 
+    topology, group_size = Topology.from_environment(), config["zero_optimization"].get("zero_hpz_partition_size")
+    if topology.world_size > 1 and group_size is not None:
+        if problem := zero_limits.scattered(topology.gather((topology.host, group_size))):
+            raise ConfigError(problem)
     with no_init_weights(), returned_when_freed(), deepspeed.zero.Init(config_dict_or_path=config):
         return build()  # zero.Init's own `dtype=` is ignored on a CPU (0.19.8): bf16 there; the config is not
 

@@ -49,6 +49,25 @@ def device(zero: Section, name: str) -> str:
     return str(offload(zero, name).get("device", "none"))
 
 
+def scattered(everyone: list[tuple[str, int]]) -> str:
+    """Why hpZ's groups, so many consecutive ranks each, are not each on one node; empty when they are.
+
+    everyone: host and size of the group, of each rank. Sizes differ where "auto" found nodes of several sizes.
+    """
+    hosts, sizes = zip(*everyone, strict=True)
+    size = sizes[0]
+    groups = [hosts[begin : begin + size] for begin in range(0, len(hosts), size)]
+    if len(set(sizes)) == 1 and all(len(set(group)) == 1 for group in groups):
+        return ""
+    counts = ", ".join(f"{host}: {hosts.count(host)}" for host in dict.fromkeys(hosts))
+    found = " or ".join(map(str, sorted(set(sizes))))
+    return (
+        f"`zero_optimization.zero_hpz_partition_size` is {found}, but that many ranks in a row are not always on one "
+        f"node (ranks by node: {counts}). Give every node as many ranks, those of a node next to each other "
+        "(srun --distribution=block), or take ds_configs/zero3.json"
+    )
+
+
 def _hpz_problems(zero: Section, world_size: int, ranks_per_node: int) -> list[str]:
     key, size = "`zero_optimization.zero_hpz_partition_size`", zero.get("zero_hpz_partition_size", 1)
     size = ranks_per_node if size == "auto" else size

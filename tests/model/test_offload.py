@@ -2,6 +2,7 @@
 at once, in the order in which a GPU would be given them."""
 
 import gc
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
@@ -87,6 +88,40 @@ def test_between_forward_and_backward_only_the_last_layers_input_is_on_the_devic
     gone = [storage.expired() for storage in began_with]
     assert gone == [True] * (NUM_LAYERS - 1) + [False]
     assert graph.grad_fn is not None and host.num_live == NUM_LAYERS
+
+
+class Recorded:
+    """Copies as a GPU's side stream is asked for them: each one's number when it begins and when it is waited for."""
+
+    def __init__(self):
+        self.asked, self.num_copies = [], 0
+
+    def copying(self):
+        self.num_copies += 1
+        self.asked.append(f"copy {self.num_copies}")
+        return nullcontext()
+
+    def mark(self):
+        return self.num_copies
+
+    def wait(self, copy):
+        self.asked.append(f"wait {copy}")
+
+
+def test_a_copy_is_waited_for_before_its_memory_is_freed_or_used_and_only_then():
+    model, host, recorded = Layers(), HostActivations(), Recorded()
+    model.layers = model.layers[:3]
+    host.copies = lambda device: recorded
+    hidden = model(torch.randn(1, TOKENS, HIDDEN, requires_grad=True), host)
+    assert recorded.asked == ["copy 1", "wait 1", "copy 2", "wait 2", "copy 3"], "a layer's time for each copy"
+    recorded.asked.clear()
+    hidden.sum().backward()
+    assert recorded.asked == ["wait 3", "copy 4", "wait 4", "copy 5", "wait 5"], "each asked for one layer ahead"
+    recorded.asked.clear()
+    hidden = model(torch.randn(1, TOKENS, HIDDEN, requires_grad=True), host)
+    recorded.asked.clear()
+    del hidden
+    assert recorded.asked == ["wait 8"], "thrown away while its last copy may be in flight"
 
 
 def test_longer_rows_get_longer_buffers_and_shorter_ones_use_them():

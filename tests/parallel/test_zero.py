@@ -152,6 +152,22 @@ def test_the_copies_of_weights_are_shared_by_a_nodes_ranks(settings, monkeypatch
     assert size(8) == 4
 
 
+@pytest.mark.parametrize(
+    ("nodes", "sizes", "is_fine"),
+    [
+        ("aabb", [2] * 4, True),
+        ("aaaabb", [1] * 6, True),
+        ("aaaabbbb", [2] * 8, True),
+        ("abab", [2] * 4, False),  # as srun --distribution=cyclic deals them out
+        ("aabbcccc", [2, 2, 2, 2, 4, 4, 4, 4], False),  # what "auto" finds there
+    ],
+)
+def test_ranks_that_share_a_copy_must_be_on_one_node(nodes, sizes, is_fine):
+    message = zero_limits.scattered(list(zip(nodes, sizes, strict=True)))
+    assert (message == "") == is_fine
+    assert is_fine or "not always on one node (ranks by node: a: 2, b: 2" in message
+
+
 def test_states_on_a_disk_need_a_folder(settings, monkeypatch, tmp_path):
     monkeypatch.setattr(zero_limits, "is_built", lambda name: True)
     chosen = settings(next(path for path in SHIPPED if path.name == "zero3_nvme.json"))
