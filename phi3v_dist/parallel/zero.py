@@ -182,8 +182,9 @@ def build_partitioned(build: Callable[[], ModuleT], config: dict[str, Any]) -> M
     """
     import deepspeed
 
-    topology, group_size = Topology.from_environment(), config["zero_optimization"].get("zero_hpz_partition_size")
-    if topology.world_size > 1 and group_size is not None:
+    group_size = config["zero_optimization"].get("zero_hpz_partition_size")
+    if group_size is not None:  # on one rank it is on all, whatever "auto" became
+        topology = Topology.from_environment()
         if problem := zero_limits.scattered(topology.gather((topology.host, group_size))):
             raise ConfigError(problem)
     with no_init_weights(), returned_when_freed(), deepspeed.zero.Init(config_dict_or_path=config):
