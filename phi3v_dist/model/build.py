@@ -62,7 +62,7 @@ def partitioned_model(
     load_weights(model, weights, show_progress=show_progress and sys.stdout.isatty())
     choose_trained(model, settings.train, settings.run.seed)
     host = host_activations(settings, Topology.from_environment().device, config["hidden_size"])
-    model.set_gradient_checkpointing(settings.model.gradient_checkpointing, settings.model.vision_chunk_crops, host)
+    model.set_gradient_checkpointing(settings.model.gradient_checkpointing, settings.model.vision_chunk_crops, host_activations=host)
     return model
 
 
