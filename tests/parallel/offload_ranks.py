@@ -65,7 +65,8 @@ def build(folder: Path, topology: Topology, file: str, seed: int):
 def train(engine, topology: Topology, first: int, last: int) -> list:
     """Loss and gradient norm of steps first … last, or why one was skipped; ranks compared after each."""
     seen = []
-    steps = islice(MIX.loader(topology.rank, topology.world_size, last), last)
+    loader = MIX.loader(topology.rank, topology.world_size, SAVED_AT + STEPS_AFTER)  # its end is part of the plan
+    steps = islice(loader, last)
     for plan, batches in steps:
         if plan.number < first:
             for _ in batches:
