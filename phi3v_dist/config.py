@@ -225,6 +225,8 @@ class ParallelSettings(Section):
     sequence: int = Field(1, ge=1)
     """Ranks that share each row, each with a slice of its tokens (Ulysses). It must divide the attention heads and the
     number of ranks."""
+    nvme: Path | None = None
+    """Folder on each node's own disk, for a DeepSpeed JSON that keeps optimizer states there."""
     timeout_s: float = Field(1800, gt=0)
     """Longest wait in a collective before the job is declared stuck."""
 

@@ -322,7 +322,8 @@ def _engine(settings: Settings, topology: Topology) -> Any:
     ds_config = zero.resolve(settings, topology.world_size, dtype, hidden_size)
     backend = model_build.proven_backend(settings, device)
     model = model_build.partitioned_model(settings, backend, ds_config, show_progress=topology.is_main)
-    return zero.initialize(model, build_optimizer(model, settings.train), ds_config)
+    optimizer = build_optimizer(model, settings.train, on_host=zero.steps_on_host(ds_config))
+    return zero.initialize(model, optimizer, ds_config)
 
 
 def fixed_order(lengths: Lengths, limit_tokens: int) -> tuple[int, ...]:
