@@ -5,6 +5,7 @@ once, safe to pass anywhere. Surprise: a mistake does not stop the search for th
 aside, and the rest is checked all the same, files and batch arithmetic included, so that one run shows them all.
 """
 
+import contextlib
 import itertools
 import re
 from collections.abc import Callable, Sequence
@@ -14,13 +15,13 @@ from typing import Annotated, Any, Literal, TypeVar, get_args
 
 from omegaconf import OmegaConf
 from pydantic import (
-    AfterValidator,
     BaseModel,
     BeforeValidator,
     ConfigDict,
     Field,
     TypeAdapter,
     ValidationError,
+    WrapValidator,
     field_validator,
 )
 from pydantic_core import PydanticCustomError
@@ -294,13 +295,16 @@ class FieldSettings(Section):
 FieldName = Annotated[str, Field(pattern="^[a-z][a-z0-9_]*$")]  # it becomes a part of metric names
 
 
-def _rising(edges: list[float]) -> list[float]:
-    if any(after <= before for before, after in itertools.pairwise(edges)):
-        raise PydanticCustomError("edges", "edges of bins must rise, each above the one before")
-    return edges
+def _bins(value: Any, handler: Callable[[Any], Any]) -> Any:
+    """One message, where a choice of types would give one for each."""
+    with contextlib.suppress(ValidationError):
+        rule = handler(value)
+        if rule == "values" or len(rule) > 1 and all(low < high for low, high in itertools.pairwise(rule)):
+            return rule
+    raise PydanticCustomError("bins", "edges of bins are wanted, each above the one before ([0, 0.5, 1]), or values")
 
 
-Edges = Annotated[list[float], Field(min_length=2), AfterValidator(_rising)]
+Bins = Annotated[list[float] | Literal["values"], WrapValidator(_bins)]
 
 
 class EvalSettings(Section):
@@ -319,7 +323,7 @@ class EvalSettings(Section):
     batch_tokens: int = Field(32768, ge=1)
     """Most places for tokens in such a batch, samples x the longest; a longer sample is answered alone."""
     fields: dict[FieldName, FieldSettings] = {}
-    by: dict[FieldName, Edges | Literal["values"]] = {}
+    by: dict[FieldName, Bins] = {}
     """Scores once more for parts of the samples: field of their JSON → edges of bins (`depth: [0, 0.5, 1]`; the last
     bin holds its upper edge), or `values`: a part for each value. Every sample also has `source`, `num_tokens` and
     `num_images`; `position` splits the loss alone, by where in its sample each learned token stands."""
