@@ -234,7 +234,7 @@ def build(settings: Settings, topology: Topology, attempt: Attempt, requests: Re
     if settings.data.validation:
         validation = Data.open_together(settings.data.validation, settings, topology)
         sample_ids = fixed_order(validation.lengths, settings.data.row_length_tokens)
-        evaluator = Evaluator(validation.decoder, sample_ids, settings.eval, topology)
+        evaluator = Evaluator(validation.decoder, validation.lengths, sample_ids, settings.eval, topology)
     tracker: Tracker = NoTracker()
     if topology.is_main:
         mirrors: list[Tracker] = [ConsoleTracker(num_steps, settings.observe.log_every_steps)]
@@ -343,9 +343,9 @@ def _run_id(folder: Path) -> str:
 
 
 def _reference(path: Path | None) -> dict[str, float]:
-    """The `best_…` figures of `eval.reference`, as metrics to stand beside the scores."""
+    """The `best_…` and `chance_…` figures of `eval.reference`, as metrics to stand beside the scores."""
     figures = json.loads(path.read_text()) if path else {}
-    return {f"eval/{name}": float(value) for name, value in figures.items() if name.startswith("best_")}
+    return {f"eval/{name}": float(value) for name, value in figures.items() if name.startswith(("best_", "chance_"))}
 
 
 def _write_config(run: Run, resolved: dict[str, Any]) -> None:
