@@ -5,10 +5,10 @@
     RANK=0 WORLD_SIZE=2 … python long_row_process.py ours 4096      ranks that share the row (torchrun's variables)
     python long_row_process.py head-stock|head-ours 32768   head and loss alone
 
-Prints one line of JSON. Both models recompute each layer in the backward pass and have the same weights; documents have
-4,096 tokens, the last one the rest, as rows of a batch for transformers and one after another for us. Weights and
-gradients exist before the measurement begins. Freed blocks of 1 MiB go back at once (see long_rows.py), so that resident
-memory is what is in use.
+Prints one line of JSON. Both models recompute each layer in the backward pass and have the same weights; documents
+have 4,096 tokens, the last one the rest, as rows of a batch for transformers and one after another for us. Weights and
+gradients exist before the measurement begins. Freed blocks of 1 MiB go back at once (long_rows.py sees to it), so that
+resident memory is what is in use.
 """
 
 import json
