@@ -55,6 +55,19 @@ def full_row(tokens: int, crops: int, label_tokens: int | None = None, per_image
     return RowShape((tokens,), tokens if label_tokens is None else label_tokens, tuple(images))
 
 
+def slice_of(row: RowShape, sequence: int) -> RowShape:
+    """What one of the ranks that share a row computes: its part of the tokens, the labels and the pictures.
+
+    An approximation of Ulysses: attention is traced as over the slice with all heads, which keeps as many bytes as the
+    whole row with a part of the heads; what the exchanges themselves take, a layer's q, k and v once more, is left out.
+    """
+    if sequence == 1:
+        return row
+    tokens = -(-row.tokens // sequence)
+    labels = -(-row.label_tokens // sequence)
+    return RowShape((tokens,), labels, row.images[: -(-len(row.images) // sequence)])
+
+
 def timeline(
     config: dict[str, Any], model: ModelSettings, train: TrainSettings, row: RowShape, dtype: torch.dtype
 ) -> Timeline:
@@ -139,4 +152,5 @@ def _trace(
         crops = torch.empty(max(1, row.crops), 3, CROP_SIZE, CROP_SIZE, dtype=torch.uint8)
         arguments |= {"input_ids": ids, "position_ids": places, "pixel_values": crops}
         held = [(ids, ROW), (places, ROW), (crops, VISION), *((fake, ROW) for fake in fakes.values())]
-        return record(made, lambda: made(**arguments).token_losses.sum() * 1.0, held)
+        away = model.offload_activations and model.gradient_checkpointing
+        return record(made, lambda: made(**arguments).token_losses.sum() * 1.0, held, away)

@@ -12,12 +12,15 @@ The moments are those at which DeepSpeed's own hooks run: `gathering.py` replays
 import weakref
 from collections import defaultdict
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.autograd.graph import saved_tensors_hooks
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten
 
@@ -37,7 +40,7 @@ class Timeline:
     keys: what comes (`forward`, `forward_end`, `backward`, `backward_end` of a module, `gradient` of a parameter,
         `start`, `end`) and its name.
     live: [moments, causes] bytes when it comes. most: the same at the peak from there to the next one.
-    host: [moments] bytes moved to host memory until then.
+    host: [moments] bytes in host memory until then.
     """
 
     keys: tuple[Key, ...]
@@ -60,8 +63,8 @@ class Ledger(TorchDispatchMode):
         self.rows: list[tuple[Bytes, Bytes, int]] = []
         self.host_bytes = 0
         self.cause, self._live, self._known = ROW, [0] * len(CAUSES), dict[int, int]()
-        self._total = 0
-        self._key: Key = ("start", "")
+        self.total = 0
+        self.key: Key = ("start", "")
         self._at, self._peak, self._most = tuple(self._live), 0, tuple(self._live)
 
     def ignore(self, tensors: Iterator[Tensor]) -> None:
@@ -78,16 +81,16 @@ class Ledger(TorchDispatchMode):
         size = storage.nbytes()
         self._known[key] = cause
         self._live[cause] += size
-        self._total += size
+        self.total += size
         weakref.finalize(storage, self._freed, key, size)
-        if self._total > self._peak:
-            self._peak, self._most = self._total, tuple(self._live)
+        if self.total > self._peak:
+            self._peak, self._most = self.total, tuple(self._live)
 
     def _freed(self, key: int, size: int) -> None:
         cause = self._known.pop(key, -1)
         if cause >= 0:
             self._live[cause] -= size
-            self._total -= size
+            self.total -= size
 
     def relabel(self, tensor: Tensor, cause: int) -> None:
         """What a storage is for, now that it is known."""
@@ -100,14 +103,14 @@ class Ledger(TorchDispatchMode):
 
     def mark(self, kind: str, name: str) -> None:
         """A moment comes; the one before it is over."""
-        self.keys.append(self._key)
+        self.keys.append(self.key)
         self.rows.append((self._at, self._most, self.host_bytes))
-        self._key = (kind, name)
+        self.key = (kind, name)
         self._at = self._most = tuple(self._live)
-        self._peak = self._total
+        self._peak = self.total
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func is torch.ops.aten._local_scalar_dense.default:
+        if func is torch.ops.aten._local_scalar_dense.default and isinstance(args[0], FakeTensor):
             kind = args[0].dtype  # a read that makes a GPU wait; the answer decides nothing that we count
             return False if kind == torch.bool else 1.0 if kind.is_floating_point else 0
         out = func(*args, **(kwargs or {}))
@@ -216,12 +219,37 @@ class _Identity(torch.autograd.Function):
         return *gradients, None, None
 
 
-def record(model: nn.Module, run_forward: Callable[[], Tensor], inputs: list[tuple[Tensor, int]]) -> Timeline:
+def _away(ledger: Ledger) -> saved_tensors_hooks:
+    """Saved tensors that are inputs of the decoder's checkpoints become a number of bytes in host memory."""
+
+    def pack(tensor: Tensor) -> Any:
+        kind, name = ledger.key
+        begins = name.startswith("model.layers.") and name.count(".") == 2 and kind == "forward_end" or name == "model"
+        if not begins or not tensor.is_floating_point():
+            return tensor
+        size = tensor.numel() * tensor.element_size()
+        ledger.host_bytes += size
+        return tensor.shape, tensor.dtype, size
+
+    def unpack(packed: Any) -> Tensor:
+        if isinstance(packed, Tensor):
+            return packed
+        shape, dtype, size = packed
+        ledger.host_bytes -= size
+        return torch.empty(shape, dtype=dtype)
+
+    return saved_tensors_hooks(pack, unpack)
+
+
+def record(
+    model: nn.Module, run_forward: Callable[[], Tensor], inputs: list[tuple[Tensor, int]], offload: bool = False
+) -> Timeline:
     """Forward and backward.
 
     Args:
         run_forward: calls the model and returns what backward begins with.
         inputs: tensors of the batch and what they are for.
+        offload: what checkpointed layers began with goes to host memory.
     """
     ledger = Ledger()
     ledger.ignore(iter([*model.parameters(), *model.buffers()]))
@@ -230,7 +258,8 @@ def record(model: nn.Module, run_forward: Callable[[], Tensor], inputs: list[tup
     watch = Watch(model, ledger)
     try:
         with ledger:
-            loss = run_forward()
+            with _away(ledger) if offload else nullcontext():
+                loss = run_forward()
             watch.in_backward = True
             loss.backward()
         ledger.mark("end", "")
