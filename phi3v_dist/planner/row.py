@@ -10,6 +10,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
+from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from phi3v_dist.config import ModelSettings, TrainSettings
@@ -21,6 +22,7 @@ from phi3v_dist.model.vision import CROP_SIZE, Normalization, clip_config, num_i
 from phi3v_dist.planner import unroll
 from phi3v_dist.planner.trace import ROW, VISION, Timeline, record
 
+LAYOUT_TENSORS = ("cu_seqlens", "rope_lengths", "target_positions", "targets")
 GREY = Normalization((0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
 
 
@@ -141,16 +143,24 @@ def _trace(
     config: dict[str, Any], model: ModelSettings, train: TrainSettings, row: RowShape, dtype: torch.dtype
 ) -> Timeline:
     mode = FakeTensorMode(allow_non_fake_inputs=True)
-    arguments = inputs_of(row)
-    layout: Layout = arguments["layout"]
+    arguments = faked(inputs_of(row), mode)
     with mode:
         made = build(shallow(config), model, train, dtype)
-        names = ("cu_seqlens", "rope_lengths", "target_positions", "targets")
-        fakes = {name: mode.from_tensor(getattr(layout, name)) for name in names}
-        arguments["layout"] = replace(layout, **fakes)
-        ids, places = (mode.from_tensor(arguments[name]) for name in ("input_ids", "position_ids"))
-        crops = torch.empty(max(1, row.crops), 3, CROP_SIZE, CROP_SIZE, dtype=torch.uint8)
-        arguments |= {"input_ids": ids, "position_ids": places, "pixel_values": crops}
-        held = [(ids, ROW), (places, ROW), (crops, VISION), *((fake, ROW) for fake in fakes.values())]
+        arguments["pixel_values"] = torch.empty(max(1, row.crops), 3, CROP_SIZE, CROP_SIZE, dtype=torch.uint8)
+        held = [(tensor, ROW) for tensor in tensors_of(arguments)] + [(arguments["pixel_values"], VISION)]
         away = model.offload_activations and model.gradient_checkpointing
         return record(made, lambda: made(**arguments).token_losses.sum() * 1.0, held, away)
+
+
+def faked(arguments: dict[str, Any], mode: FakeTensorMode) -> dict[str, Any]:
+    """The same arguments, the sizes of pictures apart, without content."""
+    layout: Layout = arguments["layout"]
+    fakes = {name: mode.from_tensor(getattr(layout, name)) for name in LAYOUT_TENSORS}
+    ids, places = (mode.from_tensor(arguments[name]) for name in ("input_ids", "position_ids"))
+    return arguments | {"layout": replace(layout, **fakes), "input_ids": ids, "position_ids": places}
+
+
+def tensors_of(arguments: dict[str, Any]) -> list[Tensor]:
+    """Of a batch, on the device, without the crops."""
+    layout = arguments["layout"]
+    return [arguments["input_ids"], arguments["position_ids"], *(getattr(layout, name) for name in LAYOUT_TENSORS)]

@@ -64,13 +64,19 @@ def measure(config: Any, model: Any, train: Any, row: Any, ds_config: Any, fake:
     dtype = torch.bfloat16 if ds_config["bf16"]["enabled"] else torch.float32
     mode = FakeTensorMode(allow_non_fake_inputs=True) if fake else nullcontext()
     torch.manual_seed(0)
-    ledger = Ledger()
+    ledger, arguments = Ledger(), rows.inputs_of(shape)
     with mode:
-        arguments = rows.inputs_of(shape)
+        if fake:
+            arguments = rows.faked(arguments, mode)
         with ledger:
             made = zero.build_partitioned(lambda: rows.build(config, model, train, dtype), ds_config)
+            for parameter in made.parameters():
+                parameter.ds_tensor.normal_(0, 0.02)  # never set until now; a step that is not finite would be skipped
             engine = zero.initialize(made, build_optimizer(made, train), ds_config)
             arguments["pixel_values"] = torch.zeros(max(1, shape.crops), 3, CROP_SIZE, CROP_SIZE, dtype=torch.uint8)
+            held = [*rows.tensors_of(arguments)]
+            for tensor in held:
+                ledger.add(tensor, 0)
             peaks = []
             for _ in range(NUM_STEPS):
                 ledger.mark("forward", "")
