@@ -45,6 +45,7 @@ from phi3v_dist.observe.tracker import AllOf, JsonlTracker, NoTracker, Tracker
 from phi3v_dist.observe.wandb_tracker import WandbTracker
 from phi3v_dist.parallel import zero
 from phi3v_dist.parallel.topology import Topology
+from phi3v_dist.parallel.ulysses import SequenceGroup
 from phi3v_dist.parallel.waits import Stragglers
 from phi3v_dist.survive.checkpoint import Checkpoints
 from phi3v_dist.survive.durable import write_durably
@@ -113,6 +114,7 @@ class Run:
     topology: Topology
     attempt: Attempt
     requests: Requests
+    sequence: SequenceGroup
     train: Data
     planner: Planner
     num_steps: int
@@ -129,6 +131,11 @@ class Run:
         return self.settings.run.folder
 
     @property
+    def num_consumers(self) -> int:
+        """Takers of rows: ranks, or groups of ranks that share each row."""
+        return self.topology.world_size // self.sequence.size
+
+    @property
     def config_digest(self) -> str:
         return hashlib.sha256(json.dumps(self.resolved, sort_keys=True).encode()).hexdigest()[:16]
 
@@ -136,7 +143,7 @@ class Run:
         """Ledger and quarantine, from a checkpoint's state on; None: from the beginning."""
         return Accounts.open(
             self.folder, self.topology, self.train.table, self.train.lengths, self.planner,
-            self.settings.data.max_bad_frac, self.attempt.number, state,
+            self.settings.data.max_bad_frac, self.attempt.number, state, self.num_consumers,
         )  # fmt: skip
 
     def guards(self) -> Guards:
@@ -156,10 +163,10 @@ class Run:
         planner = self.planner.resume(state) if state else self.planner
         return Loader(
             steps=overfit(planner) if self.settings.train.overfit_one_batch else planner,
-            decoder=self.train.decoder, lengths=self.train.lengths, consumer=topology.rank,
-            num_consumers=topology.world_size, num_workers=data.num_workers, prefetch_rows=data.prefetch_rows,
-            micro_steps=accumulation(self.settings.train.rows_per_step, topology.world_size),
-            vision_chunk_crops=model.vision_chunk_crops, cost=work.of_row,
+            decoder=self.train.decoder, lengths=self.train.lengths, consumer=topology.rank // self.sequence.size,
+            num_consumers=self.num_consumers, num_workers=data.num_workers, prefetch_rows=data.prefetch_rows,
+            micro_steps=self.engine.gradient_accumulation_steps(), vision_chunk_crops=model.vision_chunk_crops,
+            cost=work.of_row, sequence=self.sequence,
         )  # fmt: skip
 
 
@@ -239,7 +246,8 @@ def build(settings: Settings, topology: Topology, attempt: Attempt, requests: Re
         tracker = AllOf(JsonlTracker(settings.run.folder, attempt.number), mirrors)
     run_id = topology.broadcast(_run_id(settings.run.folder) if topology.is_main else "")
     run = Run(
-        settings=settings, topology=topology, attempt=attempt, requests=requests, train=train, planner=planner,
+        settings=settings, topology=topology, attempt=attempt, requests=requests,
+        sequence=SequenceGroup.form(topology, settings.parallel.sequence), train=train, planner=planner,
         num_steps=num_steps, engine=engine,
         saver=_saver(settings, topology, attempt, requests, tracker, run_id), evaluator=evaluator, tracker=tracker,
         run_id=run_id, resolved=resolved, reference=_reference(settings.eval.reference),
@@ -353,14 +361,17 @@ def _write_config(run: Run, resolved: dict[str, Any]) -> None:
 def describe(settings: Settings, train: Data, num_steps: int, world_size: int) -> list[str]:
     """What is about to happen, as sums a person can check."""
     data, rows = settings.data, settings.train.rows_per_step
-    micro_steps = accumulation(rows, world_size)
-    empty = micro_steps * world_size - rows
+    num_consumers = world_size // settings.parallel.sequence
+    micro_steps = accumulation(rows, num_consumers)
+    empty = micro_steps * num_consumers - rows
+    sharing = f"{num_consumers} x {settings.parallel.sequence}"
+    who = f"{world_size if num_consumers == world_size else sharing} ranks"
     usable = train.usable(data.row_length_tokens)
     lines = [
         f"run      {settings.run.folder} · {num_steps:,} steps · seed {settings.run.seed}",
         *model_build.describe(settings, Topology.from_environment().device),
         f"data     {usable:,} of {len(train.table):,} samples in {len(train.table.shards):,} shards",
-        f"batch    {rows} rows of up to {data.row_length_tokens:,} tokens = {world_size} ranks x {micro_steps} "
+        f"batch    {rows} rows of up to {data.row_length_tokens:,} tokens = {who} x {micro_steps} "
         f"micro-steps{f' - {empty} empty' if empty else ''}",
     ]
     bad = train.table.bad_counts

@@ -1,4 +1,4 @@
-"""Examples → `Row` → `Batch`: what one rank feeds forward, as one flat row of tokens.
+"""Examples → `Row` → `Batch`: what one rank feeds forward, a flat row of tokens or its slice of one.
 
 Axis names used in shapes everywhere:
 
@@ -9,10 +9,14 @@ Axis names used in shapes everywhere:
     rows, hidden, heads, vocab, height, width    as usual
 
 Surprise: everything the model would otherwise have to ask the device for (document borders, which positions carry a
-label) is worked out here on the CPU, so that no layer ever waits for the device.
+label, which feature each picture token takes) is worked out here on the CPU: no layer ever waits for the device.
+
+Ranks that share a row (`parallel/ulysses.py`) each make the whole row and keep a slice of its tokens and a share of its
+crops. Labels are shifted, and positions and document lengths counted, on the whole row, before it is cut.
 """
 
-from dataclasses import dataclass
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
 
 import torch
 from jaxtyping import Float, Int, UInt8
@@ -20,7 +24,9 @@ from torch import Tensor
 
 from phi3v_dist.data.plan import PlannedStep
 from phi3v_dist.model.attention import IGNORE, Layout
-from phi3v_dist.model.vision import CROP_SIZE, Normalization
+from phi3v_dist.model.placement import CROP_SIZE, Placement
+from phi3v_dist.model.vision import Normalization
+from phi3v_dist.parallel.ulysses import ALONE, SequenceGroup
 
 # fp32 and normalised, or the pixels themselves
 Crops = Float[Tensor, "crops 3 height width"] | UInt8[Tensor, "crops 3 height width"]
@@ -43,6 +49,10 @@ class Example:
     pixel_values: Crops
     image_sizes: Int[Tensor, "images 2"]
 
+    @property
+    def num_tokens(self) -> int:
+        return len(self.input_ids)
+
 
 @dataclass(frozen=True)
 class Row:
@@ -52,6 +62,11 @@ class Row:
     """
 
     parts: tuple["Example | Filling", ...]
+
+    def without(self, missing: Iterable["Filling"]) -> "Row":
+        """The same row with these in the place of the samples whose ids they carry."""
+        fillings = {filling.sample_id: filling for filling in missing}
+        return Row(tuple(part if part.sample_id is None else fillings.get(part.sample_id, part) for part in self.parts))
 
 
 @dataclass(frozen=True)
@@ -66,38 +81,49 @@ class Filling:
 
 @dataclass(frozen=True)
 class Batch:
-    """What one rank feeds forward: one flat row.
+    """What one rank feeds forward: one flat row, or its slice of a row that several ranks share.
 
     The loader writes crops to memory that it uses again: `pixel_values` holds until the next Batch is asked for.
     Whoever keeps a Batch longer copies them.
 
     input_ids: int64; picture positions are negative. position_ids: int64, 0 again at every document.
-    labels: int64, not shifted; -100 where nothing is learned.
-    pixel_values: real crops in prompt order; if there is none, one crop of zeros, whose features no position takes,
-        so that every rank makes the same calls.
-    image_sizes: one (height, width) per placed picture.
-    layout: document borders and label positions, worked out on the CPU.
+    pixel_values: this rank's share of the row's crops, in prompt order; if there is none, one crop of zeros, whose
+        features no position takes, so that every rank makes the same calls.
+    layout: document borders of the row and label positions, worked out on the CPU.
+    placement: the same for pictures.
+    row: what the whole row is made of, its examples' crops where they lie now.
+    sequence: the ranks that share the row.
     normalization: what the model does with uint8 crops; None: they are normalised fp32.
     num_vision_chunks: in how many calls the vision tower takes the crops when it checkpoints; planned, so equal on
         every rank whatever its own crops are. None: the model decides by its own crops.
     plan: the step this batch belongs to, the same on every rank; None outside training.
-    quarantined: samples of this batch that could not be used.
     """
 
     input_ids: Int[Tensor, "1 tokens"]
     position_ids: Int[Tensor, "1 tokens"]
-    labels: Int[Tensor, "1 tokens"]
     pixel_values: Crops
-    image_sizes: Int[Tensor, "images 2"]
     layout: Layout
+    placement: Placement
+    row: Row
+    sequence: SequenceGroup = ALONE
     normalization: Normalization | None = None
     num_vision_chunks: int | None = None
     plan: PlannedStep | None = None
-    quarantined: tuple[Filling, ...] = ()
 
     @property
     def label_tokens(self) -> int:
+        """Of this rank's slice."""
         return self.layout.num_targets
+
+    @property
+    def quarantined(self) -> tuple[Filling, ...]:
+        """Samples of the row that could not be used."""
+        return tuple(part for part in self.row.parts if isinstance(part, Filling) and part.sample_id is not None)
+
+    @property
+    def image_sizes(self) -> Int[Tensor, "images 2"]:
+        """(height, width) of the row's pictures, padded."""
+        return _sizes(self.row.parts)
 
     def inputs(self, device: torch.device) -> dict[str, object]:
         """Arguments of the model's forward, on the device."""
@@ -105,10 +131,11 @@ class Batch:
             "input_ids": self.input_ids.to(device, non_blocking=True),
             "position_ids": self.position_ids.to(device, non_blocking=True),
             "pixel_values": self.pixel_values.to(device, non_blocking=True),
-            "image_sizes": self.image_sizes,
             "layout": self.layout.to(device),
+            "placement": self.placement.to(device),
             "normalization": self.normalization,
             "num_vision_chunks": self.num_vision_chunks,
+            "sequence": self.sequence,
         }
 
 
@@ -119,50 +146,64 @@ def collate(
     normalization: Normalization | None = None,
     num_vision_chunks: int | None = None,
     slot: Crops | None = None,
+    sequence: SequenceGroup = ALONE,
 ) -> Batch:
-    """Lay a row's parts one after another.
+    """Lay a row's parts one after another, and cut out what this rank takes of it.
 
     Args:
         normalization: comes with fast crops, and only with them.
         slot: memory with room for all crops of the row, and for one; where they lie in it already, in their order,
             nothing is copied. None: fresh memory.
+        sequence: the ranks that share the row. It is filled up to a multiple of their number, the filling a document
+            of its own.
     """
-    dtype = torch.float32 if normalization is None else torch.uint8
-    ids, labels, lengths, pixels, sizes = [], [], [], [], []
-    for part in row.parts:
-        if isinstance(part, Filling):
-            ids.append(torch.full((part.num_tokens,), pad_id))
-            labels.append(torch.full((part.num_tokens,), IGNORE))
-        else:
-            ids.append(part.input_ids)
-            labels.append(part.labels)
-            pixels.append(part.pixel_values)
-            sizes.append(part.image_sizes)
-        lengths.append(len(ids[-1]))
-    assert all(crops.dtype == dtype for crops in pixels)  # a run has one kind of crops
-    if slot is None:
-        slot = torch.empty(max(1, sum(map(len, pixels))), 3, CROP_SIZE, CROP_SIZE, dtype=dtype)
-    labels_row = torch.cat(labels)
+    if missing := -sum(part.num_tokens for part in row.parts) % sequence.size:
+        row = Row((*row.parts, Filling(missing)))
+    parts = [_laid_out(part, pad_id) for part in row.parts]
+    ids, labels, positions = (torch.cat(column) for column in zip(*parts, strict=True))
+    row, crops = _close_up(row, slot, torch.float32 if normalization is None else torch.uint8)
+    num_tokens = len(ids) // sequence.size
+    begin, end = num_tokens * sequence.rank, num_tokens * (sequence.rank + 1)
+    own = sequence.share(len(crops))
     return Batch(
-        input_ids=torch.cat(ids)[None],
-        position_ids=torch.cat([torch.arange(n) for n in lengths])[None],
-        labels=labels_row[None],
-        pixel_values=_close_up(pixels, slot),
-        image_sizes=torch.cat(sizes) if sizes else torch.zeros(0, 2, dtype=torch.int64),
-        layout=Layout.of(lengths, labels_row),
-        normalization=normalization,
-        num_vision_chunks=num_vision_chunks,
-        plan=plan,
-        quarantined=tuple(part for part in row.parts if isinstance(part, Filling) and part.sample_id is not None),
-    )
+        input_ids=ids[None, begin:end],
+        position_ids=positions[None, begin:end],
+        pixel_values=crops[own.start : own.stop] if own else crops.new_zeros(1, *crops.shape[1:]),
+        layout=Layout.of([part.num_tokens for part in row.parts], labels).cut(begin, end),
+        placement=Placement.of(_sizes(row.parts), (ids < 0).nonzero().flatten(), num_tokens, sequence),
+        row=row, sequence=sequence, normalization=normalization, num_vision_chunks=num_vision_chunks, plan=plan,
+    )  # fmt: skip
 
 
-def _close_up(pixels: list[Tensor], slot: Tensor) -> Tensor:
-    """The crops one after another from the slot's beginning; a quarantined picture leaves a gap where it was to be."""
-    end = 0
-    for crops in pixels:
-        place = slot[end : end + len(crops)]
-        if place.data_ptr() != crops.data_ptr():
-            place.copy_(crops.clone())  # the two may overlap
-        end += len(crops)
-    return slot[:end] if end else slot[:1].zero_()
+def _laid_out(part: Example | Filling, pad_id: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Ids, labels and positions of a part's tokens."""
+    positions = torch.arange(part.num_tokens)
+    if isinstance(part, Example):
+        return part.input_ids, part.labels, positions
+    return torch.full_like(positions, pad_id), torch.full_like(positions, IGNORE), positions
+
+
+def _sizes(parts: tuple[Example | Filling, ...]) -> Int[Tensor, "images 2"]:
+    sizes = [part.image_sizes for part in parts if isinstance(part, Example)]
+    return torch.cat(sizes) if sizes else torch.zeros(0, 2, dtype=torch.int64)
+
+
+def _close_up(row: Row, slot: Crops | None, dtype: torch.dtype) -> tuple[Row, Crops]:
+    """The crops one after another from the slot's beginning, and the row whose examples have them there.
+
+    A quarantined picture leaves a gap where it was to be.
+    """
+    num_crops = sum(len(part.pixel_values) for part in row.parts if isinstance(part, Example))
+    if slot is None:
+        slot = torch.empty(num_crops, 3, CROP_SIZE, CROP_SIZE, dtype=dtype)
+    end, parts = 0, list(row.parts)
+    for number, part in enumerate(parts):
+        if not isinstance(part, Example):
+            continue
+        assert part.pixel_values.dtype == dtype  # a run has one kind of crops
+        place = slot[end : end + len(part.pixel_values)]
+        if place.data_ptr() != part.pixel_values.data_ptr():
+            place.copy_(part.pixel_values.clone())  # the two may overlap
+        parts[number] = replace(part, pixel_values=place)
+        end += len(place)
+    return Row(tuple(parts)), slot[:end]

@@ -26,8 +26,9 @@ from torch import Tensor
 from torch.nn import functional
 
 from phi3v_dist.errors import DataError
-from phi3v_dist.model import vision
-from phi3v_dist.model.vision import CROP_SIZE, Normalization
+from phi3v_dist.model import placement
+from phi3v_dist.model.placement import CROP_SIZE
+from phi3v_dist.model.vision import Normalization
 
 WHITE = 255
 
@@ -86,12 +87,12 @@ class CropLayout:
     @property
     def num_crops(self) -> int:
         """Crops the picture really has, the global view included."""
-        return vision.num_crops_of(*self.padded_hw)
+        return placement.num_crops_of(*self.padded_hw)
 
     @property
     def num_tokens(self) -> int:
         """Positions the picture takes in `input_ids`."""
-        return vision.num_image_tokens(*self.padded_hw)
+        return placement.num_image_tokens(*self.padded_hw)
 
 
 def num_image_tokens(width: int, height: int, num_crops: int) -> int:

@@ -13,7 +13,7 @@ ranks).
 import itertools
 import logging
 from collections import deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future
 from dataclasses import dataclass
 from functools import partial
@@ -30,6 +30,7 @@ from phi3v_dist.data.samples import BadSample, Sample, decode_sample
 from phi3v_dist.data.shards import ShardTable
 from phi3v_dist.data.slots import Slot, Slots
 from phi3v_dist.model.vision import Normalization
+from phi3v_dist.parallel.ulysses import ALONE, SequenceGroup
 
 EMPTY_ROW_TOKENS = 8  # as short as is comfortable; its only purpose is to take part in collectives
 NO_ROW = PlannedRow((), tokens=EMPTY_ROW_TOKENS, squared_tokens=EMPTY_ROW_TOKENS**2, label_tokens=0, crops=0)
@@ -90,6 +91,7 @@ class Loader:
     prefetch_rows: decoded ahead of the one in use, in this step and the next ones; memory is bounded by them.
     vision_chunk_crops: most crops the vision tower takes in one call when it checkpoints; None: no limit.
     cost: what a row costs, by which ranks are balanced; the same on all of them.
+    sequence: the ranks that share each row; together they are one consumer.
     """
 
     steps: Iterable[PlannedStep]
@@ -102,6 +104,7 @@ class Loader:
     prefetch_rows: int
     vision_chunk_crops: int | None = None
     cost: RowCost = by_tokens
+    sequence: SequenceGroup = ALONE
 
     def __iter__(self) -> Iterator[tuple[PlannedStep, Iterator[Batch]]]:
         steps, steps_ahead = itertools.tee(self.steps)
@@ -123,14 +126,21 @@ class Loader:
         ahead = deque(itertools.islice(rows, self.prefetch_rows))
         while ahead:
             ahead.extend(itertools.islice(rows, 1))
-            slot, row = ahead.popleft()
-            yield pool.result(row)
+            slot, row, lay_out = ahead.popleft()
+            yield self._agreed(pool.result(row), lay_out)
             slots.give_back(slot)
+
+    def _agreed(self, batch: Batch, lay_out: Callable[[Row], Batch]) -> Batch:
+        """The Batch without samples that another rank of the row could not use: slices must be of one row."""
+        own = {filling.sample_id for filling in batch.quarantined}
+        everyone = itertools.chain(*self.sequence.everyone(batch.quarantined))
+        missing = [filling for filling in everyone if filling.sample_id not in own]
+        return lay_out(batch.row.without(missing)) if missing else batch
 
     def _start(
         self, step: PlannedStep, micro_step: list[PlannedRow | None], pool: DecodePool, slots: Slots
-    ) -> tuple[Slot, Future[Batch]]:
-        """Have this rank's row of a micro-step decoded."""
+    ) -> tuple[Slot, Future[Batch], Callable[[Row], Batch]]:
+        """Have this rank's row of a micro-step decoded; also what lays out such a row in fresh memory."""
         row = micro_step[self.consumer] or NO_ROW
         slot = slots.take(row.crops)
         borders = itertools.accumulate((int(self.lengths.crops[i]) for i in row.sample_ids), initial=0)
@@ -138,14 +148,16 @@ class Loader:
             (sample_id, partial(self._part, sample_id, slot, begin, end))
             for sample_id, (begin, end) in zip(row.sample_ids, itertools.pairwise(borders), strict=True)
         ]
-        num_chunks = num_vision_chunks(micro_step, self.vision_chunk_crops)
-        pad_id, normalization = self.decoder.processor.tokenizer.pad_token_id, self.decoder.normalization
+        lay_out = partial(
+            collate, pad_id=self.decoder.processor.tokenizer.pad_token_id, plan=step,
+            normalization=self.decoder.normalization, sequence=self.sequence,
+            num_vision_chunks=num_vision_chunks(micro_step, self.vision_chunk_crops, self.sequence.size),
+        )  # fmt: skip
 
         def join(parts: tuple[Example | Filling, ...]) -> Batch:
-            filled = Row(parts or (Filling(EMPTY_ROW_TOKENS),))
-            return collate(filled, pad_id, step, normalization, num_chunks, slot.crops)
+            return lay_out(Row(parts or (Filling(EMPTY_ROW_TOKENS),)), slot=slot.crops)
 
-        return slot, pool.submit(works, join)
+        return slot, pool.submit(works, join), lay_out
 
     def _part(self, sample_id: int, slot: Slot, begin: int, end: int) -> Example | Filling:
         planned_tokens = int(self.lengths.tokens[sample_id])

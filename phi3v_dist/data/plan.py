@@ -248,13 +248,13 @@ def overfit(planner: Planner) -> Iterator[PlannedStep]:
             yield replace(first, number=number, state=planner.state | {"step": number})
 
 
-def num_vision_chunks(micro_step: Sequence[PlannedRow | None], chunk_crops: int | None) -> int:
-    """Calls of the vision tower that every consumer makes in this micro-step: enough for the row with most crops.
+def num_vision_chunks(micro_step: Sequence[PlannedRow | None], chunk_crops: int | None, sharing: int = 1) -> int:
+    """Calls of the vision tower that every rank makes in this micro-step: enough for the row with most crops.
 
     It follows from the plan, which all ranks have: nobody has to ask, and a quarantined picture changes nothing.
-    chunk_crops: most crops in a call; None: no limit.
+    chunk_crops: most crops in a call; None: no limit. sharing: ranks among which a row's crops are divided.
     """
-    most = max((row.crops for row in micro_step if row), default=0)
+    most = max((-(-row.crops // sharing) for row in micro_step if row), default=0)
     return max(1, -(-most // chunk_crops)) if chunk_crops else 1
 
 

@@ -17,7 +17,7 @@ from transformers import PreTrainedTokenizerFast
 
 from phi3v_dist.data.batch import Example
 from phi3v_dist.model.attention import IGNORE
-from phi3v_dist.model.vision import num_crops_of
+from phi3v_dist.model.placement import num_crops_of
 from phi3v_dist.printable import printable
 
 TRAINED, UNTRAINED, TEMPLATE = "green", "dim", "cyan"

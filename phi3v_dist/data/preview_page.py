@@ -23,7 +23,7 @@ from phi3v_dist.data.samples import TEXT_MEMBERS, BadSample, Sample
 from phi3v_dist.data.shards import ShardTable
 from phi3v_dist.errors import ConfigError
 from phi3v_dist.model.attention import IGNORE
-from phi3v_dist.model.vision import num_crops_of
+from phi3v_dist.model.placement import num_crops_of
 from phi3v_dist.printable import printable
 
 if TYPE_CHECKING:

@@ -28,7 +28,8 @@ from phi3v_dist.data.fit import NO_LIMIT, FitPolicy, Fitted, fit
 from phi3v_dist.data.samples import BadSample, Message, Sample
 from phi3v_dist.errors import CheckpointError, ConfigError, DataError
 from phi3v_dist.model.attention import IGNORE
-from phi3v_dist.model.vision import CROP_SIZE, Normalization
+from phi3v_dist.model.placement import CROP_SIZE
+from phi3v_dist.model.vision import Normalization
 
 # Part of `digest`: count up when the same turns come to give other ids, so that stored lengths are measured again.
 ENCODING_VERSION = 2

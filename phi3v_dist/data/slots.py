@@ -11,7 +11,7 @@ and zeroed.
 import torch
 
 from phi3v_dist.data.batch import Crops
-from phi3v_dist.model.vision import CROP_SIZE
+from phi3v_dist.model.placement import CROP_SIZE
 
 
 class Slot:

@@ -24,6 +24,7 @@ from phi3v_dist.model.adapters import merged_parameters
 from phi3v_dist.model.attention import Layout
 from phi3v_dist.model.cache import KeyValueCache
 from phi3v_dist.model.phi3v import Phi3VForCausalLM
+from phi3v_dist.model.placement import Placement
 from phi3v_dist.watch import heartbeat
 
 
@@ -70,7 +71,9 @@ class _Rows:
 
     def _embed(self, prompt: Example) -> Tensor:
         pixels = prompt.pixel_values.to(self.device) if len(prompt.pixel_values) else None
-        return self.model.model.embed(prompt.input_ids[None].to(self.device), pixels, prompt.image_sizes)[0]
+        ids = prompt.input_ids[None]
+        placement = Placement.in_row(ids, prompt.image_sizes).to(self.device) if pixels is not None else None
+        return self.model.model.embed(ids.to(self.device), pixels, placement)[0]
 
     def prefill(self, rows: Sequence[int]) -> Tensor:
         """Run these rows' whole texts as documents of one flat row; the hidden state at each one's end."""

@@ -24,6 +24,8 @@ from torch import Tensor
 from transformers import AttentionInterface
 
 from phi3v_dist.model.backends import Backend
+from phi3v_dist.parallel import ulysses
+from phi3v_dist.parallel.ulysses import ALONE, SequenceGroup
 
 if TYPE_CHECKING:
     from phi3v_dist.model.cache import KeyValueCache
@@ -65,9 +67,24 @@ class Layout:
             targets = following[positions]
         num_targets = len(targets)
         if num_targets == 0:
-            positions, targets = torch.zeros(1, dtype=torch.int64), torch.full((1,), IGNORE)
+            positions, targets = _NO_TARGET
         rope_lengths = sizes.repeat_interleave(sizes)
         return cls(tuple(lengths), borders.to(torch.int32), rope_lengths, positions, targets, num_targets)
+
+    def cut(self, begin: int, end: int) -> "Layout":
+        """For a slice of the tokens: what stands per token is that of the slice, positions count from its beginning.
+
+        Documents remain those of the whole row. On the CPU: how many targets a slice has is not asked of a device.
+        """
+        inside = (self.target_positions >= begin) & (self.target_positions < end)
+        positions, targets = self.target_positions[inside] - begin, self.targets[inside]
+        num_targets = int((targets != IGNORE).sum())
+        if not len(positions):
+            positions, targets = _NO_TARGET
+        return replace(
+            self, rope_lengths=self.rope_lengths[begin:end], target_positions=positions, targets=targets,
+            num_targets=num_targets,
+        )  # fmt: skip
 
     def to(self, device: torch.device) -> "Layout":
         """The same layout with its tensors on a device."""
@@ -75,20 +92,25 @@ class Layout:
         return replace(self, **{name: getattr(self, name).to(device, non_blocking=True) for name in names})
 
 
+_NO_TARGET = torch.zeros(1, dtype=torch.int64), torch.full((1,), IGNORE)
+
+
 def attend(
     module: torch.nn.Module, query: Float[Tensor, "rows heads tokens head_dim"],
     key: Float[Tensor, "rows kv_heads tokens head_dim"], value: Float[Tensor, "rows kv_heads tokens head_dim"],
     attention_mask: None, *, scaling: float, layout: Layout | None = None, backend: Backend | None = None,
-    cache: "KeyValueCache | None" = None, **_: Any,
+    cache: "KeyValueCache | None" = None, sequence: SequenceGroup = ALONE, **_: Any,
 ) -> tuple[Float[Tensor, "rows tokens heads head_dim"], None]:  # fmt: skip
     """Transformers' attention interface (`AttentionInterface`): the layer calls this with rotated queries and keys.
 
-    One flat row, except while generating with a cache, when each row carries one token.
+    One flat row, or a slice of it, whose heads are then exchanged with the ranks that have the other slices. While
+    generating with a cache each row carries one token.
     """
     if cache is not None:
         return cache.attend(module.layer_idx, query, key, value, scaling), None  # type: ignore[arg-type]
     assert layout is not None and backend is not None  # Phi3VDecoder always gives both
-    return attend_documents(query, key, value, layout, backend, scaling), None
+    query, key, value = ulysses.to_heads(sequence, query, key, value)
+    return ulysses.to_tokens(sequence, attend_documents(query, key, value, layout, backend, scaling)), None
 
 
 def attend_documents(

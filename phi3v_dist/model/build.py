@@ -18,6 +18,7 @@ from phi3v_dist.model.adapters import choose_trained, lora_targets
 from phi3v_dist.model.backends import Backend, choose
 from phi3v_dist.model.hub import check_sizes
 from phi3v_dist.model.isolation import check_isolation
+from phi3v_dist.model.mlp import FeedForward
 from phi3v_dist.model.official_config import head_dim, read_config
 from phi3v_dist.model.phi3v import Phi3VForCausalLM
 from phi3v_dist.model.sources import initial_weights, pinned, recorded_settings, trained_rule
@@ -40,6 +41,7 @@ def problems(settings: Settings, device: torch.device) -> list[str]:
         lambda: lora_targets(model, settings.train),
         lambda: proven_backend(settings, device),
         lambda: _require_longrope_said(settings, start),
+        lambda: _require_heads_divide(settings),
     ]
     found = []
     for look in looks:
@@ -48,6 +50,19 @@ def problems(settings: Settings, device: torch.device) -> list[str]:
         except Phi3VError as error:
             found += error.problems
     return found
+
+
+def _require_heads_divide(settings: Settings) -> None:
+    """Raises ConfigError when ranks that share a row cannot share its attention heads."""
+    size, config = settings.parallel.sequence, read_config(settings.model.path)
+    heads = config["num_attention_heads"]
+    kv_heads = config.get("num_key_value_heads", heads)
+    possible = [n for n in range(1, heads + 1) if heads % n == 0 and (kv_heads % n == 0 or n % kv_heads == 0)]
+    if size not in possible:
+        raise ConfigError(
+            f"`parallel.sequence` is {size}, but the model's {heads} attention heads ({kv_heads} of keys and values) "
+            f"cannot be divided among so many ranks: take one of {', '.join(map(str, possible))}"
+        )
 
 
 def partitioned_model(
@@ -59,7 +74,9 @@ def partitioned_model(
     weights = initial_weights(settings.model.path, settings.model.init_from, settings.run.seed)
     load_weights(model, weights, show_progress=show_progress and sys.stdout.isatty())
     choose_trained(model, settings.train, settings.run.seed)
-    model.set_gradient_checkpointing(settings.model.gradient_checkpointing, settings.model.vision_chunk_crops)
+    choice = settings.model
+    model.set_gradient_checkpointing(choice.gradient_checkpointing, choice.vision_chunk_crops, choice.mlp_chunk_tokens)
+    zero.gather_whole(model, FeedForward)
     return model
 
 

@@ -16,11 +16,11 @@ from typing import Any
 from phi3v_dist.config import PartsSettings
 from phi3v_dist.data.plan import PlannedRow
 from phi3v_dist.model.official_config import head_dim
-from phi3v_dist.model.vision import CROP_SIZE, PATCHES_PER_SIDE, SIDE, clip_config
+from phi3v_dist.model.placement import CELLS, CROP_SIZE, PATCHES_PER_SIDE
+from phi3v_dist.model.vision import clip_config
 
 PATCHES = PATCHES_PER_SIDE**2
 PATCH_PIXELS = (CROP_SIZE // PATCHES_PER_SIDE) ** 2
-VIEW_TOKENS = SIDE * (SIDE + 1)  # of a crop and the separators after its rows; beside each other, crops share those
 
 
 @dataclass(frozen=True)
@@ -93,6 +93,7 @@ def tower_crop(config: dict[str, Any]) -> int:
 
 
 def projector_crop(config: dict[str, Any]) -> int:
-    """Forward work of the projector's two matrices for the tokens of a crop: 4 patches become one of them."""
+    """Forward work of the projector's two matrices for a crop: 4 patches become one token. Separators are projected
+    once for all pictures."""
     merged, hidden = 4 * clip_config(config).hidden_size, config["hidden_size"]
-    return 2 * (merged * hidden + hidden**2) * VIEW_TOKENS
+    return 2 * (merged * hidden + hidden**2) * CELLS

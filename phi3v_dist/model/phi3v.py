@@ -25,11 +25,14 @@ from phi3v_dist.model.attention import INTERFACE, Layout
 from phi3v_dist.model.backends import Backend, check_name, choose
 from phi3v_dist.model.cache import KeyValueCache
 from phi3v_dist.model.loss import Head
+from phi3v_dist.model.mlp import FeedForward
 from phi3v_dist.model.official_config import DEFAULT_PAD_ID, head_dim, read_config
 from phi3v_dist.model.origin import recorded_longrope
+from phi3v_dist.model.placement import Placement, num_crops_of
 from phi3v_dist.model.rope import LongRope
-from phi3v_dist.model.vision import ImageEmbedding, Normalization, num_crops_of, num_image_tokens
+from phi3v_dist.model.vision import ImageEmbedding, Normalization
 from phi3v_dist.model.weights import EMBEDDING, OfficialFolder, check_names
+from phi3v_dist.parallel.ulysses import ALONE, SequenceGroup
 
 
 @dataclass
@@ -57,7 +60,7 @@ class Phi3VDecoder(nn.Module):
         self.embed_tokens = nn.Embedding(config["vocab_size"], config["hidden_size"], padding_idx=pad_id)
         self.vision_embed_tokens = ImageEmbedding(config)
         self.embed_dropout = nn.Dropout(config.get("embd_pdrop", 0.0))
-        self.layers = nn.ModuleList([Phi3DecoderLayer(phi3, i) for i in range(phi3.num_hidden_layers)])
+        self.layers = nn.ModuleList([_layer(phi3, i) for i in range(phi3.num_hidden_layers)])
         self.norm = Phi3RMSNorm(phi3.hidden_size, eps=phi3.rms_norm_eps)
         self.gradient_checkpointing = False
 
@@ -65,18 +68,16 @@ class Phi3VDecoder(nn.Module):
         self,
         input_ids: Int[Tensor, "rows tokens"],
         pixel_values: Tensor | None,
-        image_sizes: Tensor | None,
+        placement: Placement | None,
         normalization: Normalization | None = None,
         num_vision_chunks: int | None = None,
+        sequence: SequenceGroup = ALONE,
     ) -> Float[Tensor, "rows tokens hidden"]:
-        """Words by table, negative ids by the pictures' features in order; ValueError when those are not given."""
+        """Words by table, negative ids by the pictures' features; ValueError when those are not given."""
         embeds = self.embed_tokens(input_ids.clamp(min=0))
-        if pixel_values is not None and image_sizes is not None:
-            features = self.vision_embed_tokens(pixel_values, image_sizes, normalization, num_vision_chunks)
-            num_placed = sum(num_image_tokens(height, width) for height, width in image_sizes.tolist())
-            placed, unplaced = features[:num_placed].to(embeds.dtype), features[num_placed:]
-            embeds = embeds.masked_scatter((input_ids < 0)[..., None], placed)
-            embeds = embeds + 0.0 * unplaced.sum()  # keeps the tower in every rank's graph, pictures or not
+        if pixel_values is not None and placement is not None:
+            features = self.vision_embed_tokens(pixel_values, placement, normalization, num_vision_chunks, sequence)
+            embeds = embeds.index_copy(1, placement.positions, features[None].to(embeds.dtype))
         elif (input_ids < 0).any():
             raise ValueError("the text has places for pictures, but pixel_values or image_sizes is missing")
         return self.embed_dropout(embeds)
@@ -88,6 +89,7 @@ class Phi3VDecoder(nn.Module):
         backend: Backend | None = None,
         layout: Layout | None = None,
         cache: KeyValueCache | None = None,
+        sequence: SequenceGroup = ALONE,
     ) -> Float[Tensor, "rows tokens hidden"]:
         """Through all layers and the final norm, with a backend and a layout, or a cache, which attends by itself.
 
@@ -95,7 +97,7 @@ class Phi3VDecoder(nn.Module):
         """
         hidden = embeds
         arguments: dict[str, Any] = {"position_embeddings": rotation, "layout": layout}
-        arguments |= {"backend": backend, "cache": cache}
+        arguments |= {"backend": backend, "cache": cache, "sequence": sequence}
         for layer in self.layers:
             if self.gradient_checkpointing and self.training:
                 hidden = checkpoint(layer, hidden, use_reentrant=False, **arguments)
@@ -179,9 +181,15 @@ class Phi3VForCausalLM(nn.Module):
             self._decided[device, dtype] = choose(self.attention, device, dtype, head_dim(self.config))
         return self._decided[device, dtype]
 
-    def set_gradient_checkpointing(self, on: bool, vision_chunk_crops: int | None = None) -> None:
-        """Recompute decoder and vision layers in the backward pass, the latter in chunks of so many crops."""
+    def set_gradient_checkpointing(
+        self, on: bool, vision_chunk_crops: int | None = None, mlp_chunk_tokens: int | None = None
+    ) -> None:
+        """Recompute decoder and vision layers in the backward pass, the latter in chunks of so many crops, feed-forward
+        parts in chunks of so many tokens; None: no limit."""
         self.model.gradient_checkpointing = on
+        for module in self.modules():
+            if isinstance(module, FeedForward):
+                module.chunk_tokens = mlp_chunk_tokens if on else None
         self.model.vision_embed_tokens.set_gradient_checkpointing(on, vision_chunk_crops)
 
     def forward(
@@ -194,8 +202,10 @@ class Phi3VForCausalLM(nn.Module):
         labels: Tensor | None = None,
         return_logits: bool = False,
         layout: Layout | None = None,
+        placement: Placement | None = None,
         normalization: Normalization | None = None,
         num_vision_chunks: int | None = None,
+        sequence: SequenceGroup = ALONE,
     ) -> Phi3VOutput:
         """Losses for labels, logits when asked for or without labels.
 
@@ -208,8 +218,11 @@ class Phi3VForCausalLM(nn.Module):
             position_ids: a new document begins where they return to 0; documents do not see each other.
             labels: not shifted; -100 is ignored.
             layout: instead of attention_mask and labels, for one flat row whose borders and labels are known.
+            placement: instead of image_sizes, where the layout is; flat crops go with it.
             normalization: for pixel_values that are uint8 pixels; floats are normalised already.
             num_vision_chunks: calls of the vision tower while it is checkpointed, equal on every rank.
+            sequence: the ranks that share the row. Ids, positions, labels' targets and crops are then this rank's own,
+                the layout's documents those of the whole row, and so are the losses this rank's.
 
         Raises:
             ValueError: pictures, places for them, masks and layouts do not fit together.
@@ -226,18 +239,21 @@ class Phi3VForCausalLM(nn.Module):
             layout, longest = self._lay_out(position_ids, keep, labels), int(position_ids.max()) + 1
             input_ids, position_ids = (_flatten(t, keep) for t in (input_ids, position_ids))
             if pixel_values is not None:
-                _require_places(image_sizes, input_ids)
+                placement = Placement.in_row(input_ids, image_sizes)
         else:
             if keep is not None or labels is not None or position_ids is None or num_rows != 1:
                 raise ValueError("a layout goes with position_ids and one flat row, without attention_mask and labels")
-            if sum(layout.lengths) != length:
-                raise ValueError(f"documents of {sum(layout.lengths)} tokens do not fill a row of {length}")
+            if sum(layout.lengths) != length * sequence.size:
+                row = f"{length} x {sequence.size}" if sequence.size > 1 else length
+                raise ValueError(f"documents of {sum(layout.lengths)} tokens do not fill a row of {row}")
             longest = max(layout.lengths)
         if pixel_values is not None and pixel_values.dim() == 5:
             pixel_values = _real_crops(pixel_values, image_sizes)
-        embeds = self.model.embed(input_ids, pixel_values, image_sizes, normalization, num_vision_chunks)
-        rotation = self.rope(position_ids, self.rope.deciding(layout.rope_lengths, longest, length)[None], embeds.dtype)
-        hidden = self.model(embeds, rotation, self.backend(embeds.device, embeds.dtype), layout=layout)
+        embeds = self.model.embed(input_ids, pixel_values, placement, normalization, num_vision_chunks, sequence)
+        deciding = self.rope.deciding(layout.rope_lengths, longest, length * sequence.size)
+        rotation = self.rope(position_ids, deciding[None], embeds.dtype)
+        backend = self.backend(embeds.device, embeds.dtype)
+        hidden = self.model(embeds, rotation, backend, layout=layout, sequence=sequence)
         output = Phi3VOutput()
         if layout.num_targets or labels is not None or not return_logits and self.training:
             losses = self.lm_head(hidden[0, layout.target_positions], layout.targets)
@@ -261,6 +277,12 @@ class Phi3VForCausalLM(nn.Module):
         return Layout.of(lengths, None if labels is None else _flatten(labels, keep)[0].cpu()).to(position_ids.device)
 
 
+def _layer(config: Phi3Config, number: int) -> Phi3DecoderLayer:
+    layer = Phi3DecoderLayer(config, number)
+    layer.mlp = FeedForward(config)
+    return layer
+
+
 def _columns(like: Tensor) -> Tensor:
     return torch.arange(like.shape[1], device=like.device).expand_as(like)
 
@@ -268,14 +290,6 @@ def _columns(like: Tensor) -> Tensor:
 def _flatten(values: Tensor, keep: Tensor | None) -> Tensor:
     """[rows, tokens] → [1, real tokens]."""
     return values.reshape(1, -1) if keep is None else values[keep][None]
-
-
-def _require_places(image_sizes: Tensor | None, input_ids: Tensor) -> None:
-    """ValueError when the pictures do not fill exactly the negative positions."""
-    sizes = [] if image_sizes is None else image_sizes.tolist()
-    wanted, found = sum(num_image_tokens(h, w) for h, w in sizes), int((input_ids < 0).sum())
-    if wanted != found:
-        raise ValueError(f"pictures of sizes {sizes} give {wanted} image tokens, the text has {found} places for them")
 
 
 def _real_crops(pixel_values: Tensor, image_sizes: Tensor | None) -> Tensor:

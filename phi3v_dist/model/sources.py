@@ -22,7 +22,8 @@ from phi3v_dist.model.adapters import DOWN, UP, is_adapter, merged
 from phi3v_dist.model.official_config import DEFAULT_PAD_ID, read_config
 from phi3v_dist.model.origin import recorded_longrope
 from phi3v_dist.model.phi3v import Phi3VForCausalLM
-from phi3v_dist.model.vision import PATCHES_PER_SIDE, CLIPEncoderLayer, clip_config
+from phi3v_dist.model.placement import PATCHES_PER_SIDE
+from phi3v_dist.model.vision import CLIPEncoderLayer, clip_config
 from phi3v_dist.model.weights import EMBEDDING, TOWER, OfficialFolder, Weights, is_untrained
 from phi3v_dist.parallel.fingerprint import fingerprint, fingerprint_text
 from phi3v_dist.survive.checkpoint import committed, read_tensors

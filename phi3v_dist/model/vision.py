@@ -1,9 +1,9 @@
 """Crops → CLIP → separators → projector → image tokens.
 
-What comes in: flat crops of all pictures (per picture the global view, then its local crops) and the pictures' sizes.
-What goes out: one feature per image token, in prompt order. Surprise: the features are CLIP's *last but one* layer
-without its final norm, so the 24th layer and `post_layernorm` are never computed; they are no parameters here and
-pass from the base folder to an export untouched.
+What comes in: flat crops of a row's pictures (per picture the global view, then its local crops), or this rank's share
+of them, and a `Placement`. What goes out: one feature per image token of this rank's tokens. Surprise: the features are
+CLIP's *last but one* layer without its final norm, so the 24th layer and `post_layernorm` are never computed; they are
+no parameters here and pass from the base folder to an export untouched.
 
 Crops come as normalised floats, or as bytes that are normalised here, on the device. When layers are recomputed in the
 backward pass, many crops go through the tower in chunks (`ImageEmbedding.set_gradient_checkpointing` says why).
@@ -15,17 +15,16 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from jaxtyping import Float, Int, UInt8
+from jaxtyping import Float, UInt8
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from transformers import CLIPVisionConfig
 from transformers.models.clip.modeling_clip import CLIPEncoderLayer, CLIPVisionEmbeddings
 
 from phi3v_dist.errors import CheckpointError
+from phi3v_dist.model.placement import CELLS, ROW_END, SEPARATORS, SIDE, VIEW_END, Placement
+from phi3v_dist.parallel.ulysses import ALONE, SequenceGroup
 
-CROP_SIZE = 336
-PATCHES_PER_SIDE = 24  # 336 / 14
-SIDE = PATCHES_PER_SIDE // 2  # tokens per side of a crop, after 2 x 2 patches are merged
 CLIP_VIT_L_336 = {
     "hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 24, "num_attention_heads": 16,
     "image_size": 336, "patch_size": 14, "projection_dim": 768, "hidden_act": "quick_gelu", "layer_norm_eps": 1e-5,
@@ -38,18 +37,6 @@ def clip_config(config: dict[str, Any]) -> CLIPVisionConfig:
     clip = CLIPVisionConfig(**fields)
     clip._attn_implementation = "sdpa"
     return clip
-
-
-def num_image_tokens(height: int, width: int) -> int:
-    """Tokens of a picture padded to height x width: rows end in a separator, one more stands between local and
-    global."""
-    rows, columns = height // CROP_SIZE * SIDE, width // CROP_SIZE * SIDE
-    return rows * (columns + 1) + 1 + SIDE * (SIDE + 1)
-
-
-def num_crops_of(height: int, width: int) -> int:
-    """Crops of a picture padded to height x width, the global view included."""
-    return (height // CROP_SIZE) * (width // CROP_SIZE) + 1
 
 
 @dataclass(frozen=True)
@@ -137,27 +124,28 @@ class ImageEmbedding(nn.Module):
     def forward(
         self,
         pixel_values: Float[Tensor, "crops 3 height width"] | UInt8[Tensor, "crops 3 height width"],
-        image_sizes: Int[Tensor, "images 2"],
+        placement: Placement,
         normalization: Normalization | None = None,
         num_chunks: int | None = None,
+        sequence: SequenceGroup = ALONE,
     ) -> Float[Tensor, "image_tokens hidden"]:
-        """Features of all pictures, then of crops that belong to none ("unplaced", each as a global view alone).
+        """Features of the image tokens of this rank's slice, from this rank's share of the row's crops.
+
+        Crops beyond that share belong to no picture; they keep the tower in the graph of a rank that has none.
 
         normalization: for uint8 crops. num_chunks: calls of the tower while it is checkpointed, filled up with crops
         of zeros; None: as many as its own crops need. Without checkpointing there is one call, always.
         """
-        crops = merge_patches(self._patches(pixel_values, normalization, num_chunks))
-        pieces: list[Tensor] = []
-        used = 0
-        for height, width in image_sizes.tolist():
-            rows, columns = height // CROP_SIZE, width // CROP_SIZE
-            local = crops[used + 1 : used + 1 + rows * columns]
-            local = local.view(rows, columns, SIDE, SIDE, -1).transpose(1, 2).reshape(rows * SIDE, columns * SIDE, -1)
-            pieces += [self._end_rows(local), self.glb_GN[0], self._end_rows(crops[used])]
-            used += 1 + rows * columns
-        for unplaced in crops[used:]:
-            pieces += [self.glb_GN[0], self._end_rows(unplaced)]
-        return self.img_projection(torch.cat(pieces))
+        crops = merge_patches(self._patches(pixel_values, normalization, num_chunks)).flatten(0, 2)
+        ends = torch.cat([self.sub_GN.flatten()[None], self.glb_GN.flatten()[None]])  # by ROW_END and VIEW_END
+        ends, cells = self.img_projection(torch.cat([ends, crops])).tensor_split([SEPARATORS])
+        used, unused = cells.tensor_split([placement.num_crops * CELLS])
+        received = sequence.exchange(used.index_select(0, placement.cells), placement.send, placement.receive)
+        # Separators are put in by `where`: its gradient is a sum, where a look-up would add to one row many times.
+        features = torch.cat([ends.detach(), received]).index_select(0, placement.sources)
+        for source in (ROW_END, VIEW_END):
+            features = torch.where((placement.sources == source)[:, None], ends[source], features)
+        return features + 0.0 * unused.sum()
 
     def _patches(
         self, pixel_values: Tensor, normalization: Normalization | None, num_chunks: int | None
@@ -182,11 +170,6 @@ class ImageEmbedding(nn.Module):
                 raise ValueError("uint8 crops come with the `normalization` of their model folder; it is missing")
             pixel_values = normalization(pixel_values)
         return self.img_processor(pixel_values.to(self.glb_GN.dtype), checkpoint_layers)
-
-    def _end_rows(self, grid: Float[Tensor, "rows columns merged"]) -> Float[Tensor, "tokens merged"]:
-        """The grid row by row, a separator after each row."""
-        ends = self.sub_GN[0].expand(len(grid), 1, -1)
-        return torch.cat([grid, ends], dim=1).flatten(0, 1)
 
 
 def _is_triple(values: Any) -> bool:

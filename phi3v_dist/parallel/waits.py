@@ -85,12 +85,13 @@ class Waits:
     def _timed(self, call: Callable[..., Any]) -> Callable[..., Any]:
         @functools.wraps(call)
         def timed(*args: Any, **kwargs: Any) -> Any:
-            result = self._count(call, *args, **kwargs)
+            result = self.count(call, *args, **kwargs)
             return _TimedWork(result, self) if hasattr(result, "wait") else result
 
         return timed
 
-    def _count(self, call: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    def count(self, call: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        """Make a call that waits for other ranks, DeepSpeed's or another; returns what it returns."""
         if self._on_device:
             before = self._spare.pop() if self._spare else torch.Event(enable_timing=True)
             after = self._spare.pop() if self._spare else torch.Event(enable_timing=True)
@@ -113,7 +114,7 @@ class _TimedWork:
         self._work, self._waits = work, waits
 
     def wait(self, *args: Any, **kwargs: Any) -> Any:
-        return self._waits._count(self._work.wait, *args, **kwargs)
+        return self._waits.count(self._work.wait, *args, **kwargs)
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._work, name)

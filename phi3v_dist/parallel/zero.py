@@ -72,12 +72,19 @@ def problems(settings: Settings, world_size: int) -> list[str]:
         found = _json_problems(read(settings.parallel.deepspeed), settings, world_size)
     except ConfigError as error:
         found = error.problems
-    train = settings.train
-    given, needed = train.gradient_accumulation_steps, accumulation(train.rows_per_step, world_size)
-    if given is not None and given * world_size != train.rows_per_step:
-        rows = given * world_size
+    train, sequence = settings.train, settings.parallel.sequence
+    if world_size % sequence:
         found.append(
-            f"`train.gradient_accumulation_steps` {given} x {world_size} ranks = {rows} rows, but "
+            f"`parallel.sequence` is {sequence}, but {world_size} ranks cannot be divided into groups of so many: "
+            f"set it to a divisor of {world_size}, or use {-(-world_size // sequence) * sequence} ranks"
+        )
+    consumers = max(1, world_size // sequence)
+    given, needed = train.gradient_accumulation_steps, accumulation(train.rows_per_step, consumers)
+    if given is not None and given * consumers != train.rows_per_step:
+        rows = given * consumers
+        who = f"{consumers} groups of ranks" if sequence > 1 else f"{world_size} ranks"
+        found.append(
+            f"`train.gradient_accumulation_steps` {given} x {who} = {rows} rows, but "
             f"`train.rows_per_step` is {train.rows_per_step}: leave the former out (then {needed} each), or "
             f"set the latter to {rows}"
         )
@@ -119,7 +126,7 @@ def resolve(settings: Settings, world_size: int, dtype: torch.dtype, hidden_size
 def _fill(
     config: dict[str, Any], settings: Settings, world_size: int, dtype: torch.dtype, hidden_size: int
 ) -> dict[str, Any]:
-    micro_steps = accumulation(settings.train.rows_per_step, world_size)
+    micro_steps = accumulation(settings.train.rows_per_step, max(1, world_size // settings.parallel.sequence))
     bf16 = config["bf16"] if isinstance(config.get("bf16"), dict) else {}
     zero = config["zero_optimization"]
     sizes = {  # elements; the choice of transformers' DeepSpeed integration
@@ -153,6 +160,13 @@ def build_partitioned(build: Callable[[], ModuleT], config: dict[str, Any]) -> M
 
     with no_init_weights(), returned_when_freed(), deepspeed.zero.Init(config_dict_or_path=config):
         return build()  # zero.Init's own `dtype=` is ignored on a CPU (0.19.8): bf16 there; the config is not
+
+
+def gather_whole(model: nn.Module, kind: type[nn.Module]) -> None:
+    """Have ZeRO-3 take modules of this kind as one: it gathers them once, however often their parts run inside."""
+    from deepspeed.utils import set_z3_leaf_modules
+
+    set_z3_leaf_modules(model, [kind])
 
 
 def initialize(model: nn.Module, optimizer: torch.optim.Optimizer | None, config: dict[str, Any]) -> Any:

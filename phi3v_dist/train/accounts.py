@@ -33,6 +33,7 @@ class Accounts:
     """
 
     topology: Topology
+    num_consumers: int
     table: ShardTable
     rows_per_step: int
     max_bad_frac: float
@@ -45,9 +46,12 @@ class Accounts:
     @classmethod
     def open(
         cls, folder: Path, topology: Topology, table: ShardTable, lengths: Lengths, planner: Planner,
-        max_bad_frac: float, attempt: int, state: dict[str, Any] | None,
+        max_bad_frac: float, attempt: int, state: dict[str, Any] | None, num_consumers: int | None = None,
     ) -> "Accounts":  # fmt: skip
         """Begin the books, or go on from a checkpoint's `state`.
+
+        Args:
+            num_consumers: takers of rows; default: every rank is one.
 
         Raises:
             DataError: ranks see other data, or the data or the ledger is not that of the checkpoint.
@@ -69,7 +73,8 @@ class Accounts:
 
         book, listed = _on_main(topology, open_files) or (None, None)
         return cls(
-            topology, table, planner.rows_per_step, max_bad_frac, facts, state["chain"], attempt, book, listed
+            topology, num_consumers or topology.world_size, table, planner.rows_per_step, max_bad_frac, facts,
+            state["chain"], attempt, book, listed,
         )  # fmt: skip
 
     def record(
@@ -97,7 +102,7 @@ class Accounts:
             elif not updated:
                 status[place] = Status.SKIPPED
         world_size = self.topology.world_size
-        empty_rows = accumulation(self.rows_per_step, world_size) * world_size - len(rows)
+        empty_rows = accumulation(self.rows_per_step, self.num_consumers) * self.num_consumers - len(rows)
         self.ledger.append(Record(plan.number, self.attempt, world_size, rows, empty_rows, status))
 
     def require_few_bad(self, num_bad: int, num_seen: int, at_end: bool = False) -> None:

@@ -161,8 +161,9 @@ def _micro_steps(engine: Any, plan: PlannedStep, batches: Iterable[Batch], topol
         own.seconds["fwd"] += forward - loaded
         own.seconds["bwd"] += time.perf_counter() - forward
         own.label_tokens += batch.label_tokens
-        own.images += len(batch.image_sizes)
-        own.left_out += batch.quarantined
+        if batch.sequence.rank == 0:  # of the ranks that share a row one counts it
+            own.images += len(batch.image_sizes)
+            own.left_out += batch.quarantined
         if number < micro_steps:
             engine.step()
 

@@ -10,7 +10,7 @@ from phi3v_dist.evaluate import generate as module
 from phi3v_dist.evaluate.generate import Answer, generate, local_copy, plain_linear
 from phi3v_dist.model.official_config import read_config
 from phi3v_dist.model.phi3v import Phi3VForCausalLM
-from phi3v_dist.model.vision import num_image_tokens
+from phi3v_dist.model.placement import num_image_tokens
 
 ORIGINAL_LENGTH = 24  # LongRoPE's, made small so that short texts cross it
 NEW_TOKENS = 14

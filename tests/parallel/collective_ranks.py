@@ -32,8 +32,9 @@ from phi3v_dist.data.samples import BadSample
 from phi3v_dist.evaluate.generate import local_copy, plain_linear
 from phi3v_dist.model.build import partitioned_model, proven_backend
 from phi3v_dist.model.phi3v import Phi3VForCausalLM
+from phi3v_dist.model.placement import num_crops_of, num_image_tokens
 from phi3v_dist.model.tiny import write_tiny
-from phi3v_dist.model.vision import Normalization, num_crops_of, num_image_tokens
+from phi3v_dist.model.vision import Normalization
 from phi3v_dist.parallel import zero
 from phi3v_dist.parallel.topology import Topology
 from phi3v_dist.train.optim import build_optimizer
