@@ -12,12 +12,13 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from phi3v_dist.config import ModelSettings, TrainSettings
+from phi3v_dist.model.mlp import FeedForward
 from phi3v_dist.model.official_config import head_dim
 from phi3v_dist.model.vision import clip_config
 from phi3v_dist.planner import unroll
 from phi3v_dist.planner.gathering import Weight, replay
 from phi3v_dist.planner.row import build, shallow
-from phi3v_dist.planner.trace import CAUSES, Timeline
+from phi3v_dist.planner.trace import CAUSES, Timeline, zero_modules
 from phi3v_dist.planner.zero_share import ZeroShare
 
 GIB, MIB = 2**30, 2**20
@@ -53,10 +54,11 @@ def owners(config: dict[str, Any], model: ModelSettings, train: TrainSettings) -
     with FakeTensorMode():
         made = build(shallow(config), model, train, torch.bfloat16)
     found: Owners = {}
-    for name, module in made.named_modules():
+    for name, module in zero_modules(made):
+        whole = isinstance(module, FeedForward)
         own = tuple(
             Weight(f"{name}.{each}".lstrip("."), parameter.numel(), parameter.requires_grad)
-            for each, parameter in module.named_parameters(recurse=False)
+            for each, parameter in module.named_parameters(recurse=whole)
         )
         if own:
             found[name] = own

@@ -17,7 +17,7 @@ from phi3v_dist.model.official_config import read_config
 from phi3v_dist.parallel import zero
 from phi3v_dist.planner.cost import EFFICIENCY, Cluster, Cost, cost
 from phi3v_dist.planner.memory import GIB, Memory, memory, owners, unseen_terms
-from phi3v_dist.planner.row import RowShape, slice_of, timeline
+from phi3v_dist.planner.row import RowShape, timeline
 from phi3v_dist.planner.zero_share import zero_share
 from phi3v_dist.survive.interval import about
 
@@ -146,16 +146,16 @@ def _plan(
     held_by = owners(config, settings.model, settings.train)
     weights = [weight for own in held_by.values() for weight in own]
     share = zero_share(weights, ds_config, cluster.ranks, dtype.itemsize)
-    piece = slice_of(row, settings.parallel.sequence)
-    recorded = timeline(config, settings.model, settings.train, piece, dtype)
-    found = memory(recorded, held_by, share, unseen_terms(config, piece.tokens))
+    sequence = settings.parallel.sequence
+    recorded = timeline(config, settings.model, settings.train, row, dtype, sequence)
+    found = memory(recorded, held_by, share, unseen_terms(config, -(-row.tokens // sequence)))
     trained = sum(weight.elements for weight in weights if weight.trained)
     costs = cost(
         settings, config, cluster, row, itemsize=dtype.itemsize, trained=trained,
         gathered_elements=found.gathered_elements, efficiency=efficiency, epoch_rows=epoch_rows,
     )  # fmt: skip
     return Plan(
-        row, cluster, settings.parallel.sequence, settings.train.rows_per_step, efficiency, row_is,
+        row, cluster, sequence, settings.train.rows_per_step, efficiency, row_is,
         sum(weight.elements for weight in weights), trained, found, costs,
         fits=found.total <= cluster.gpu.usable_bytes,
     )  # fmt: skip
@@ -175,6 +175,8 @@ def ladder(settings: Settings, config: dict[str, Any], cluster: Cluster) -> Iter
     model = settings.model
     if not model.gradient_checkpointing:
         yield "model.gradient_checkpointing=true", {"model.gradient_checkpointing": True}
+    if model.mlp_chunk_tokens is None:
+        yield "model.mlp_chunk_tokens=4096", {"model.mlp_chunk_tokens": 4096}
     if model.vision_chunk_crops > 8:
         yield "model.vision_chunk_crops=8", {"model.vision_chunk_crops": 8}
     heads = config.get("num_key_value_heads", config["num_attention_heads"])

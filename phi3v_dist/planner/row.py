@@ -4,7 +4,7 @@ What comes in: config.json, how the model is trained, and a `RowShape`. What goe
 layers and crops. Surprise: the model is called as `train/step.py` calls it, with a flat row, its layout and uint8 crops.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
@@ -18,11 +18,12 @@ from phi3v_dist.model.adapters import choose_trained
 from phi3v_dist.model.attention import IGNORE, Layout
 from phi3v_dist.model.backends import Backend
 from phi3v_dist.model.phi3v import Phi3VForCausalLM
-from phi3v_dist.model.vision import CROP_SIZE, Normalization, clip_config, num_image_tokens
+from phi3v_dist.model.placement import CROP_SIZE, Placement, num_crops_of, num_image_tokens
+from phi3v_dist.model.vision import Normalization, clip_config
+from phi3v_dist.parallel.ulysses import ALONE, SequenceGroup
 from phi3v_dist.planner import unroll
 from phi3v_dist.planner.trace import ROW, VISION, Timeline, record
 
-LAYOUT_TENSORS = ("cu_seqlens", "rope_lengths", "target_positions", "targets")
 GREY = Normalization((0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
 
 
@@ -45,7 +46,7 @@ class RowShape:
 
     @property
     def crops(self) -> int:
-        return sum(1 + height * width // CROP_SIZE**2 for height, width in self.images)
+        return sum(num_crops_of(height, width) for height, width in self.images)
 
 
 def full_row(tokens: int, crops: int, label_tokens: int | None = None, per_image: int = 17) -> RowShape:
@@ -57,30 +58,43 @@ def full_row(tokens: int, crops: int, label_tokens: int | None = None, per_image
     return RowShape((tokens,), tokens if label_tokens is None else label_tokens, tuple(images))
 
 
-def slice_of(row: RowShape, sequence: int) -> RowShape:
-    """What one of the ranks that share a row computes: its part of the tokens, the labels and the pictures.
+class TracedGroup(SequenceGroup):
+    """Ranks that share a row, without the others: exchanges allocate what they would, and send nothing."""
 
-    An approximation of Ulysses: attention is traced as over the slice with all heads, which keeps as many bytes as the
-    whole row with a part of the heads; what the exchanges themselves take, a layer's q, k and v once more, is left out.
-    """
-    if sequence == 1:
-        return row
-    tokens = -(-row.tokens // sequence)
-    labels = -(-row.label_tokens // sequence)
-    return RowShape((tokens,), labels, row.images[: -(-len(row.images) // sequence)])
+    def exchange(self, rows: Tensor, send: Sequence[int], receive: Sequence[int]) -> Tensor:
+        received: Tensor = _Exchange.apply(rows, list(send), list(receive))
+        return received
+
+
+class _Exchange(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, rows: Tensor, send: list[int], receive: list[int]) -> Tensor:
+        ctx.send = send
+        rows = rows.contiguous()
+        return rows.new_empty(sum(receive), *rows.shape[1:])
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:  # type: ignore[override]
+        gradient = gradient.contiguous()
+        return gradient.new_empty(sum(ctx.send), *gradient.shape[1:]), None, None
 
 
 def timeline(
-    config: dict[str, Any], model: ModelSettings, train: TrainSettings, row: RowShape, dtype: torch.dtype
-) -> Timeline:
-    """Of a step of this model on this row, without what ZeRO-3 adds."""
-    chunks = row.num_chunks or max(1, -(-row.crops // model.vision_chunk_crops))
-    per_chunk = -(-row.crops // chunks)
+    config: dict[str, Any], model: ModelSettings, train: TrainSettings, row: RowShape, dtype: torch.dtype,
+    sequence: int = 1,
+) -> Timeline:  # fmt: skip
+    """Of a step of this model on this row, or on the first slice of it, without what ZeRO-3 adds.
+
+    sequence: ranks that share the row.
+    """
+    crops = -(-row.crops // sequence)
+    chunks = row.num_chunks or max(1, -(-crops // model.vision_chunk_crops))
+    per_chunk = -(-crops // chunks)
     if not model.gradient_checkpointing or chunks <= unroll.TRACED + 1 or per_chunk < 2:
-        found = _trace(config, model, train, row, dtype)
+        found = _trace(config, model, train, replace(row, num_chunks=chunks), dtype, sequence)
     else:
         traced = [
-            _trace(config, model, train, _with_chunks(row, number, per_chunk), dtype)
+            _trace(config, model, train, _with_chunks(row, number, per_chunk, sequence), dtype, sequence)
             for number in (unroll.TRACED, unroll.TRACED + 1)
         ]
         found = unroll.more_rounds(*traced, chunks)
@@ -88,9 +102,9 @@ def timeline(
     return unroll.more_layers(found, unroll.DECODER, config["num_hidden_layers"])
 
 
-def _with_chunks(row: RowShape, chunks: int, per_chunk: int) -> RowShape:
+def _with_chunks(row: RowShape, chunks: int, per_chunk: int, sequence: int) -> RowShape:
     image = (CROP_SIZE, CROP_SIZE * (per_chunk - 1))
-    return replace(row, images=(image,) * chunks, num_chunks=chunks)
+    return replace(row, images=(image,) * chunks * sequence, num_chunks=chunks)
 
 
 def shallow(config: dict[str, Any]) -> dict[str, Any]:
@@ -119,48 +133,68 @@ def build(
         made = Phi3VForCausalLM(config, model.longrope, Backend("sdpa"))
         choose_trained(made, train, seed=0)
     made.train()
-    made.set_gradient_checkpointing(model.gradient_checkpointing, model.vision_chunk_crops)
+    made.set_gradient_checkpointing(model.gradient_checkpointing, model.vision_chunk_crops, model.mlp_chunk_tokens)
     return made
 
 
-def inputs_of(row: RowShape) -> dict[str, Any]:
-    """A Batch's arguments for such a row: real tensors, all of them small but the crops, which are left out."""
-    labels = torch.full((row.tokens,), IGNORE)
-    layout = Layout.of(row.documents, labels)
-    positions = torch.arange(max(1, row.label_tokens)) % row.tokens
-    layout = replace(layout, target_positions=positions, targets=torch.zeros_like(positions), num_targets=len(positions))
-    ids = torch.zeros(1, row.tokens, dtype=torch.int64)
+def inputs_of(row: RowShape, group: SequenceGroup = ALONE) -> dict[str, Any]:
+    """A Batch's arguments for such a row, or a slice of it: real tensors, without the crops, which are large.
+
+    Labels and the tokens of pictures are spread evenly over the row.
+    """
+    missing = -row.tokens % group.size
+    documents = (*row.documents, missing) if missing else row.documents
+    total = sum(documents)
+    labels = torch.full((total,), IGNORE)
+    labels[torch.linspace(1, total - 1, min(row.label_tokens, total - 1)).long()] = 0
     placed = sum(num_image_tokens(height, width) for height, width in row.images)
-    ids[:, : min(placed, row.tokens)] = -1
+    places = torch.arange(placed) * total // max(placed, 1)
+    tokens = total // group.size
+    begin, end = tokens * group.rank, tokens * (group.rank + 1)
+    sizes = torch.tensor(row.images, dtype=torch.int64).reshape(-1, 2)
     return {
-        "input_ids": ids, "position_ids": torch.cat([torch.arange(n) for n in row.documents])[None],
-        "image_sizes": torch.tensor(row.images, dtype=torch.int64).reshape(-1, 2), "layout": layout,
-        "normalization": GREY, "num_vision_chunks": row.num_chunks,
+        "input_ids": torch.zeros(1, tokens, dtype=torch.int64),
+        "position_ids": torch.cat([torch.arange(length) for length in documents])[None, begin:end].contiguous(),
+        "layout": Layout.of(documents, labels).cut(begin, end), "placement": Placement.of(sizes, places, tokens, group),
+        "normalization": GREY, "num_vision_chunks": row.num_chunks, "sequence": group,
     }  # fmt: skip
 
 
+def crops_of(row: RowShape, group: SequenceGroup = ALONE) -> Tensor:
+    """The share of a rank: bytes, not set."""
+    return torch.empty(max(1, len(group.share(row.crops))), 3, CROP_SIZE, CROP_SIZE, dtype=torch.uint8)
+
+
 def _trace(
-    config: dict[str, Any], model: ModelSettings, train: TrainSettings, row: RowShape, dtype: torch.dtype
-) -> Timeline:
-    mode = FakeTensorMode(allow_non_fake_inputs=True)
-    arguments = faked(inputs_of(row), mode)
+    config: dict[str, Any], model: ModelSettings, train: TrainSettings, row: RowShape, dtype: torch.dtype,
+    sequence: int,
+) -> Timeline:  # fmt: skip
+    mode, group = FakeTensorMode(allow_non_fake_inputs=True), TracedGroup(sequence) if sequence > 1 else ALONE
+    arguments = faked(inputs_of(row, group), mode)
     with mode:
         made = build(shallow(config), model, train, dtype)
-        arguments["pixel_values"] = torch.empty(max(1, row.crops), 3, CROP_SIZE, CROP_SIZE, dtype=torch.uint8)
-        held = [(tensor, ROW) for tensor in tensors_of(arguments)] + [(arguments["pixel_values"], VISION)]
+        arguments["pixel_values"] = crops_of(row, group)
+        crops = arguments["pixel_values"]
+        held = [(tensor, VISION if tensor is crops else ROW) for tensor in tensors_of(arguments)]
         away = model.offload_activations and model.gradient_checkpointing
         return record(made, lambda: made(**arguments).token_losses.sum() * 1.0, held, away)
 
 
 def faked(arguments: dict[str, Any], mode: FakeTensorMode) -> dict[str, Any]:
-    """The same arguments, the sizes of pictures apart, without content."""
-    layout: Layout = arguments["layout"]
-    fakes = {name: mode.from_tensor(getattr(layout, name)) for name in LAYOUT_TENSORS}
-    ids, places = (mode.from_tensor(arguments[name]) for name in ("input_ids", "position_ids"))
-    return arguments | {"layout": replace(layout, **fakes), "input_ids": ids, "position_ids": places}
+    """The same arguments without content."""
+
+    def fake(value: Any) -> Any:
+        if isinstance(value, Tensor):
+            return mode.from_tensor(value)
+        if isinstance(value, Layout | Placement):
+            return replace(value, **{name: mode.from_tensor(each) for name, each in vars(value).items()
+                                     if isinstance(each, Tensor)})  # fmt: skip
+        return value
+
+    return {name: fake(value) for name, value in arguments.items()}
 
 
 def tensors_of(arguments: dict[str, Any]) -> list[Tensor]:
-    """Of a batch, on the device, without the crops."""
-    layout = arguments["layout"]
-    return [arguments["input_ids"], arguments["position_ids"], *(getattr(layout, name) for name in LAYOUT_TENSORS)]
+    """Of a batch, on the device."""
+    parts = (vars(value).values() if isinstance(value, Layout | Placement) else [value] for value in arguments.values())
+    return [value for part in parts for value in part if isinstance(value, Tensor)]

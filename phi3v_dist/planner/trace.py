@@ -24,6 +24,8 @@ from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten
 
+from phi3v_dist.model.mlp import FeedForward
+
 # What a storage is for, as it is printed.
 VISION, LOSS, KEPT, LAYER, ROW, GRADIENT = range(6)
 CAUSES = ("vision", "loss", "kept for the backward pass", "the layer at work", "row and embeddings", "gradients")
@@ -134,6 +136,14 @@ def cause_of(name: str, in_backward: bool) -> int:
     return ROW
 
 
+def zero_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """The modules that have ZeRO-3's hooks: all, but for what is inside a feed-forward part (`zero.gather_whole`)."""
+    whole = [f"{name}." for name, module in model.named_modules() if isinstance(module, FeedForward)]
+    for name, module in model.named_modules():
+        if not name.startswith(tuple(whole)):
+            yield name, module
+
+
 class Watch:
     """Hooks on every module that mark the moments at which ZeRO-3's hooks run, forwards and backwards.
 
@@ -145,7 +155,7 @@ class Watch:
         self.ledger, self.in_backward = ledger, False
         self._remaining: dict[str, int] = defaultdict(int)
         self._handles: list[Any] = []
-        for name, module in model.named_modules():
+        for name, module in zero_modules(model):
             self._handles += [
                 module.register_forward_pre_hook(self._before(name)),
                 module.register_forward_hook(self._after(name)),

@@ -3,7 +3,7 @@
     torchrun --nproc_per_node 2 engine_ranks.py CASES.json OUT      real tensors, gloo
     python engine_ranks.py CASES.json OUT --fake 64                 fake tensors, fake process group of 64 ranks
 
-A case is a list of [config.json's content, model settings, train settings, row fields, ds_config]. OUT-RANK.json gets,
+A case is a list of [config.json's content, model settings, train settings, row fields, ds_config, sequence]. OUT-RANK.json gets,
 for each, the peaks of forward and backward and of the optimizer step, and what is held between steps, all in bytes.
 """
 
@@ -22,8 +22,10 @@ import torch.distributed as dist
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from phi3v_dist.config import ModelSettings, TrainSettings
-from phi3v_dist.model.vision import CROP_SIZE
+from phi3v_dist.model.mlp import FeedForward
 from phi3v_dist.parallel import zero
+from phi3v_dist.parallel.topology import Topology
+from phi3v_dist.parallel.ulysses import SequenceGroup
 from phi3v_dist.planner import row as rows
 from phi3v_dist.planner.trace import Ledger
 from phi3v_dist.train.optim import build_optimizer
@@ -57,14 +59,17 @@ def _patch_for_fakes() -> None:
     torch.nn.Module.bfloat16 = lambda self: self
 
 
-def measure(config: Any, model: Any, train: Any, row: Any, ds_config: Any, fake: bool) -> dict[str, Any]:
+def measure(config: Any, model: Any, train: Any, row: Any, ds_config: Any, sequence: int, fake: bool) -> dict[str, Any]:
     shape = rows.RowShape(**{k: tuple(map(tuple, v)) if k == "images" else tuple(v) if isinstance(v, list) else v
                              for k, v in row.items()})  # fmt: skip
     model, train = ModelSettings(path=Path("none"), **model), TrainSettings(steps=1, **train)
     dtype = torch.bfloat16 if ds_config["bf16"]["enabled"] else torch.float32
     mode = FakeTensorMode(allow_non_fake_inputs=True) if fake else nullcontext()
     torch.manual_seed(0)
-    ledger, arguments = Ledger(), rows.inputs_of(shape)
+    ledger, group = Ledger(), rows.TracedGroup(sequence)
+    if not fake:
+        group = SequenceGroup.form(Topology(dist.get_rank(), dist.get_world_size()), sequence)
+    arguments = rows.inputs_of(shape, group if sequence > 1 else rows.ALONE)
     with mode:
         if fake:
             arguments = rows.faked(arguments, mode)
@@ -72,10 +77,10 @@ def measure(config: Any, model: Any, train: Any, row: Any, ds_config: Any, fake:
             made = zero.build_partitioned(lambda: rows.build(config, model, train, dtype), ds_config)
             for parameter in made.parameters():
                 parameter.ds_tensor.normal_(0, 0.02)  # never set until now; a step that is not finite would be skipped
+            zero.gather_whole(made, FeedForward)
             engine = zero.initialize(made, build_optimizer(made, train), ds_config)
-            arguments["pixel_values"] = torch.zeros(max(1, shape.crops), 3, CROP_SIZE, CROP_SIZE, dtype=torch.uint8)
-            held = [*rows.tensors_of(arguments)]
-            for tensor in held:
+            arguments["pixel_values"] = rows.crops_of(shape, group)
+            for tensor in rows.tensors_of(arguments):
                 ledger.add(tensor, 0)
             peaks = []
             for _ in range(NUM_STEPS):
