@@ -161,6 +161,12 @@ def _plan(
     )  # fmt: skip
 
 
+def trained_parameters(config: dict[str, Any], settings: Settings) -> int:
+    """Their number."""
+    held_by = owners(config, settings.model, settings.train)
+    return sum(weight.elements for own in held_by.values() for weight in own if weight.trained)
+
+
 def changed(settings: Settings, changes: Changes) -> Settings:
     """Other settings: keys with dots, as on the command line."""
     for key, value in changes.items():
