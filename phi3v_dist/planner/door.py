@@ -5,7 +5,6 @@ need be there. What is there is used: the lengths of the data give the row; with
 """
 
 import argparse
-import itertools
 import json
 import logging
 from collections.abc import Callable
@@ -17,9 +16,9 @@ from phi3v_dist.data.plan import PlannedRow
 from phi3v_dist.errors import ConfigError, Phi3VError
 from phi3v_dist.planner.cost import EFFICIENCY, Cluster
 from phi3v_dist.planner.gpus import GPUS, gpu_named
-from phi3v_dist.planner.row import RowShape, full_row
+from phi3v_dist.planner.row import RowShape, full_row, shape_of
 
-OPTIONS = ("nodes", "gpus_per_node", "gpu", "recommend", "json", "efficiency")
+OPTIONS = ("nodes", "gpus_per_node", "gpu", "recommend", "json", "efficiency", "brief")
 NUM_STEPS_SEEN = 8  # of the plan, to find the row that stands for all
 Rows = Callable[[Settings], tuple[list[PlannedRow], int | None]]  # first rows of the run, rows of an epoch
 
@@ -31,6 +30,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     planner.add_argument("--gpu", metavar="NAME", help=f"default h100-80; known: {', '.join(GPUS)}")
     planner.add_argument("--efficiency", type=float, metavar="X", help=f"share of peak FLOPs; default {EFFICIENCY:g}")
     planner.add_argument("--recommend", type=Path, metavar="OUT", help="write a config with which it fits")
+    planner.add_argument("--brief", action="store_true", help="print one line")
     planner.add_argument("--json", action="store_true", help="print the plan as one JSON object, and nothing else")
 
 
@@ -67,6 +67,9 @@ def answer(arguments: argparse.Namespace, rows: Rows) -> None:
         tree = json.loads(plan.to_json())
         print(json.dumps(tree | {"recommended": {key: str(value) for key, value in changes.items()}}))
         return
+    if arguments.brief:
+        print(plan.word)
+        return
     for line in plan.lines():
         print(line)
     if arguments.recommend:
@@ -101,12 +104,5 @@ def typical_row(settings: Settings, rows: Rows) -> tuple[RowShape, str, int | No
     except Phi3VError as error:
         logging.info("the data is not known (%s): the plan is for rows full of tokens", error.problems[0][:100])
         return full_row(length, 0), f"a document of {length:,} tokens (the data was not read)", None
-    crops = max(row.crops for row in first)
-    largest = max(first, key=lambda row: row.tokens)
-    # Documents alike, as many as have the same sum of squares.
-    count = max(1, round(largest.tokens**2 / largest.squared_tokens))
-    borders = [number * largest.tokens // count for number in range(count + 1)]
-    documents = tuple(end - begin for begin, end in itertools.pairwise(borders))
-    shape = full_row(largest.tokens, crops, largest.label_tokens)
-    words = f"as the largest of the first {len(first)} of the data, with the most crops of any"
-    return RowShape(documents, shape.label_tokens, shape.images), words, epoch_rows
+    words = f"as the longest of the first {len(first)} of the data, with the most crops of any"
+    return shape_of(first), words, epoch_rows

@@ -97,7 +97,7 @@ def memory(
     passes = {**dict(zip(CAUSES, map(int, parts), strict=True)), "gathered": gathered}
     passes["gradients under way"] = passes.pop("gradients")
     persistent = int(held.after[0])
-    at_rest = int(timeline.live[0].sum())
+    at_rest = int(timeline.live[1].sum())
     step = {"optimizer step": share.step, "gathered": persistent, "row and embeddings": at_rest}
     worst, when = (passes, f"{kind.replace('_', ' ')} {name}") if sum(passes.values()) >= sum(step.values()) else (
         step, "the optimizer's step")  # fmt: skip

@@ -13,6 +13,7 @@ import torch
 
 from phi3v_dist.config import Settings
 from phi3v_dist.errors import ConfigError
+from phi3v_dist.model import build as model_build
 from phi3v_dist.model.official_config import read_config
 from phi3v_dist.parallel import zero
 from phi3v_dist.planner.cost import EFFICIENCY, Cluster, Cost, cost
@@ -48,6 +49,17 @@ class Plan:
                        "crops": self.row.crops, "label_tokens": self.row.label_tokens, "is": tree.pop("row_is")}  # fmt: skip
         tree["usable_bytes"] = self.cluster.gpu.usable_bytes
         return json.dumps(tree)
+
+    @property
+    def word(self) -> str:
+        """In one line."""
+        gpu = self.cluster.gpu
+        verdict = "fits" if self.fits else "DOES NOT FIT: " + (", then ".join(self.changes or ()) or "shorten the row")
+        need, have = (size / GIB for size in (self.memory.total, gpu.usable_bytes))
+        return (
+            f"plan     {need:.1f} GiB of {have:.1f} usable on a {gpu.name}: {verdict}; about {self.cost.step_s:.1f} s a "
+            f"step at {self.efficiency:.0%}"
+        )
 
     def lines(self) -> Iterator[str]:
         """As a person reads it."""
@@ -111,36 +123,18 @@ def make_plan(
     return replace(found, changes=_advice(settings, cluster, row))
 
 
-def require_possible(settings: Settings, config: dict[str, Any], cluster: Cluster) -> None:
-    """Raises ConfigError with all reasons why no such run can be."""
-    sequence, row = settings.parallel.sequence, settings.data.row_length_tokens
-    wrong = []
-    heads = {config["num_attention_heads"], config.get("num_key_value_heads", config["num_attention_heads"])}
-    if any(number % sequence for number in heads):
-        wrong.append(f"`parallel.sequence` {sequence} does not divide the model's {min(heads)} attention heads")
-    if cluster.ranks % sequence:
-        wrong.append(f"`parallel.sequence` {sequence} does not divide the {cluster.ranks} ranks")
-    wrong += row_problems(config, row)
+def require_possible(settings: Settings, cluster: Cluster) -> None:
+    """Raises ConfigError with all reasons why no such run can be: those that a run itself gives."""
+    wrong = model_build.size_problems(settings) + zero.problems(settings, cluster.ranks)
     if wrong:
         raise ConfigError(wrong)
-
-
-def row_problems(config: dict[str, Any], row_length_tokens: int) -> list[str]:
-    """A row longer than the model's context, if it is one."""
-    most = config.get("max_position_embeddings")
-    if most is None or row_length_tokens <= most:
-        return []
-    return [
-        f"`data.row_length_tokens` is {row_length_tokens:,}, but the model's context ends at {most:,} "
-        f"(max_position_embeddings in config.json): set data.row_length_tokens={most}"
-    ]
 
 
 def _plan(
     settings: Settings, cluster: Cluster, row: RowShape, row_is: str, efficiency: float, epoch_rows: int | None
 ) -> Plan:
+    require_possible(settings, cluster)
     config = read_config(settings.model.path)
-    require_possible(settings, config, cluster)
     dtype = torch.float32 if settings.model.dtype == "fp32" else torch.bfloat16
     ds_config = zero.resolve(settings, cluster.ranks, dtype, config["hidden_size"])
     held_by = owners(config, settings.model, settings.train)

@@ -14,9 +14,10 @@ import yaml
 
 from phi3v_dist.config import Settings
 from phi3v_dist.errors import ConfigError
+from phi3v_dist.model import build as model_build
 from phi3v_dist.model.official_config import read_config
 from phi3v_dist.planner.cost import HOST_COPY_BANDWIDTH, Cluster, cost
-from phi3v_dist.planner.plan import Changes, Plan, changed, make_plan, row_problems, trained_parameters
+from phi3v_dist.planner.plan import Changes, Plan, changed, make_plan, trained_parameters
 from phi3v_dist.planner.row import RowShape
 from phi3v_dist.survive.durable import write_durably
 
@@ -34,7 +35,7 @@ def recommend(
         ConfigError: the row is longer than the model's context, or nothing fits.
     """
     config = read_config(settings.model.path)
-    if wrong := row_problems(config, settings.data.row_length_tokens):
+    if wrong := model_build.size_problems(changed(settings, {"parallel.sequence": 1})):
         raise ConfigError(wrong)
     trained = trained_parameters(config, settings)
     candidates = sorted(

@@ -4,6 +4,7 @@ What comes in: config.json, how the model is trained, and a `RowShape`. What goe
 layers and crops. Surprise: the model is called as `train/step.py` calls it, with a flat row, its layout and uint8 crops.
 """
 
+import itertools
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -14,6 +15,7 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from phi3v_dist.config import ModelSettings, TrainSettings
+from phi3v_dist.data.plan import PlannedRow
 from phi3v_dist.model.adapters import choose_trained
 from phi3v_dist.model.attention import IGNORE, Layout
 from phi3v_dist.model.backends import Backend
@@ -56,6 +58,15 @@ def full_row(tokens: int, crops: int, label_tokens: int | None = None, per_image
     if rest := crops % per_image:
         images.append((CROP_SIZE, CROP_SIZE * max(rest - 1, 1)))
     return RowShape((tokens,), tokens if label_tokens is None else label_tokens, tuple(images))
+
+
+def shape_of(rows: Sequence[PlannedRow]) -> RowShape:
+    """The row that stands for all: the longest of these, with the most crops of any, its documents made alike."""
+    largest = max(rows, key=lambda row: row.tokens)
+    count = max(1, round(largest.tokens**2 / largest.squared_tokens))  # as many as have the same sum of squares
+    borders = [number * largest.tokens // count for number in range(count + 1)]
+    images = full_row(largest.tokens, max(row.crops for row in rows)).images
+    return RowShape(tuple(end - begin for begin, end in itertools.pairwise(borders)), largest.label_tokens, images)
 
 
 class TracedGroup(SequenceGroup):
@@ -169,7 +180,7 @@ def _trace(
     config: dict[str, Any], model: ModelSettings, train: TrainSettings, row: RowShape, dtype: torch.dtype,
     sequence: int,
 ) -> Timeline:  # fmt: skip
-    mode, group = FakeTensorMode(allow_non_fake_inputs=True), TracedGroup(sequence) if sequence > 1 else ALONE
+    mode, group = FakeTensorMode(allow_non_fake_inputs=True), TracedGroup(sequence, sequence - 1) if sequence > 1 else ALONE
     arguments = faked(inputs_of(row, group), mode)
     with mode:
         made = build(shallow(config), model, train, dtype)

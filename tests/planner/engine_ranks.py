@@ -59,14 +59,14 @@ def _patch_for_fakes() -> None:
     torch.nn.Module.bfloat16 = lambda self: self
 
 
-def measure(config: Any, model: Any, train: Any, row: Any, ds_config: Any, sequence: int, fake: bool) -> dict[str, Any]:
+def measure(config: Any, model: Any, train: Any, row: Any, ds_config: Any, sequence: int, fake: bool) -> list[dict[str, Any]]:
     shape = rows.RowShape(**{k: tuple(map(tuple, v)) if k == "images" else tuple(v) if isinstance(v, list) else v
                              for k, v in row.items()})  # fmt: skip
     model, train = ModelSettings(path=Path("none"), **model), TrainSettings(steps=1, **train)
     dtype = torch.bfloat16 if ds_config["bf16"]["enabled"] else torch.float32
     mode = FakeTensorMode(allow_non_fake_inputs=True) if fake else nullcontext()
     torch.manual_seed(0)
-    ledger, group = Ledger(), rows.TracedGroup(sequence)
+    ledger, group = Ledger(), rows.TracedGroup(sequence, sequence - 1)
     if not fake:
         group = SequenceGroup.form(Topology(dist.get_rank(), dist.get_world_size()), sequence)
     arguments = rows.inputs_of(shape, group if sequence > 1 else rows.ALONE)
@@ -95,7 +95,7 @@ def measure(config: Any, model: Any, train: Any, row: Any, ds_config: Any, seque
                 ledger.mark("rest", "")
                 most = {key: sum(row[1]) for (key, _), row in zip(ledger.keys[-3:], ledger.rows[-3:], strict=True)}
                 peaks.append(most | {"resting": resting})
-    return {"steps": peaks}
+    return peaks
 
 
 if __name__ == "__main__":
