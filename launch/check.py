@@ -81,7 +81,7 @@ def main() -> None:
 
 
 def first_rows(settings: Settings) -> tuple[list[PlannedRow], int | None]:
-    """Rows of the first steps as they will be trained, and about how many an epoch has. Raises what `Data.open` does."""
+    """Rows of the first steps as they will be trained, and how many an epoch has. Raises what `Data.open` does."""
     train = run.Data.open(settings.data.train, settings)
     steps = list(itertools.islice(run.plan(settings, train), door.NUM_STEPS_SEEN))
     rows = [row for step in steps for row in step.rows]

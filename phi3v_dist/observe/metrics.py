@@ -15,8 +15,6 @@ from dataclasses import dataclass, replace
 from functools import cache
 from typing import TYPE_CHECKING, Literal
 
-import torch
-
 if TYPE_CHECKING:
     import phi3v_dist.train.step  # named in a string below: it loads torch, and a report needs the names alone
 
@@ -182,6 +180,8 @@ def format_seconds(seconds: Number) -> str:
 
 def step_row(result: "phi3v_dist.train.step.StepResult", row_length_tokens: int, world_size: int) -> dict[str, Number]:
     """The registered numbers of one optimizer step."""
+    import torch  # a report needs the names alone
+
     step_s = sum(result.seconds.values())
     return {
         STEP: result.step,

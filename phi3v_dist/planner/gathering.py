@@ -123,7 +123,7 @@ class _Replay:
             for weight in own:
                 self.next_use.setdefault(weight.name, []).append(step)
         self.fetched_for: dict[str, int] = {}
-        self.running_back: dict[str, dict[str, Weight]] = {}  # modules in their backward pass, recomputed frozen weights
+        self.running_back: dict[str, dict[str, Weight]] = {}  # modules at work, frozen weights recomputed for them
         persistent = {w.name: w for _, own in uses for w in own if w.elements <= limits.persistence_threshold}
         for weight in persistent.values():  # gathered together after every optimizer step
             self.state.weights[weight.name] = self._size(weight)
@@ -192,7 +192,7 @@ class _Replay:
         return weight.elements * self.limits.itemsize if self.limits.ranks > 1 else 0
 
     def _gather(self, weights: list[Weight]) -> None:
-        """One alone is gathered in place; several through a common buffer, from which each is copied when it is used."""
+        """One alone is gathered in place; several through a common buffer, from which each is copied when used."""
         state, limits = self.state, self.limits
         elements = sum(w.elements for w in weights)
         state.live_elements += elements

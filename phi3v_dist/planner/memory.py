@@ -51,8 +51,7 @@ Owners = dict[str, tuple[Weight, ...]]
 
 def owners(config: dict[str, Any], model: ModelSettings, train: TrainSettings) -> Owners:
     """The weights that each module holds itself, in all layers."""
-    with FakeTensorMode():
-        made = build(shallow(config), model, train, torch.bfloat16)
+    made = build(shallow(config), model, train, torch.bfloat16, FakeTensorMode())
     found: Owners = {}
     for name, module in zero_modules(made):
         whole = isinstance(module, FeedForward)
@@ -75,9 +74,7 @@ def owners(config: dict[str, Any], model: ModelSettings, train: TrainSettings) -
     return found
 
 
-def memory(
-    timeline: Timeline, held_by: Owners, share: ZeroShare, unseen: dict[str, int]
-) -> Memory:
+def memory(timeline: Timeline, held_by: Owners, share: ZeroShare, unseen: dict[str, int]) -> Memory:
     """What the worst moment takes.
 
     Args:
@@ -91,7 +88,10 @@ def memory(
     gathered = int((held.during if from_hook else held.after)[place])
     kind, name = timeline.keys[place]
     causes = {
-        "weights": share.weights, "gradients": share.gradients, "optimizer": share.optimizer, "buckets": share.buckets
+        "weights": share.weights,
+        "gradients": share.gradients,
+        "optimizer": share.optimizer,
+        "buckets": share.buckets,
     }
     resident = sum(causes.values())
     passes = {**dict(zip(CAUSES, map(int, parts), strict=True)), "gathered": gathered}

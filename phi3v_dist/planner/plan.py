@@ -1,6 +1,6 @@
 """Settings and a cluster → a `Plan`: what a step takes and costs, whether it fits, and what to change if not.
 
-What comes in: `Settings`, a `Cluster`, the row that stands for all. What goes out: a frozen `Plan`, as JSON or as lines.
+What comes in: `Settings`, a `Cluster`, the row that stands for all. What goes out: a `Plan`, as JSON or as lines.
 Surprise: advice is computed like the answer itself. Each change is tried, cheapest first, until the row fits.
 """
 
@@ -46,7 +46,8 @@ class Plan:
         """One object; bytes and seconds."""
         tree = asdict(self) | {"memory": asdict(self.memory) | {"total": self.memory.total}}
         tree["row"] = {"tokens": self.row.tokens, "documents": len(self.row.documents), "images": len(self.row.images),
-                       "crops": self.row.crops, "label_tokens": self.row.label_tokens, "is": tree.pop("row_is")}  # fmt: skip
+                       "crops": self.row.crops, "label_tokens": self.row.label_tokens,
+                       "is": tree.pop("row_is")}  # fmt: skip
         tree["usable_bytes"] = self.cluster.gpu.usable_bytes
         return json.dumps(tree)
 
@@ -57,8 +58,8 @@ class Plan:
         verdict = "fits" if self.fits else "DOES NOT FIT: " + (", then ".join(self.changes or ()) or "shorten the row")
         need, have = (size / GIB for size in (self.memory.total, gpu.usable_bytes))
         return (
-            f"plan     {need:.1f} GiB of {have:.1f} usable on a {gpu.name}: {verdict}; about {self.cost.step_s:.1f} s a "
-            f"step at {self.efficiency:.0%}"
+            f"plan     {need:.1f} GiB of {have:.1f} usable on a {gpu.name}: {verdict}; about {self.cost.step_s:.1f} s "
+            f"a step at {self.efficiency:.0%}"
         )
 
     def lines(self) -> Iterator[str]:
@@ -70,8 +71,8 @@ class Plan:
             f"{self.trained:,} trained · sequence {self.sequence}"
         )
         yield (
-            f"step     {rows} rows, each {self.row_is}: {rows * row.tokens:,} tokens, {rows * len(row.images):,} images, "
-            f"{rows * row.crops:,} crops; {cost.micro_steps} micro-step(s)"
+            f"step     {rows} rows, each {self.row_is}: {rows * row.tokens:,} tokens, {rows * len(row.images):,} images"
+            f", {rows * row.crops:,} crops; {cost.micro_steps} micro-step(s)"
         )
         yield f"memory   of one GPU at the worst moment ({self.memory.when}), GiB"
         for name, size in sorted(self.memory.causes.items(), key=lambda item: -item[1]):
@@ -79,14 +80,14 @@ class Plan:
         verdict = "fits" if self.fits else "DOES NOT FIT"
         yield f"         {self.memory.total / GIB:8.2f}  in all: {verdict} into {gpu.usable_bytes / GIB:.1f} usable"
         if self.memory.host:
-            yield f"         {self.memory.host * cluster.gpus_per_node / GIB:8.2f}  of each node's own memory, offloaded"
+            yield f"         {self.memory.host * cluster.gpus_per_node / GIB:8.2f}  of each node's memory, offloaded"
         if self.changes:
             yield "change   cheapest first, until it fits: " + ", then ".join(self.changes)
         elif self.changes is not None:
             yield "change   nothing that the planner can try makes it fit: shorten data.row_length_tokens or add nodes"
         yield (
-            f"work     {cost.flops_causal / 1e15:.2f} PFLOP a step (attention causal), {cost.flops_full / 1e15:.2f} (full "
-            "squares); recomputing not counted"
+            f"work     {cost.flops_causal / 1e15:.2f} PFLOP a step (attention causal), {cost.flops_full / 1e15:.2f} "
+            "(full squares); recomputing not counted"
         )
         yield (
             f"time     {cost.step_s:.2f} s a step, {cost.tokens_per_s:,.0f} tokens/s, IF {self.efficiency:.0%} of "

@@ -1,7 +1,7 @@
 """A cluster → the settings with which a row fits and a step takes least time, and the config that says so.
 
-What comes in: settings as they are, a cluster and a row. What goes out: the first `Plan` that fits, of candidates in the
-order of their time, and the keys to change. Surprise: time costs nothing to compute and memory a few seconds, so the
+What comes in: settings as they are, a cluster and a row. What goes out: the first `Plan` that fits, of
+candidates in the order of their time, and the keys to change. Surprise: time costs nothing to compute and memory a few seconds, so the
 candidates are sorted first, and only as many traced as it takes.
 """
 
@@ -91,9 +91,7 @@ def _slowness(
 ) -> tuple[float, int]:
     """Seconds of a step, of this candidate, roughly; then the number of ranks that share a row."""
     chosen = changed(settings, changes)
-    found = cost(
-        chosen, config, cluster, row, itemsize=2, trained=trained, gathered_elements=2 * trained
-    )
+    found = cost(chosen, config, cluster, row, itemsize=2, trained=trained, gathered_elements=2 * trained)
     seconds = found.step_s * (RECOMPUTED if chosen.model.gradient_checkpointing else 1.0)
     sequence = chosen.parallel.sequence
     if chosen.model.offload_activations:  # there and back, half of it beside the computing

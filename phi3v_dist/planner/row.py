@@ -5,8 +5,7 @@ layers and crops. Surprise: the model is called as `train/step.py` calls it, wit
 """
 
 import itertools
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -126,26 +125,24 @@ def shallow(config: dict[str, Any]) -> dict[str, Any]:
     return config | {"num_hidden_layers": min(config["num_hidden_layers"], unroll.TRACED), "img_processor": picture}
 
 
-@contextmanager
-def default_dtype(dtype: torch.dtype) -> Iterator[None]:
-    before = torch.get_default_dtype()
-    torch.set_default_dtype(dtype)
-    try:
-        yield
-    finally:
-        torch.set_default_dtype(before)
-
-
 def build(
-    config: dict[str, Any], model: ModelSettings, train: TrainSettings, dtype: torch.dtype
+    config: dict[str, Any], model: ModelSettings, train: TrainSettings, dtype: torch.dtype, mode: FakeTensorMode
 ) -> Phi3VForCausalLM:
-    """The model as a run builds it, under the mode that is active."""
-    with default_dtype(dtype):
-        made = Phi3VForCausalLM(config, model.longrope, Backend("sdpa"))
-        choose_trained(made, train, seed=0)
+    """The model as a run builds it, its parameters fake."""
+    made = Phi3VForCausalLM.without_weights(config, model.longrope, Backend("sdpa"))
+    with torch.device("meta"):
+        prepare(made, model, train)
+    with mode:
+        fakes = {name: torch.empty(parameter.shape, dtype=dtype) for name, parameter in made.named_parameters()}
+    made.load_state_dict(fakes, strict=False, assign=True)  # buffers stay as they are
+    return made
+
+
+def prepare(made: Phi3VForCausalLM, model: ModelSettings, train: TrainSettings) -> None:
+    """What of it is trained, and what is recomputed."""
+    choose_trained(made, train, seed=0)
     made.train()
     made.set_gradient_checkpointing(model.gradient_checkpointing, model.vision_chunk_crops, model.mlp_chunk_tokens)
-    return made
 
 
 def inputs_of(row: RowShape, group: SequenceGroup = ALONE) -> dict[str, Any]:
@@ -180,10 +177,13 @@ def _trace(
     config: dict[str, Any], model: ModelSettings, train: TrainSettings, row: RowShape, dtype: torch.dtype,
     sequence: int,
 ) -> Timeline:  # fmt: skip
-    mode, group = FakeTensorMode(allow_non_fake_inputs=True), TracedGroup(sequence, sequence - 1) if sequence > 1 else ALONE
+    mode, group = (
+        FakeTensorMode(allow_non_fake_inputs=True),
+        TracedGroup(sequence, sequence - 1) if sequence > 1 else ALONE,
+    )
     arguments = faked(inputs_of(row, group), mode)
+    made = build(shallow(config), model, train, dtype, mode)
     with mode:
-        made = build(shallow(config), model, train, dtype)
         arguments["pixel_values"] = crops_of(row, group)
         crops = arguments["pixel_values"]
         held = [(tensor, VISION if tensor is crops else ROW) for tensor in tensors_of(arguments)]

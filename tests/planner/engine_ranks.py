@@ -22,7 +22,9 @@ import torch.distributed as dist
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from phi3v_dist.config import ModelSettings, TrainSettings
+from phi3v_dist.model.backends import Backend
 from phi3v_dist.model.mlp import FeedForward
+from phi3v_dist.model.phi3v import Phi3VForCausalLM
 from phi3v_dist.parallel import zero
 from phi3v_dist.parallel.topology import Topology
 from phi3v_dist.parallel.ulysses import SequenceGroup
@@ -30,6 +32,7 @@ from phi3v_dist.planner import row as rows
 from phi3v_dist.planner.trace import Ledger
 from phi3v_dist.train.optim import build_optimizer
 
+SDPA = Backend("sdpa")
 NUM_STEPS = 4  # DeepSpeed knows the order of modules from the third on
 
 
@@ -59,7 +62,9 @@ def _patch_for_fakes() -> None:
     torch.nn.Module.bfloat16 = lambda self: self
 
 
-def measure(config: Any, model: Any, train: Any, row: Any, ds_config: Any, sequence: int, fake: bool) -> list[dict[str, Any]]:
+def measure(
+    config: Any, model: Any, train: Any, row: Any, ds_config: Any, sequence: int, fake: bool
+) -> list[dict[str, Any]]:
     shape = rows.RowShape(**{k: tuple(map(tuple, v)) if k == "images" else tuple(v) if isinstance(v, list) else v
                              for k, v in row.items()})  # fmt: skip
     model, train = ModelSettings(path=Path("none"), **model), TrainSettings(steps=1, **train)
@@ -74,7 +79,8 @@ def measure(config: Any, model: Any, train: Any, row: Any, ds_config: Any, seque
         if fake:
             arguments = rows.faked(arguments, mode)
         with ledger:
-            made = zero.build_partitioned(lambda: rows.build(config, model, train, dtype), ds_config)
+            made = zero.build_partitioned(lambda: Phi3VForCausalLM(config, model.longrope, SDPA), ds_config)
+            rows.prepare(made, model, train)
             for parameter in made.parameters():
                 parameter.ds_tensor.normal_(0, 0.02)  # never set until now; a step that is not finite would be skipped
             zero.gather_whole(made, FeedForward)

@@ -45,6 +45,7 @@ def peak(steps: list[dict[str, float]]) -> float:
     return max(steps[-1][part] for part in ("forward", "backward", "step"))
 
 
+@pytest.mark.timeout(400)
 @pytest.mark.parametrize("name", cases(REAL))
 def test_the_planned_peak_is_that_of_two_real_processes(name: str, real: dict[str, float]) -> None:
     planned = predicted(cases(REAL)[name]).total
@@ -52,6 +53,8 @@ def test_the_planned_peak_is_that_of_two_real_processes(name: str, real: dict[st
     assert planned == pytest.approx(real[name], rel=TOLERANCE)
 
 
+@pytest.mark.slow
+@pytest.mark.timeout(600)
 @pytest.mark.parametrize("name", cases(FAKE))
 def test_the_share_of_deepspeed_is_that_of_the_engine_at_other_numbers_of_ranks(
     name: str, fake: dict[str, float]
