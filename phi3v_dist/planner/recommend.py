@@ -1,8 +1,8 @@
 """A cluster → the settings with which a row fits and a step takes least time, and the config that says so.
 
 What comes in: settings as they are, a cluster and a row. What goes out: the first `Plan` that fits, of
-candidates in the order of their time, and the keys to change. Surprise: time costs nothing to compute and memory a few seconds, so the
-candidates are sorted first, and only as many traced as it takes.
+candidates in the order of their time, and the keys to change. Surprise: time costs nothing to compute and memory a few
+seconds, so the candidates are sorted first, and only as many traced as it takes.
 """
 
 import itertools

@@ -1,7 +1,7 @@
 """Sizes of a row → the forward pass of the real model on it, on fake tensors.
 
-What comes in: config.json, how the model is trained, and a `RowShape`. What goes out: a `Timeline` of the real number of
-layers and crops. Surprise: the model is called as `train/step.py` calls it, with a flat row, its layout and uint8 crops.
+What comes in: config.json, how the model is trained, and a `RowShape`. What goes out: a `Timeline` of the real number
+of layers and crops. Surprise: the model is called as `train/step.py` calls it: a flat row, its layout and uint8 crops.
 """
 
 import itertools
@@ -93,7 +93,7 @@ def timeline(
     config: dict[str, Any], model: ModelSettings, train: TrainSettings, row: RowShape, dtype: torch.dtype,
     sequence: int = 1,
 ) -> Timeline:  # fmt: skip
-    """Of a step of this model on this row, or on the first slice of it, without what ZeRO-3 adds.
+    """Of a step of this model on this row, or on the last slice of it, without what ZeRO-3 adds.
 
     sequence: ranks that share the row.
     """
@@ -103,11 +103,11 @@ def timeline(
     if not model.gradient_checkpointing or chunks <= unroll.TRACED + 1 or per_chunk < 2:
         found = _trace(config, model, train, replace(row, num_chunks=chunks), dtype, sequence)
     else:
-        traced = [
+        few, one_more = (
             _trace(config, model, train, _with_chunks(row, number, per_chunk, sequence), dtype, sequence)
             for number in (unroll.TRACED, unroll.TRACED + 1)
-        ]
-        found = unroll.more_rounds(*traced, chunks)
+        )
+        found = unroll.more_rounds(few, one_more, chunks)
     found = unroll.more_layers(found, unroll.TOWER, clip_config(config).num_hidden_layers - 1)
     return unroll.more_layers(found, unroll.DECODER, config["num_hidden_layers"])
 
@@ -198,8 +198,8 @@ def faked(arguments: dict[str, Any], mode: FakeTensorMode) -> dict[str, Any]:
         if isinstance(value, Tensor):
             return mode.from_tensor(value)
         if isinstance(value, Layout | Placement):
-            return replace(value, **{name: mode.from_tensor(each) for name, each in vars(value).items()
-                                     if isinstance(each, Tensor)})  # fmt: skip
+            fakes: dict[str, Any] = {name: fake(each) for name, each in vars(value).items()}
+            return replace(value, **fakes)
         return value
 
     return {name: fake(value) for name, value in arguments.items()}

@@ -71,9 +71,9 @@ def _round(keys: list[Key], following: list[Key], at: int) -> int:
     """Length of the round of which `keys` has three before this place, and one more."""
     for width in range(1, at // TRACED + 1):
         again = keys[at : at + width]
-        if keys[at - width] == again[0] and keys[at - TRACED * width : at] == again * TRACED:
-            if keys[at + width : at + width + len(following)] == following:
-                return width
+        is_round = keys[at - width] == again[0] and keys[at - TRACED * width : at] == again * TRACED
+        if is_round and keys[at + width : at + width + len(following)] == following:
+            return width
     raise AssertionError(f"timelines differ by more than rounds of a loop, at {keys[at : at + 1]}")
 
 

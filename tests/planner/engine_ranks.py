@@ -3,8 +3,8 @@
     torchrun --nproc_per_node 2 engine_ranks.py CASES.json OUT      real tensors, gloo
     python engine_ranks.py CASES.json OUT --fake 64                 fake tensors, fake process group of 64 ranks
 
-A case is a list of [config.json's content, model settings, train settings, row fields, ds_config, sequence]. OUT-RANK.json gets,
-for each, the peaks of forward and backward and of the optimizer step, and what is held between steps, all in bytes.
+A case is [config.json's content, model settings, train settings, row fields, ds_config, ranks that share a row].
+OUT-RANK.json gets, for each and every step, the peaks of forward, backward and the optimizer's step, in bytes.
 """
 
 import json
@@ -68,7 +68,6 @@ def measure(
     shape = rows.RowShape(**{k: tuple(map(tuple, v)) if k == "images" else tuple(v) if isinstance(v, list) else v
                              for k, v in row.items()})  # fmt: skip
     model, train = ModelSettings(path=Path("none"), **model), TrainSettings(steps=1, **train)
-    dtype = torch.bfloat16 if ds_config["bf16"]["enabled"] else torch.float32
     mode = FakeTensorMode(allow_non_fake_inputs=True) if fake else nullcontext()
     torch.manual_seed(0)
     ledger, group = Ledger(), rows.TracedGroup(sequence, sequence - 1)
@@ -82,7 +81,8 @@ def measure(
             made = zero.build_partitioned(lambda: Phi3VForCausalLM(config, model.longrope, SDPA), ds_config)
             rows.prepare(made, model, train)
             for parameter in made.parameters():
-                parameter.ds_tensor.normal_(0, 0.02)  # never set until now; a step that is not finite would be skipped
+                # Never set until now, and a step that is not finite would be skipped. Adapters are whole as yet.
+                getattr(parameter, "ds_tensor", parameter.data).normal_(0, 0.02)
             zero.gather_whole(made, FeedForward)
             engine = zero.initialize(made, build_optimizer(made, train), ds_config)
             arguments["pixel_values"] = rows.crops_of(shape, group)
