@@ -41,7 +41,7 @@ def main() -> None:
     said = "longrope" in settings.model.model_fields_set  # else the rule that the folder was exported with
     longrope = settings.model.longrope if said else None
     model = Phi3VForCausalLM.from_pretrained(folder, longrope, settings.model.attention)
-    evaluator = Evaluator(data.decoder, sample_ids, settings.eval, topology)
+    evaluator = Evaluator(data.decoder, data.lengths, sample_ids, settings.eval, topology)
     metrics = evaluator.run(model.to(topology.device), arguments.out or folder.parent / "eval" / "export")
     for name, value in sorted(metrics.items()):
         logging.info("%-32s %s", name, format_value(name, value))

@@ -2,6 +2,8 @@
 
 python launch/prepare.py sample --out data/catalogue            draw a product catalogue and index it
 python launch/prepare.py tiny --out data/tiny-phi3v             a small Phi-3-V in the official layout
+python launch/prepare.py sample --long --out data/long --model data/tiny-phi3v
+                                                                long documents, the answer at a known depth
 python launch/prepare.py import products.csv --out data/products --mapping launch/configs/imports/burberry.yaml
                                                                 your own records and pictures to shards
 python launch/prepare.py index 'shards/train-*.tar'             index tars written elsewhere
@@ -30,6 +32,7 @@ import signal
 import sys
 import threading
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import psutil
 from rich.progress import MofNCompleteColumn, Progress, TaskID
@@ -42,13 +45,24 @@ from phi3v_dist.config import SourceSettings
 from phi3v_dist.data.shards import ShardTable
 from phi3v_dist.errors import ConfigError, DataError
 
+if TYPE_CHECKING:
+    from phi3v_dist.data.importers.documents import DocumentsReport
+    from phi3v_dist.data.importers.sample import CatalogueReport
+
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     sample = commands.add_parser("sample", help="draw a product catalogue, in train and validation shards")
     sample.add_argument("--out", type=Path, required=True)
-    sample.add_argument("settings", nargs="*", help="key=value, for example num_products=600 text_only_frac=0.2")
+    sample.add_argument(
+        "--long", action="store_true", help="long documents of many pictures instead, with questions that ask for one"
+    )
+    sample.add_argument("--model", type=Path, help="with --long: model folder, whose processor counts their tokens")
+    sample.add_argument(
+        "settings", nargs="*",
+        help="key=value, for example num_products=600; with --long for example document_tokens=[100000]",
+    )  # fmt: skip
     sample.set_defaults(run=write_sample)
     tiny = commands.add_parser("tiny", help="write a small random Phi-3-V, tokenizer included")
     tiny.add_argument("--out", type=Path, required=True)
@@ -104,12 +118,26 @@ def main() -> None:
 
 
 def write_sample(arguments: argparse.Namespace) -> None:
+    from phi3v_dist.data.importers.documents import LongDocumentSettings, write_documents
     from phi3v_dist.data.importers.sample import CatalogueSettings, write_catalogue
 
-    settings = config.parse(CatalogueSettings, arguments.settings)
+    if arguments.long != (arguments.model is not None):
+        raise ConfigError(
+            "--long counts tokens with the processor of a model: give --long --model FOLDER together, for example "
+            "--model data/tiny-phi3v (made by `prepare.py tiny --out data/tiny-phi3v`)"
+        )
     with Progress(*Progress.get_default_columns(), disable=not sys.stdout.isatty()) as bar:
         task = bar.add_task("drawing")
-        report = write_catalogue(arguments.out, settings, lambda done, num: bar.update(task, completed=done, total=num))
+
+        def show(done: int, num: int) -> None:
+            bar.update(task, completed=done, total=num)
+
+        report: CatalogueReport | DocumentsReport
+        if arguments.long:
+            settings = config.parse(LongDocumentSettings, arguments.settings)
+            report = write_documents(arguments.out, settings, arguments.model, show)
+        else:
+            report = write_catalogue(arguments.out, config.parse(CatalogueSettings, arguments.settings), show)
     ShardTable.open([SourceSettings(shards=[str(path) for path in report.shards])])
     plain_console().print(report.table())
 

@@ -5,6 +5,8 @@ once, safe to pass anywhere. Surprise: a mistake does not stop the search for th
 aside, and the rest is checked all the same, files and batch arithmetic included, so that one run shows them all.
 """
 
+import contextlib
+import itertools
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import fields
@@ -12,7 +14,16 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar, get_args
 
 from omegaconf import OmegaConf
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, TypeAdapter, ValidationError, field_validator
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    TypeAdapter,
+    ValidationError,
+    WrapValidator,
+    field_validator,
+)
 from pydantic_core import PydanticCustomError
 
 from phi3v_dist import secrets
@@ -225,6 +236,8 @@ class ParallelSettings(Section):
     sequence: int = Field(1, ge=1)
     """Ranks that share each row, each with a slice of its tokens (Ulysses). It must divide the attention heads and the
     number of ranks."""
+    nvme: Path | None = None
+    """Folder on each node's own disk, for a DeepSpeed JSON that keeps optimizer states there."""
     timeout_s: float = Field(1800, gt=0)
     """Longest wait in a collective before the job is declared stuck."""
 
@@ -284,6 +297,18 @@ class FieldSettings(Section):
 FieldName = Annotated[str, Field(pattern="^[a-z][a-z0-9_]*$")]  # it becomes a part of metric names
 
 
+def _bins(value: Any, handler: Callable[[Any], Any]) -> Any:
+    """One message, where a choice of types would give one for each."""
+    with contextlib.suppress(ValidationError):
+        rule = handler(value)
+        if rule == "values" or len(rule) > 1 and all(low < high for low, high in itertools.pairwise(rule)):
+            return rule
+    raise PydanticCustomError("bins", "edges of bins are wanted, each above the one before ([0, 0.5, 1]), or values")
+
+
+Bins = Annotated[list[float] | Literal["values"], WrapValidator(_bins)]
+
+
 class EvalSettings(Section):
     every_steps: int | None = Field(None, ge=1)
     """Steps between evaluations; default: only at the end."""
@@ -297,9 +322,22 @@ class EvalSettings(Section):
     blind: bool = True
     """Also ask every question with pictures exchanged among samples of the same shape: what can be said without
     seeing."""
+    batch_tokens: int = Field(32768, ge=1)
+    """Most places for tokens in such a batch, samples x the longest; a longer sample is answered alone."""
     fields: dict[FieldName, FieldSettings] = {}
+    by: dict[FieldName, Bins] = {}
+    """Scores once more for parts of the samples: field of their JSON → edges of bins (`depth: [0, 0.5, 1]`; the last
+    bin holds its upper edge), or `values`: a part for each value. Every sample also has `source`, `num_tokens` and
+    `num_images`; `position` splits the loss alone, by where in its sample each learned token stands."""
     reference: Path | None = None
-    """JSON with figures to show beside the scores, such as `best_price_mae`; the sample catalogue writes one."""
+    """JSON with figures to show beside the scores, such as `best_price_mae` or `chance_title`; sample data have one."""
+
+    @field_validator("by")
+    @classmethod
+    def _positions_have_bins(cls, by: dict[str, Any]) -> dict[str, Any]:
+        if by.get("position") == "values":
+            raise PydanticCustomError("position", "`position` takes edges of bins, such as [0, 4096, 131072]")
+        return by
 
 
 class ObserveSettings(Section):

@@ -235,7 +235,7 @@ def build(settings: Settings, topology: Topology, attempt: Attempt, requests: Re
     if settings.data.validation:
         validation = Data.open_together(settings.data.validation, settings, topology)
         sample_ids = fixed_order(validation.lengths, settings.data.row_length_tokens)
-        evaluator = Evaluator(validation.decoder, sample_ids, settings.eval, topology)
+        evaluator = Evaluator(validation.decoder, validation.lengths, sample_ids, settings.eval, topology)
     tracker: Tracker = NoTracker()
     if topology.is_main:
         mirrors: list[Tracker] = [ConsoleTracker(num_steps, settings.observe.log_every_steps)]
@@ -324,7 +324,8 @@ def _engine(settings: Settings, topology: Topology) -> Any:
     ds_config = zero.resolve(settings, topology.world_size, dtype, hidden_size)
     backend = model_build.proven_backend(settings, device)
     model = model_build.partitioned_model(settings, backend, ds_config, show_progress=topology.is_main)
-    return zero.initialize(model, build_optimizer(model, settings.train), ds_config)
+    optimizer = build_optimizer(model, settings.train, on_host=zero.steps_on_host(ds_config))
+    return zero.initialize(model, optimizer, ds_config)
 
 
 def fixed_order(lengths: Lengths, limit_tokens: int) -> tuple[int, ...]:
@@ -344,9 +345,9 @@ def _run_id(folder: Path) -> str:
 
 
 def _reference(path: Path | None) -> dict[str, float]:
-    """The `best_…` figures of `eval.reference`, as metrics to stand beside the scores."""
+    """The `best_…` and `chance_…` figures of `eval.reference`, as metrics to stand beside the scores."""
     figures = json.loads(path.read_text()) if path else {}
-    return {f"eval/{name}": float(value) for name, value in figures.items() if name.startswith("best_")}
+    return {f"eval/{name}": float(value) for name, value in figures.items() if name.startswith(("best_", "chance_"))}
 
 
 def _write_config(run: Run, resolved: dict[str, Any]) -> None:

@@ -1,5 +1,7 @@
 """Where torch and DeepSpeed keep extensions that they compile, and locks there that nobody holds any more.
 
+    python -m phi3v_dist.attempt.build_cache async_io          compile one, in this process, in sight
+
 What comes in: the environment. What goes out: a build folder of this environment's own, and words about leftover locks.
 Surprise: torch waits for such a lock without a limit and without a word, and the lock is an empty file that says
 nothing of its maker; a process killed in a build leaves it behind, and every later start on that home stands still.
@@ -16,6 +18,7 @@ from pathlib import Path
 
 import psutil
 
+from phi3v_dist.errors import LaunchError
 from phi3v_dist.parallel.variables import host_name
 
 VARIABLE = "TORCH_EXTENSIONS_DIR"
@@ -24,9 +27,15 @@ LOCK_NAME = "lock"  # of torch.utils.cpp_extension, one in each extension's fold
 
 def own_build_folder() -> None:
     """Unless the user chose one: a folder for this environment alone. Two environments would build over each other."""
-    if not os.environ.get(VARIABLE):
-        home = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
-        os.environ[VARIABLE] = f"{home}/phi3v_dist/torch_extensions/{environment_digest()}"
+    os.environ[VARIABLE] = str(build_folder())
+
+
+def build_folder() -> Path:
+    """The one the user chose, else this environment's own."""
+    if chosen := os.environ.get(VARIABLE):
+        return Path(chosen)
+    home = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
+    return Path(home) / "phi3v_dist" / "torch_extensions" / environment_digest()
 
 
 def environment_digest() -> str:
@@ -38,6 +47,39 @@ def environment_digest() -> str:
         except PackageNotFoundError:
             facts.append("none")
     return hashlib.sha256("\n".join(facts).encode()).hexdigest()[:12]
+
+
+def is_built(name: str) -> bool:
+    """Whether an extension of DeepSpeed's is here, compiled whole: by `build`, or with DeepSpeed when that was
+    installed."""
+    folder = build_folder() / name
+    if (folder / f"{name}.so").is_file() and not (folder / LOCK_NAME).exists():
+        return True
+    from deepspeed.git_version_info import installed_ops
+
+    return bool(installed_ops.get(name))
+
+
+def build(name: str) -> None:
+    """Compile an extension of DeepSpeed's. Takes minutes; ranks find it done.
+
+    Raises:
+        LaunchError: there is none of that name, or what it needs is not installed.
+    """
+    own_build_folder()
+    problems = leftover_locks()
+    if problems:
+        raise LaunchError(problems)
+    from deepspeed.ops.op_builder.all_ops import ALL_OPS
+
+    builder = ALL_OPS.get(name)
+    if builder is None or not builder.is_compatible(verbose=True):
+        raise LaunchError(f"DeepSpeed's `{name}` cannot be built on {host_name()}; the lines above say what it misses")
+    print(
+        f"building {name} in {os.environ[VARIABLE]}: some minutes; if you end it, delete */{LOCK_NAME} there",
+        flush=True,
+    )
+    builder.load()
 
 
 def leftover_locks() -> list[str]:
@@ -71,3 +113,7 @@ def _age(path: Path) -> str:
     except OSError:
         return "some time"
     return f"{minutes / 60:.0f} h" if minutes >= 90 else f"{minutes:.0f} min"
+
+
+if __name__ == "__main__":
+    build(*sys.argv[1:])

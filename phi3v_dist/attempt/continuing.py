@@ -19,7 +19,7 @@ from phi3v_dist.observe.tracker import read_rows
 CHANGES_NUMBERS = ("run.seed", "model.", "data.", "train.")
 HARMLESS = (
     "data.validation", "data.cache.", "data.num_workers", "data.prefetch_rows", "data.max_bad_frac",
-    "train.steps", "train.epochs", "train.gradient_accumulation_steps",
+    "train.steps", "train.epochs", "train.gradient_accumulation_steps", "model.offload_activations",
 )  # fmt: skip
 LENGTH = ("train.steps", "train.epochs")
 PATHS = ("model.path", "model.init_from", "data.train.")  # the same place may be spelled in two ways

@@ -188,7 +188,7 @@ def _sizes(parts: tuple[Example | Filling, ...]) -> Int[Tensor, "images 2"]:
     return torch.cat(sizes) if sizes else torch.zeros(0, 2, dtype=torch.int64)
 
 
-def _close_up(row: Row, slot: Crops | None, dtype: torch.dtype) -> tuple[Row, Crops]:
+def _close_up(row: Row, slot: Crops | None, dtype: torch.dtype) -> tuple[Row, Tensor]:
     """The crops one after another from the slot's beginning, and the row whose examples have them there.
 
     A quarantined picture leaves a gap where it was to be.

@@ -16,7 +16,7 @@ shows a picture of the sample as well; nothing is ever fetched from an address.
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -53,6 +53,7 @@ class Sample:
     shard, key: the tar's path and the sample's key in it, for every message to a person.
     source: name of the data source (an entry of `data.train` or `data.validation`).
     images: RGB, repaired, at stored size.
+    fields: what its JSON says in one word or number each, by which an evaluation can be split (`eval.by`).
     """
 
     sample_id: int
@@ -61,6 +62,7 @@ class Sample:
     source: str
     messages: tuple[Message, ...]
     images: tuple[UInt8[np.ndarray, "_height _width 3"], ...]
+    fields: Mapping[str, str | int | float] = field(default_factory=dict)
 
 
 class BadSample(DataError):
@@ -86,7 +88,10 @@ def read_messages(
     Raises:
         ValueError: with the reason, when there is no conversation to be had.
     """
-    record = _record(parts)
+    return _conversation(_record(parts), image_names, source)
+
+
+def _conversation(record: Mapping[str, Any], image_names: Sequence[str], source: SourceSettings) -> tuple[Message, ...]:
     if source.prompt is not None or source.answer is not None:
         messages = _from_templates(record, source)
     elif "messages" in record:
@@ -133,7 +138,8 @@ def decode_sample(
         BadSample: the text or a picture cannot be used.
     """
     try:
-        messages = read_messages(parts, image_names, source)
+        record = _record(parts)
+        messages = _conversation(record, image_names, source)
     except ValueError as error:
         raise BadSample(shard, key, str(error)) from error
     images = []
@@ -142,7 +148,8 @@ def decode_sample(
             images.append(decode_image(parts[name]))
         except PICTURE_ERRORS as error:
             raise BadSample(shard, key, f"{name} is not a readable picture: {error}") from error
-    return Sample(sample_id, shard, key, source_name, messages, tuple(images))
+    fields = {name: value for name, value in record.items() if isinstance(value, str | int | float)}
+    return Sample(sample_id, shard, key, source_name, messages, tuple(images), fields)
 
 
 def _record(parts: Mapping[str, bytes]) -> dict[str, Any]:

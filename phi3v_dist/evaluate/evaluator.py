@@ -23,7 +23,17 @@ from phi3v_dist.config import EvalSettings
 from phi3v_dist.data.batch import Example, Row, collate
 from phi3v_dist.data.crops import CropLayout
 from phi3v_dist.data.loader import Decoder
+from phi3v_dist.data.plan import Lengths
 from phi3v_dist.data.samples import BadSample, Message, Sample
+from phi3v_dist.evaluate.breakdown import (
+    POSITION,
+    Judged,
+    LearnedTokens,
+    Value,
+    complaints,
+    of_documents,
+    split_metrics,
+)
 from phi3v_dist.evaluate.generate import generate, local_copy, plain_linear
 from phi3v_dist.evaluate.records import thumbnail, write_records
 from phi3v_dist.evaluate.score import AnswerScore, score_answer, summarize
@@ -40,10 +50,12 @@ log = logging.getLogger(__name__)
 class Evaluator:
     """Asks a model the validation questions.
 
+    lengths: of the samples, by which batches are cut.
     sample_ids: usable validation samples, in the fixed order in which they are asked.
     """
 
     decoder: Decoder
+    lengths: Lengths
     sample_ids: tuple[int, ...]
     settings: EvalSettings
     topology: Topology
@@ -68,46 +80,61 @@ class Evaluator:
         sample_ids = self.sample_ids[:num_samples]
         place = {sample_id: i for i, sample_id in enumerate(sample_ids)}
         partners = self._partners(sample_ids) if self.settings.blind else {}
-        size = self.settings.batch_samples
-        batches = [sample_ids[i : i + size] for i in range(0, len(sample_ids), size)]
-        rows, loss_sum, label_tokens = [], 0.0, 0
+        batches = self._batches(sample_ids)
+        rows = []
         for number, batch in enumerate(batches[self.topology.rank :: self.topology.world_size]):
             if stop():
                 break
             heartbeat.enter("evaluate", number, self.decoder.table.sample_name(batch[0]))
-            batch_rows, batch_loss, batch_labels = self._ask(copy, batch, partners)
-            rows += batch_rows
-            loss_sum += batch_loss
-            label_tokens += batch_labels
+            rows += self._ask(copy, batch, partners)
         del copy
         heartbeat.enter("score")  # untimed: ranks with few batches wait here for those with many
-        loss_sum, labels, given_up = self.topology.sum([loss_sum, float(label_tokens), float(stop())])
+        (given_up,) = self.topology.sum([float(stop())])
         if given_up:
             return None
         rows = sorted((row for part in self.topology.gather(rows) for row in part), key=lambda r: place[r["sample_id"]])
-        metrics = {"eval/skipped": float(len(sample_ids) - len(rows))}
-        metrics |= {"eval/loss": loss_sum / labels} if labels else {}
-        metrics |= summarize([row.pop("score") for row in rows])
-        blind = [row.pop("blind_score") for row in rows]
-        metrics |= summarize([score for score in blind if score], "eval/blind")
+        judged = [row.pop("judged") for row in rows]
+        metrics = {"eval/skipped": float(len(sample_ids) - len(rows))} | self._metrics(judged)
         if folder is not None and self.topology.is_main:
             write_records(folder, rows, metrics)
         self.topology.barrier()
         return metrics
 
+    def _metrics(self, judged: Sequence[Judged]) -> dict[str, float]:
+        labels = sum(one.label_tokens for one in judged)
+        metrics = {"eval/loss": sum(one.loss_sum for one in judged) / labels} if labels else {}
+        metrics |= summarize([one.score for one in judged])
+        metrics |= summarize([one.blind for one in judged if one.blind], "eval/blind")
+        for complaint in complaints(judged, self.settings.by) if self.topology.is_main else ():
+            log.warning("%s", complaint)
+        return metrics | split_metrics(judged, self.settings.by)
+
+    def _batches(self, sample_ids: Sequence[int]) -> list[list[int]]:
+        """Samples that are answered together: as many as `eval` allows, and as take so many places for tokens."""
+        batches: list[list[int]] = []
+        longest = 0
+        for sample_id in sample_ids:
+            num_tokens = int(self.lengths.tokens[sample_id])
+            longest = max(longest, num_tokens)
+            full = not batches or len(batches[-1]) == self.settings.batch_samples
+            if full or (len(batches[-1]) + 1) * longest > self.settings.batch_tokens:
+                batches.append([])
+                longest = num_tokens
+            batches[-1].append(sample_id)
+        return batches
+
     @torch.inference_mode()
     def _ask(
         self, model: Phi3VForCausalLM, sample_ids: Sequence[int], partners: dict[int, int]
-    ) -> tuple[list[dict[str, Any]], float, int]:
-        """Answers of one batch as rows, and the summed loss and number of its label tokens."""
-        processor, device = self.decoder.processor, model.lm_head.weight.device
+    ) -> list[dict[str, Any]]:
+        """Answers of one batch as rows; `judged` of each is what the metrics are made of."""
+        processor = self.decoder.processor
         read = [pair for sample_id in sample_ids if (pair := self._read(sample_id))]
         if not read:
-            return [], 0.0, 0
-        samples, examples = [sample for sample, _ in read], tuple(example for _, example in read)
-        batch = collate(Row(examples), processor.tokenizer.pad_token_id)
-        with plain_linear():
-            loss_sum = model(**batch.inputs(device)).token_losses.sum().item()
+            return []
+        samples = [sample for sample, _ in read]
+        values = [self._values(sample, example) for sample, example in read]
+        learned = self._losses(model, [example for _, example in read])
         prompts = [processor.encode_prompt(_asked(s.messages), s.images, s.sample_id) for s in samples]
         scores, texts = self._answers(model, samples, prompts)
         exchanged = {
@@ -118,18 +145,37 @@ class Evaluator:
         answers = self._answers(model, [samples[i] for i in exchanged], list(exchanged.values()))
         blind = dict(zip(exchanged, zip(*answers, strict=True), strict=True))
         rows = []
-        for i, (sample, score, text) in enumerate(zip(samples, scores, texts, strict=True)):
+        for i, (sample, score, text, tokens) in enumerate(zip(samples, scores, texts, learned, strict=True)):
             blind_score, blind_text = blind.get(i, (None, None))
             control = {"prediction": blind_text} | asdict(blind_score) if blind_score else None
+            by_position = tokens.sums(self.settings.by.get(POSITION))
+            loss_sum, num_labels = tokens.losses.double().sum().item(), len(tokens.losses)
             rows.append(
                 {
                     "sample_id": sample.sample_id, "shard": sample.shard, "key": sample.key, "source": sample.source,
+                    "by": values[i], "loss": loss_sum / num_labels if num_labels else None,
                     "prompt": _question(_asked(sample.messages)), "target": _truth(sample.messages), "prediction": text,
                     **asdict(score), "thumbnail": thumbnail(sample.images[0]) if sample.images else None,
-                    "blind": control, "score": score, "blind_score": blind_score,
+                    "blind": control,
+                    "judged": Judged(score, blind_score, values[i], loss_sum, num_labels, by_position),
                 }
             )  # fmt: skip
-        return rows, loss_sum, batch.label_tokens
+        return rows
+
+    def _losses(self, model: Phi3VForCausalLM, examples: Sequence[Example]) -> list[LearnedTokens]:
+        """Losses of each example's learned tokens: no logits are made of the others, however long it is."""
+        batch = collate(Row(tuple(examples)), self.decoder.processor.tokenizer.pad_token_id)
+        if not batch.label_tokens:  # a model asked for neither losses nor logits would give logits
+            return of_documents(batch.layout, torch.zeros(0))
+        with plain_linear():
+            losses = model(**batch.inputs(model.lm_head.weight.device)).token_losses
+        return of_documents(batch.layout, losses)
+
+    def _values(self, sample: Sample, example: Example) -> dict[str, Value]:
+        """What the sample has in the fields of `eval.by`."""
+        own: dict[str, Value] = {"source": sample.source, "num_tokens": len(example.input_ids)}
+        fields = own | {"num_images": len(example.image_sizes)} | dict(sample.fields)
+        return {name: fields[name] for name in self.settings.by if name in fields and name != POSITION}
 
     def _read(self, sample_id: int) -> tuple[Sample, Example] | None:
         try:

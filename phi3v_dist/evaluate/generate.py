@@ -58,12 +58,13 @@ def plain_linear() -> Iterator[None]:
 
 
 class _Rows:
-    """Rows under generation: their embeddings so far, their cache, and which prompts they answer."""
+    """Rows under generation: their cache, which prompts they answer, and, of those whose factors may still change,
+    the embeddings so far."""
 
     def __init__(self, model: Phi3VForCausalLM, prompts: Sequence[Example], max_new_tokens: int):
         self.model, self.device = model, model.lm_head.weight.device
-        self.embeds = [self._embed(prompt) for prompt in prompts]  # kept: a crossing row is prefilled again from these
-        self.lengths = [len(embeds) for embeds in self.embeds]
+        self.embeds = [[self._embed(prompt)] for prompt in prompts]  # in pieces: to join them at every token is costly
+        self.lengths = [len(embeds) for (embeds,) in self.embeds]
         self.longest = max(self.lengths)  # of the batch, rows that have ended counted on: as the published code pads
         self.answers: list[list[int]] = [[] for _ in prompts]
         self.cache = KeyValueCache(len(prompts), max(self.lengths) + max_new_tokens)
@@ -82,10 +83,18 @@ class _Rows:
         layout = Layout.of(lengths).to(self.device)
         deciding = self.model.rope.deciding(layout.rope_lengths, self.longest, self.longest)
         positions = torch.cat([torch.arange(n) for n in lengths])[None].to(self.device)
-        embeds = torch.cat([self.embeds[number] for number in numbers])[None]
+        embeds = torch.cat([piece for number in numbers for piece in self.embeds[number]])[None]
         self.cache.begin_prefill(rows, lengths)
         hidden = self._run(embeds, positions, deciding[None])
         return hidden[0, layout.cu_seqlens[1:].long() - 1]
+
+    def forget(self, max_new_tokens: int) -> None:
+        """After the prefill: drop the embeddings of rows whose factors no answer of that length can change."""
+        own, longest = torch.tensor(self.lengths), self.longest
+        now = self.model.rope.deciding(own, longest, longest)
+        then = self.model.rope.deciding(own + max_new_tokens, longest + max_new_tokens, longest + max_new_tokens)
+        for number in (self.model.rope.is_long(now) == self.model.rope.is_long(then)).nonzero().flatten().tolist():
+            self.embeds[number] = []
 
     def decode(self, ids: Tensor) -> Tensor:
         """One more token for every active row; the hidden state at it."""
@@ -93,7 +102,8 @@ class _Rows:
         was_long = self.model.rope.is_long(self._deciding())
         self.longest += 1
         for row, number in enumerate(self.active):
-            self.embeds[number] = torch.cat([self.embeds[number], embeds[row : row + 1]])
+            if self.embeds[number]:
+                self.embeds[number].append(embeds[row : row + 1])
             self.lengths[number] += 1
         lengths = torch.tensor([self.lengths[number] for number in self.active])
         self.cache.begin_decode()
@@ -135,6 +145,7 @@ def generate(
     with plain_linear():
         rows = _Rows(model, prompts, max_new_tokens)
         hidden = rows.prefill(range(len(prompts)))
+        rows.forget(max_new_tokens)
         for _ in range(max_new_tokens):
             chosen = model.lm_head(hidden).argmax(-1).tolist()
             going = []

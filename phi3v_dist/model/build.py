@@ -20,10 +20,12 @@ from phi3v_dist.model.hub import check_sizes
 from phi3v_dist.model.isolation import check_isolation
 from phi3v_dist.model.mlp import FeedForward
 from phi3v_dist.model.official_config import head_dim, read_config
+from phi3v_dist.model.offload import HostActivations
 from phi3v_dist.model.phi3v import Phi3VForCausalLM
 from phi3v_dist.model.sources import initial_weights, pinned, recorded_settings, trained_rule
 from phi3v_dist.model.weights import check_names, load_weights
 from phi3v_dist.parallel import zero
+from phi3v_dist.parallel.topology import Topology
 
 
 def problems(settings: Settings, device: torch.device) -> list[str]:
@@ -54,7 +56,7 @@ def problems(settings: Settings, device: torch.device) -> list[str]:
 def size_problems(settings: Settings) -> list[str]:
     """What in the settings the model's own sizes forbid; only config.json is read."""
     found: list[str] = []
-    for look in (_require_heads_divide, _require_in_context):
+    for look in (require_heads_divide, _require_in_context):
         try:
             look(settings)
         except ConfigError as error:
@@ -72,7 +74,7 @@ def _require_in_context(settings: Settings) -> None:
         )
 
 
-def _require_heads_divide(settings: Settings) -> None:
+def require_heads_divide(settings: Settings) -> None:
     """Raises ConfigError when ranks that share a row cannot share its attention heads."""
     size, config = settings.parallel.sequence, read_config(settings.model.path)
     heads = config["num_attention_heads"]
@@ -95,9 +97,20 @@ def partitioned_model(
     load_weights(model, weights, show_progress=show_progress and sys.stdout.isatty())
     choose_trained(model, settings.train, settings.run.seed)
     choice = settings.model
-    model.set_gradient_checkpointing(choice.gradient_checkpointing, choice.vision_chunk_crops, choice.mlp_chunk_tokens)
+    model.set_gradient_checkpointing(
+        choice.gradient_checkpointing, choice.vision_chunk_crops, choice.mlp_chunk_tokens,
+        host_activations(settings, Topology.from_environment().device, config["hidden_size"]),
+    )  # fmt: skip
     zero.gather_whole(model, FeedForward)
     return model
+
+
+def host_activations(settings: Settings, device: torch.device, hidden_size: int) -> HostActivations | None:
+    """Host memory for what decoder layers begin with, none taken yet; None: it stays where it is."""
+    if not settings.model.offload_activations or _why_not_offloaded(settings, device):
+        return None
+    num_tokens = -(-settings.data.row_length_tokens // settings.parallel.sequence)
+    return HostActivations(num_tokens * hidden_size * compute_dtype(settings.model.dtype, device).itemsize)
 
 
 def chosen_backend(settings: Settings, device: torch.device) -> Backend:
@@ -133,7 +146,18 @@ def describe(settings: Settings, device: torch.device) -> list[str]:
         idle["train.lora"] = "no part is set to lora"
     if not settings.model.gradient_checkpointing and "vision_chunk_crops" in settings.model.model_fields_set:
         idle["model.vision_chunk_crops"] = "`model.gradient_checkpointing` is off"
+    if settings.model.offload_activations and (why := _why_not_offloaded(settings, device)):
+        idle["model.offload_activations"] = why
+    if settings.parallel.nvme and not zero.uses_nvme(settings.parallel.deepspeed):
+        idle["parallel.nvme"] = f"{settings.parallel.deepspeed} keeps nothing on a disk"
     return lines + [f"note     `{key}` has no effect: {why}" for key, why in idle.items()]
+
+
+def _why_not_offloaded(settings: Settings, device: torch.device) -> str:
+    """What keeps activations that are to go to host memory from going there; empty when nothing does."""
+    if not settings.model.gradient_checkpointing:
+        return "`model.gradient_checkpointing` is off, and what it would keep is all there is to offload"
+    return "" if device.type == "cuda" else "there is no GPU, so activations are in host memory as they are"
 
 
 def pinned_start(settings: Settings) -> str | None:

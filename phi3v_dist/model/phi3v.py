@@ -27,6 +27,7 @@ from phi3v_dist.model.cache import KeyValueCache
 from phi3v_dist.model.loss import Head
 from phi3v_dist.model.mlp import FeedForward
 from phi3v_dist.model.official_config import DEFAULT_PAD_ID, head_dim, read_config
+from phi3v_dist.model.offload import HostActivations, kept_on_host
 from phi3v_dist.model.origin import recorded_longrope
 from phi3v_dist.model.placement import Placement, num_crops_of
 from phi3v_dist.model.rope import LongRope
@@ -63,6 +64,7 @@ class Phi3VDecoder(nn.Module):
         self.layers = nn.ModuleList([_layer(phi3, i) for i in range(phi3.num_hidden_layers)])
         self.norm = Phi3RMSNorm(phi3.hidden_size, eps=phi3.rms_norm_eps)
         self.gradient_checkpointing = False
+        self.host_activations: HostActivations | None = None  # where checkpointed layers keep what they began with
 
     def embed(
         self,
@@ -98,11 +100,13 @@ class Phi3VDecoder(nn.Module):
         hidden = embeds
         arguments: dict[str, Any] = {"position_embeddings": rotation, "layout": layout}
         arguments |= {"backend": backend, "cache": cache, "sequence": sequence}
-        for layer in self.layers:
-            if self.gradient_checkpointing and self.training:
-                hidden = checkpoint(layer, hidden, use_reentrant=False, **arguments)
-            else:
-                hidden = layer(hidden, **arguments)
+        recompute = self.gradient_checkpointing and self.training
+        with kept_on_host(self.host_activations if recompute else None):
+            for layer in self.layers:
+                if recompute:
+                    hidden = checkpoint(layer, hidden, use_reentrant=False, **arguments)
+                else:
+                    hidden = layer(hidden, **arguments)
         return self.norm(hidden)
 
 
@@ -182,11 +186,13 @@ class Phi3VForCausalLM(nn.Module):
         return self._decided[device, dtype]
 
     def set_gradient_checkpointing(
-        self, on: bool, vision_chunk_crops: int | None = None, mlp_chunk_tokens: int | None = None
-    ) -> None:
+        self, on: bool, vision_chunk_crops: int | None = None, mlp_chunk_tokens: int | None = None,
+        host_activations: HostActivations | None = None,
+    ) -> None:  # fmt: skip
         """Recompute decoder and vision layers in the backward pass, the latter in chunks of so many crops, feed-forward
-        parts in chunks of so many tokens; None: no limit."""
-        self.model.gradient_checkpointing = on
+        parts in chunks of so many tokens; None: no limit. What decoder layers began with waits in
+        `host_activations`; None: on the device."""
+        self.model.gradient_checkpointing, self.model.host_activations = on, host_activations
         for module in self.modules():
             if isinstance(module, FeedForward):
                 module.chunk_tokens = mlp_chunk_tokens if on else None

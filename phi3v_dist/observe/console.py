@@ -21,6 +21,7 @@ from phi3v_dist.observe.tracker import Row, Tracker
 logger = logging.getLogger(__name__)
 
 LOSS, SPEED = "train/loss", "perf/tokens_per_s_per_gpu"
+OF_PARTS = ("eval/by_", "eval/blind/by_")  # too many for a line; metrics.jsonl, the summary and the report have them
 LINE = (LOSS, "train/grad_norm", "train/lr/text", SPEED, "time/step_s", "time/data_s")
 
 
@@ -44,7 +45,8 @@ class ConsoleTracker(Tracker):
         if LOSS in row and (step % self.every_n_steps == 0 or step in (1, self.total_steps)):
             numbers = [f"{_short(name)}={_plain(row[name])}" for name in LINE if name in row]
             logger.info(" ".join([f"step={step:.0f}/{self.total_steps}", *numbers, f"eta={eta.replace(' ', '')}"]))
-        if scores := [f"{name.removeprefix('eval/')}={_plain(row[name])}" for name in row if name.startswith("eval/")]:
+        names = [name for name in row if name.startswith("eval/") and not name.startswith(OF_PARTS)]
+        if scores := [f"{name.removeprefix('eval/')}={_plain(row[name])}" for name in names]:
             logger.info(" ".join([f"eval step={step:.0f}/{self.total_steps}", *scores]))
         if self._bar:
             self._bar.show(row, eta)

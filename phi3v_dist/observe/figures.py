@@ -169,6 +169,34 @@ def confusion(pairs: Sequence[tuple[str, str]], labels: Sequence[str]) -> str:
     return draw(plot, height_in=max(HEIGHT_IN, 1.2 + 0.28 * len(labels)))
 
 
+def parts(
+    bars: Mapping[str, Number], blind: Mapping[str, Number], chance: Number | None, name: str, xlabel: str, ylabel: str
+) -> str:
+    """One score for parts of the samples: a bar each, the blind control as a dash on it, guessing as a dashed line.
+
+    bars, blind: label of a part → value of the metric `name`, whose unit the axis has.
+    """
+    places = {label: place for place, label in enumerate(bars)}
+
+    def plot(axes: Axes) -> None:
+        axes.bar(list(places.values()), list(bars.values()), width=0.62, color=ACCENT, alpha=0.75, label="model")
+        seen = [(places[label], value) for label, value in blind.items() if label in places]
+        if seen:
+            at, values = zip(*seen, strict=True)
+            axes.hlines(values, np.array(at) - 0.31, np.array(at) + 0.31, color=INK, label="blind control")
+        if chance is not None:
+            axes.axhline(chance, color=MUTED, linestyle=LINE_STYLES[1], linewidth=1.2, label="guessing")
+        crowded = max(map(len, bars)) * len(bars) > ROW_CHARACTERS
+        turned: dict[str, Any] = {"rotation": 25, "ha": "right", "rotation_mode": "anchor"} if crowded else {}
+        axes.set_xticks(list(places.values()), list(places), **turned)
+        axes.set(xlabel=xlabel, ylabel=ylabel, ylim=(0, None))
+        axes.grid(visible=False, axis="x")
+        _unit_axis(axes, name)
+        _legend(axes)
+
+    return draw(plot)
+
+
 def _curve(axes: Axes, steps: np.ndarray, values: np.ndarray, color: str, **style: Any) -> None:
     """The mean of each bucket over the range of its values: smooth enough to read, nothing hidden."""
     buckets = _buckets(len(steps))

@@ -24,13 +24,14 @@ STEP = "train/step"  # the x axis everywhere; never a sink's own row counter
 ATTEMPT = "run/attempt"
 NAME_PATTERN = re.compile(r"[a-z][a-z0-9_]*(/[a-z][a-z0-9_]*)+")  # what W&B can sort, filter and section by
 FIELD = "<field>"
+PLACEHOLDER = re.compile("<([a-z]+)>")  # in names: `<field>` of the answers, `<axis>` of `eval.by`, `<part>` of that
 
 
 @dataclass(frozen=True)
 class Metric:
     """One line of the registry.
 
-    name: `group/name_unit`; may hold `<field>`, which any field name of the data fills.
+    name: `group/name_unit`; may hold `<field>`, which any field name of the data fills, and the like.
     unit: as a person reads it; "frac" is 0 to 1, "field" is whatever the field itself is measured in.
     better: the direction that is good, None where neither is.
     panel: title of the chart that draws it; metrics that name the same panel share it. None: not drawn.
@@ -93,25 +94,32 @@ _EVALUATION = (
     Metric("gen_tokens/mean", "tokens", None, "mean length of the generated answers", None),
 )
 
+_OF_PARTS = tuple(  # `eval.by`: each part is a bin of a field of the samples, or one of its values
+    replace(metric, name=f"by_<axis>/<part>/{metric.name}", help=f"{metric.help}; where <axis> is <part>", panel=None)
+    for metric in _EVALUATION
+    if metric.name in ("loss", "samples", "field_em/<field>", "<field>_mae")
+)
+
 REGISTRY: tuple[Metric, ...] = (
     *_TRAINING,
     Metric("eval/best_<field>_mae", "field", "down", "lowest error of <field> that the data's noise allows", None),
     Metric("eval/best_<field>_median_ape_pct", "pct", "down", "the same as median percentage error", None),
     Metric("eval/best_<field>_within_10pct", "frac", "up", "the same as share within 10 %", None),
+    Metric("eval/chance_<field>", "frac", None, "share whose <field> a guess would get right", None),
     Metric("eval/predictions", "table", None, "questions, answers and truth of one evaluation (W&B only)", None),
     Metric("eval/images", "images", None, "the pictures of that table (W&B only)", None),
-    *(replace(metric, name=f"eval/{metric.name}") for metric in _EVALUATION),
+    *(replace(metric, name=f"eval/{metric.name}") for metric in (*_EVALUATION, *_OF_PARTS)),
     *(
         replace(metric, name=f"eval/blind/{metric.name}", help=f"{metric.help}; blind control")
-        for metric in _EVALUATION
+        for metric in (*_EVALUATION, *_OF_PARTS)
     ),
 )
 
-_EXACT = {metric.name: metric for metric in REGISTRY if FIELD not in metric.name}
+_EXACT = {metric.name: metric for metric in REGISTRY if not PLACEHOLDER.search(metric.name)}
 _PATTERNS = [
-    (re.compile(re.escape(metric.name).replace(re.escape(FIELD), "([a-z][a-z0-9_]*)")), metric)
+    (re.compile(PLACEHOLDER.sub(r"(?P<\1>[a-z][a-z0-9_]*)", metric.name)), metric)
     for metric in REGISTRY
-    if FIELD in metric.name
+    if PLACEHOLDER.search(metric.name)
 ]
 
 
@@ -125,9 +133,10 @@ def lookup(name: str) -> Metric | None:
         return _EXACT[name]
     for pattern, metric in _PATTERNS:
         if found := pattern.fullmatch(name):
-            field = found.group(1)
-            panel = metric.panel and metric.panel.replace(FIELD, field)
-            return replace(metric, name=name, help=metric.help.replace(FIELD, field), panel=panel)
+            helped, panel = (
+                text and PLACEHOLDER.sub(lambda word: found[word[1]], text) for text in (metric.help, metric.panel)
+            )
+            return replace(metric, name=name, help=helped or "", panel=panel)
     return None
 
 
@@ -147,7 +156,7 @@ def check(row: Mapping[str, object]) -> None:
 
 def panel_metrics(panel: str) -> list[Metric]:
     """The metrics without a field in their name that share one chart, in the registry's order."""
-    return [metric for metric in REGISTRY if metric.panel == panel and FIELD not in metric.name]
+    return [metric for metric in REGISTRY if metric.panel == panel and not PLACEHOLDER.search(metric.name)]
 
 
 def format_value(name: str, value: Number) -> str:

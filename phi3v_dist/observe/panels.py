@@ -4,8 +4,10 @@ Surprise: a panel appears only if its numbers were logged, so that every kind of
 evaluation yet) gets a page without holes.
 """
 
+import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from markupsafe import Markup
 
@@ -16,6 +18,24 @@ from phi3v_dist.observe.run_folder import Run
 STEP_PARTS = {"time/data_s": "data", "time/fwd_s": "forward", "time/bwd_s": "backward", "time/opt_s": "optimizer"}
 HELD_UP = {"time/ckpt_s": "checkpoints", "time/eval_s": "evaluations"}
 ANSWER_FORM = {"eval/stop_pct": "finished", "eval/parse_fail_pct": "unreadable"}
+PART = re.compile(r"eval/by_([a-z0-9_]+)/([a-z0-9_]+)/(loss|field_em/[a-z0-9_]+)")
+AXES = {"position": "position in the document, tokens", "depth": "where the answer stands (0: beginning, 1: end)"}
+
+
+class PartMetric(NamedTuple):
+    """How a score of parts is called."""
+
+    title: str
+    caption: str
+    unit: str
+
+
+PART_METRICS = {
+    "loss": PartMetric("loss", "Mean loss of the label tokens of each part; down is better.", "nats"),
+    "field_em": PartMetric(
+        "right", "Share of samples answered exactly right in each part, at the last evaluation; up is better.", ""
+    ),
+}
 
 
 @dataclass(frozen=True)
@@ -51,6 +71,34 @@ def result_panels(run: Run) -> Iterator[Panel]:
     if lines := _logged(scores, ANSWER_FORM):
         caption = "Share of answers that end by themselves, and of those whose fields cannot be read."
         yield _panel("Answer form over training", caption, figures.evaluations(scores, lines))
+    yield from _part_panels(run)
+
+
+def _part_panels(run: Run) -> Iterator[Panel]:
+    """The last evaluation's scores by what `eval.by` names."""
+    parts: dict[tuple[str, str], dict[str, str]] = {}  # (axis, metric) → label of a part → full name
+    for name in run.final:
+        if found := PART.fullmatch(name):
+            axis, part, metric = found.groups()
+            parts.setdefault((axis, metric), {})[_part_label(part)] = name
+    for (axis, metric), names in parts.items():
+        bars = {label: run.final[name] for label, name in names.items()}
+        hidden = {label: f"eval/blind/{name.removeprefix('eval/')}" for label, name in names.items()}
+        blind = {label: run.final[name] for label, name in hidden.items() if name in run.final}
+        what, shown = PART_METRICS[metric.partition("/")[0]], metric.partition("/")[2].replace("_", " ")
+        title = f"{_capital(f'{shown} {what.title}'.strip())} by {axis.replace('_', ' ')}"
+        chance = run.final.get(f"eval/chance_{metric.removeprefix('field_em/')}")
+        name = next(iter(names.values()))
+        svg = figures.parts(bars, blind, chance, name, AXES.get(axis, axis.replace("_", " ")), what.unit)
+        yield _panel(title, what.caption, svg)
+
+
+def _part_label(part: str) -> str:
+    """A part's piece of a metric's name, as a person reads it."""
+    if bounds := re.fullmatch("from_(.+)_to_(.+)", part):
+        low, high = (float(bound.replace("minus_", "-").replace("_", ".")) for bound in bounds.groups())
+        return f"{low:,.10g} – {high:,.10g}"
+    return part.removeprefix("is_")
 
 
 def training_panels(run: Run) -> Iterator[Panel]:

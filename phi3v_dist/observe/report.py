@@ -86,7 +86,8 @@ def _missing(run: Run) -> list[str]:
 def _evaluation_table(run: Run) -> tuple[list[str], list[list[tuple[str, str]]]]:
     """(column names, rows of (value, the blind control's value)); the first column is the step."""
     names = list(dict.fromkeys(name for step in run.evaluations for name in step.scores))
-    names = [name for name in names if name.startswith("eval/") and not name.startswith("eval/blind/")]
+    apart = ("eval/blind/", "eval/by_")  # beside their own, and in their own figures
+    names = [name for name in names if name.startswith("eval/") and not name.startswith(apart)]
     rows = []
     for step in run.evaluations:
         cells = [(f"{step.step:,}", "")]

@@ -11,7 +11,7 @@ never be saved or hashed.
 
 import math
 from collections.abc import Callable, Iterator
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from importlib.metadata import version
 from typing import Any
@@ -25,6 +25,7 @@ from phi3v_dist.parallel.fingerprint import fingerprint, fingerprint_text
 
 TESTED_DEEPSPEED = "0.19.8"
 COUNTERS = ("global_steps", "global_samples", "skipped_steps", "micro_steps")
+HOW_IT_STEPS = ("foreach", "fused", "capturable", "differentiable")  # of a parameter group: the engine's own choice
 LOSS_SCALE_NUMBERS = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")
 
 CAST_BLOCK = 2**24  # elements compared at a time
@@ -135,12 +136,16 @@ class Partitions:
         return {name: first[id(param)] for name, param in every if name != first[id(param)]}
 
     def pieces(self) -> Iterator[Piece]:
-        """What this rank owns of all that is stored, an empty piece where it owns nothing; buffers are rank 0's."""
+        """What this rank owns of all that is stored, an empty piece where it owns nothing; buffers are rank 0's.
+
+        Of states on a disk, the pieces are views of copies, which live as long as any of them.
+        """
+        read: dict[int, dict[str, Tensor]] = {}  # sub-group → its flat tensors
         for name, param in self._named_parameters():
             start, length = _owned(param)
             if id(param) in self._place:
                 sub_group, offset = self._place[id(param)]
-                flats = self._flat_states(sub_group)
+                flats = read[sub_group] = read.get(sub_group) or self._read_states(sub_group)
                 yield Piece(name, start, {state: flat.narrow(0, offset, length) for state, flat in flats.items()})
             elif not self.has_optimizer:
                 yield Piece(name, start, {"weight": _own_elements(param)})
@@ -192,23 +197,27 @@ class Partitions:
         zero = self.zero
         zero.checkpoint_event_prologue()  # drops gathered copies of the old weights
         zero.zero_grad()
-        self._create_optimizer_states(specs, settings["optimizer_scalars"])
-        for name, param in self._named_parameters():
-            if id(param) in self._place:  # the others are frozen, and `differences` found them to be what they were
-                start, length = _owned(param)
-                sub_group, offset = self._place[id(param)]
-                for state, flat in self._flat_states(sub_group).items():
-                    _fill(flat.narrow(0, offset, param.partition_numel()), read(name, state, start, length))
+        if zero.swap_optimizer:
+            zero.optimizer_swapper.purge_state()  # forgets moments on the disk, else they would be read into new ones
+        names = {id(param): name for name, param in self._named_parameters()}
+        for sub_group, params in enumerate(zero.fp16_groups):  # others are frozen, and were found to be what they were
+            with _in_memory(zero, sub_group, write=True):
+                self._create_optimizer_states(sub_group, specs[names[id(params[0])]], settings["optimizer_scalars"])
+                for param in params:
+                    (start, length), (_, offset) = _owned(param), self._place[id(param)]
+                    for state, flat in self._flat_states(sub_group).items():
+                        elements = read(names[id(param)], state, start, length)
+                        _fill(flat.narrow(0, offset, param.partition_numel()), elements)
+                zero._reassign_or_swap_out_partitioned_parameters(sub_group)  # master → the weights that compute
         for name, buffer in self._buffers():
             buffer.copy_(read(name, "weight", 0, buffer.numel()).view(buffer.shape))
-        for sub_group in range(len(zero.fp16_groups)):
-            zero._reassign_or_swap_out_partitioned_parameters(sub_group)  # masters → the weights that compute
         zero.checkpoint_event_epilogue()  # drops secondary (hpZ) copies, gathers persistent parameters again
         self._restore_settings(settings)
 
     def _restore_settings(self, settings: dict[str, Any]) -> None:
         for group, saved in zip(self.zero.optimizer.param_groups, settings["param_groups"], strict=True):
-            group.update({key: tuple(value) if isinstance(value, list) else value for key, value in saved.items()})
+            numbers = {key: value for key, value in saved.items() if key not in HOW_IT_STEPS}
+            group.update({key: tuple(value) if isinstance(value, list) else value for key, value in numbers.items()})
         if settings["schedule"] is not None:
             self.engine.lr_scheduler.load_state_dict(settings["schedule"])
         for name, value in settings["loss_scale"].items():
@@ -220,22 +229,29 @@ class Partitions:
         if self.engine.micro_steps % accumulation_steps:
             self.engine.micro_steps = self.engine.global_steps * accumulation_steps
 
-    def _create_optimizer_states(self, specs: dict[str, TensorSpec], scalars: list[dict[str, Any]]) -> None:
+    def _create_optimizer_states(self, sub_group: int, spec: TensorSpec, scalars: list[dict[str, Any]]) -> None:
         """A fresh optimizer has no states before its first step, so make them in the form they were saved in."""
-        names = {id(param): name for name, param in self._named_parameters()}
-        for sub_group, params in enumerate(self.zero.fp16_groups):
-            flat = self.zero.fp32_partitioned_groups_flat[sub_group]
-            state: dict[str, Any] = {}
-            for key, scalar in scalars[self.zero.sub_group_to_group_id[sub_group]].items():
-                value, dtype = scalar["value"], scalar["tensor_dtype"]
-                state[key] = value if dtype is None else torch.tensor(value, dtype=getattr(torch, dtype))
-            for key, dtype in specs[names[id(params[0])]].dtypes.items():
-                if key != "weight":
-                    state[key] = torch.zeros_like(flat, dtype=getattr(torch, dtype))
-            self.zero.optimizer.state[flat] = state
+        flat = self.zero.fp32_partitioned_groups_flat[sub_group]
+        state: dict[str, Any] = {}
+        for key, scalar in scalars[self.zero.sub_group_to_group_id[sub_group]].items():
+            value, dtype = scalar["value"], scalar["tensor_dtype"]
+            state[key] = value if dtype is None else torch.tensor(value, dtype=getattr(torch, dtype))
+        for key, dtype in spec.dtypes.items():
+            if key != "weight":
+                state[key] = torch.zeros_like(flat, dtype=getattr(torch, dtype))
+        self.zero.optimizer.state[flat] = state
+
+    def _read_states(self, sub_group: int) -> dict[str, Tensor]:
+        """`_flat_states`, of a sub-group on a disk as copies."""
+        with _in_memory(self.zero, sub_group) as is_on_disk, torch.no_grad():
+            flats = self._flat_states(sub_group)
+            return {state: flat.clone() for state, flat in flats.items()} if is_on_disk else flats
 
     def _flat_states(self, sub_group: int) -> dict[str, Tensor]:
-        """The flat tensors of a sub-group: its master and the optimizer states that have an element for each weight."""
+        """The flat tensors of a sub-group: its master and the optimizer states that have an element for each weight.
+
+        While they are on a disk all are there, but empty.
+        """
         master = self.zero.fp32_partitioned_groups_flat[sub_group]
         states = self.zero.optimizer.state.get(master, {})
         return {"weight": master.detach()} | {k: v for k, v in states.items() if _per_element(v, master)}
@@ -353,16 +369,34 @@ def cast_differences(engine: Any) -> list[str]:
     names = {id(param): official_name(name) for name, param in engine.module.named_parameters()}
     found = []
     for sub_group, params in enumerate(zero.fp16_groups):
-        master, computing = zero.fp32_partitioned_groups_flat[sub_group], zero.fp16_partitioned_groups_flat[sub_group]
-        if _is_cast(master, computing):
-            continue
-        offset = 0
-        for param in params:
-            length = _owned(param)[1]
-            if not _is_cast(master.narrow(0, offset, length), computing.narrow(0, offset, length)):
-                found.append(names[id(param)])
-            offset += param.partition_numel()
+        with _in_memory(zero, sub_group):
+            master = zero.fp32_partitioned_groups_flat[sub_group]
+            computing = zero.fp16_partitioned_groups_flat[sub_group]
+            if _is_cast(master, computing):
+                continue
+            offset = 0
+            for param in params:
+                length = _owned(param)[1]
+                if not _is_cast(master.narrow(0, offset, length), computing.narrow(0, offset, length)):
+                    found.append(names[id(param)])
+                offset += param.partition_numel()
     return found
+
+
+@contextmanager
+def _in_memory(zero: Any, sub_group: int, write: bool = False) -> Iterator[bool]:
+    """The states of a sub-group for the length of a `with`, read from a disk if that is where they are; the value says
+    whether. write: and written there again."""
+    is_on_disk = zero._swappable_optimizer_subgroup(sub_group)
+    if is_on_disk:
+        zero._optimizer_states_and_gradient_swap_in(sub_group)
+    try:
+        yield is_on_disk
+    finally:
+        if is_on_disk and write:
+            zero._optimizer_states_and_gradient_swap_out(sub_group)
+        elif is_on_disk:
+            zero._release_swap_buffers(sub_group)
 
 
 def _is_cast(master: Tensor, computing: Tensor) -> bool:
@@ -424,9 +458,12 @@ def _require_supported(engine: Any) -> None:
     zero = engine.optimizer
     if not hasattr(zero, "fp16_groups"):
         return  # without an optimizer none of what follows exists
+    from deepspeed.runtime.swap_tensor.pipelined_optimizer_swapper import PipelinedOptimizerSwapper
+
     split_optimizer = zero.offload_optimizer and zero.partial_offload != 1
     unsupported = {
-        "its optimizer state on NVMe (offload_optimizer.device)": zero.swap_optimizer,
+        "its optimizer state read from NVMe ahead (offload_optimizer.pipeline_…)": zero.swap_optimizer
+        and isinstance(zero.optimizer_swapper, PipelinedOptimizerSwapper),
         "its parameters on NVMe (offload_param.device)": zero.params_in_nvme_and_cpu,
         "an optimizer offloaded in part (offload_optimizer.ratio)": split_optimizer,
         "ZenFlow": zero.zenflow,

@@ -3,7 +3,8 @@
 What comes in: a DeepSpeed JSON in which every number that has a home in the YAML says "auto". What goes out: the
 engine.
 Surprise: a number given in both places is an error even when they agree; one number, one home. DeepSpeed itself clips
-at 1.0 unless told otherwise, and opens its own W&B run if asked; both are decided here.
+at 1.0 unless told otherwise, and opens its own W&B run if asked; both are decided here. Which files there are and what
+each key does: ds_configs/README.md.
 """
 
 import difflib
@@ -20,6 +21,8 @@ from phi3v_dist.config import Settings
 from phi3v_dist.data.plan import accumulation
 from phi3v_dist.errors import ConfigError
 from phi3v_dist.memory import returned_when_freed
+from phi3v_dist.parallel import zero_limits
+from phi3v_dist.parallel.topology import Topology
 
 ModuleT = TypeVar("ModuleT", bound=nn.Module)
 HOMES = {  # DeepSpeed key → the setting that owns it
@@ -104,13 +107,20 @@ def _json_problems(config: dict[str, Any], settings: Settings, world_size: int) 
             value = value.get(part, "auto") if isinstance(value, dict) else value
         if value != "auto":
             found.append(f'{path}: `{key}` is {value}; write "auto", its home is {home}')
-    stage = config["zero_optimization"].get("stage")
-    if stage != 3:
-        found.append(f"{path}: `zero_optimization.stage` is {stage}; this harness shards weights, so it must be 3")
+    limits = zero_limits.problems(
+        config["zero_optimization"], world_size, _ranks_per_node(world_size), settings.parallel.nvme
+    )
+    found += [f"{path}: {problem}" for problem in limits]
     allowed = {key: value for key, value in config.items() if key not in REFUSED}
     filled = _fill(allowed, settings, world_size, torch.float32, hidden_size=1)
     found += [f'{path}: nothing here fills in the "auto" of `{key}`; give a value' for key in _autos(filled)]
     return found
+
+
+def _ranks_per_node(world_size: int) -> int:
+    """Of this job; outside of one, all ranks count as one node's."""
+    topology = Topology.from_environment()
+    return topology.local_world_size if topology.world_size == world_size else world_size
 
 
 def _line(path: Path, key: str) -> int:
@@ -118,29 +128,47 @@ def _line(path: Path, key: str) -> int:
     return path.read_text().partition(f'"{key}"')[0].count("\n") + 1
 
 
-def resolve(settings: Settings, world_size: int, dtype: torch.dtype, hidden_size: int) -> dict[str, Any]:
-    """The JSON with every "auto" filled in, ready for DeepSpeed."""
-    return _fill(read(settings.parallel.deepspeed), settings, world_size, dtype, hidden_size)
+def resolve(
+    settings: Settings, world_size: int, dtype: torch.dtype, hidden_size: int, ranks_per_node: int | None = None
+) -> dict[str, Any]:
+    """The JSON with every "auto" filled in, ready for DeepSpeed. ranks_per_node: None is this job's own."""
+    return _fill(read(settings.parallel.deepspeed), settings, world_size, dtype, hidden_size, ranks_per_node)
+
+
+def steps_on_host(config: dict[str, Any]) -> bool:
+    """Whether the optimizer's states, and so its step, are on the CPU."""
+    return zero_limits.device(config["zero_optimization"], "offload_optimizer") != "none"
+
+
+def uses_nvme(path: Path) -> bool:
+    """Whether a JSON keeps optimizer states on a disk."""
+    return zero_limits.device(read(path)["zero_optimization"], "offload_optimizer") == "nvme"
 
 
 def _fill(
-    config: dict[str, Any], settings: Settings, world_size: int, dtype: torch.dtype, hidden_size: int
-) -> dict[str, Any]:
+    config: dict[str, Any], settings: Settings, world_size: int, dtype: torch.dtype, hidden_size: int,
+    ranks_per_node: int | None = None,
+) -> dict[str, Any]:  # fmt: skip
     micro_steps = accumulation(settings.train.rows_per_step, max(1, world_size // settings.parallel.sequence))
     bf16 = config["bf16"] if isinstance(config.get("bf16"), dict) else {}
     zero = config["zero_optimization"]
-    sizes = {  # elements; the choice of transformers' DeepSpeed integration
-        "reduce_bucket_size": hidden_size**2,
+    sizes = {
+        "reduce_bucket_size": hidden_size**2,  # elements, as the next two: transformers' DeepSpeed integration
         "stage3_prefetch_bucket_size": hidden_size**2 * 9 // 10,
         "stage3_param_persistence_threshold": 10 * hidden_size,
+        "zero_hpz_partition_size": ranks_per_node or _ranks_per_node(world_size),
     }
+    filled: dict[str, Any] = {key: size for key, size in sizes.items() if zero.get(key) == "auto"}
+    optimizer = zero_limits.offload(zero, "offload_optimizer")
+    if optimizer.get("nvme_path") == "auto":
+        filled["offload_optimizer"] = optimizer | {"nvme_path": str(settings.parallel.nvme)}
     return config | {
         "train_batch_size": micro_steps * world_size,
         "train_micro_batch_size_per_gpu": 1,
         "gradient_accumulation_steps": micro_steps,
         "gradient_clipping": settings.train.grad_clip,
         "bf16": bf16 | {"enabled": dtype == torch.bfloat16},
-        "zero_optimization": zero | {key: size for key, size in sizes.items() if zero.get(key) == "auto"},
+        "zero_optimization": zero | filled,
     }
 
 
@@ -155,9 +183,17 @@ def build_partitioned(build: Callable[[], ModuleT], config: dict[str, Any]) -> M
     """A model whose parameters are partitioned as they are made, their values not set: load all of them.
 
     Initialisation is skipped: every value will be set.
+
+    Raises:
+        ConfigError: ranks that are to share a copy of the weights are not on one node; on all ranks alike.
     """
     import deepspeed
 
+    group_size = config["zero_optimization"].get("zero_hpz_partition_size")
+    if group_size is not None:  # on one rank it is on all, whatever "auto" became
+        topology = Topology.from_environment()
+        if problem := zero_limits.scattered(topology.gather((topology.host, group_size))):
+            raise ConfigError(problem)
     with no_init_weights(), returned_when_freed(), deepspeed.zero.Init(config_dict_or_path=config):
         return build()  # zero.Init's own `dtype=` is ignored on a CPU (0.19.8): bf16 there; the config is not
 

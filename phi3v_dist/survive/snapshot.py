@@ -6,7 +6,6 @@ taken and touched once, before the first save, and used again by every one.
 """
 
 import json
-import logging
 import platform
 from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass, field
@@ -17,11 +16,10 @@ import torch
 from torch import Tensor
 
 from phi3v_dist.errors import CheckpointError
+from phi3v_dist.memory import lock_pages, unlock_pages
 from phi3v_dist.parallel.partitions import Partitions, Piece
 from phi3v_dist.survive import random_state
 from phi3v_dist.survive.manifest import FORMAT, FORMAT_VERSION, UPGRADE
-
-log = logging.getLogger(__name__)
 
 ADAM = ("exp_avg", "exp_avg_sq")  # which there will be, one value for each weight, from the first step on
 ALIGNED_BYTES = 64
@@ -77,7 +75,7 @@ class HostMemory:
         self._release()
         self._memory = torch.empty(sum(sizes.values()), dtype=torch.uint8).zero_()
         if any(tensor.is_cuda for tensor in tensors.values()):
-            self._pinned = _pin(self._memory)
+            self._pinned = lock_pages(self._memory)
         begin = 0
         for key, tensor in tensors.items():
             self._places[key] = self._memory[begin : begin + tensor.nbytes].view(tensor.dtype).view(tensor.shape)
@@ -95,7 +93,7 @@ class HostMemory:
 
     def _release(self) -> None:
         if self._memory is not None and self._pinned:
-            torch.cuda.cudart().cudaHostUnregister(self._memory.data_ptr())
+            unlock_pages(self._memory)
         self._places, self._memory, self._pinned = {}, None, False
 
 
@@ -153,14 +151,3 @@ def _states(pieces: Iterable[Piece]) -> dict[str, Tensor]:
 
 def _alike(place: Tensor | None, tensor: Tensor) -> bool:
     return place is not None and (place.shape, place.dtype) == (tensor.shape, tensor.dtype)
-
-
-def _pin(memory: Tensor) -> bool:
-    """Lock the pages, so that a device copies into them at full speed. Without it saving is slower, nothing else.
-
-    Not `pin_memory=True`: its allocator rounds up to a power of two, which may double a block of this size.
-    """
-    error = int(torch.cuda.cudart().cudaHostRegister(memory.data_ptr(), memory.nbytes, 0))
-    if error:
-        log.warning("%d bytes of host memory for checkpoints could not be locked (CUDA error %d)", memory.nbytes, error)
-    return not error

@@ -22,8 +22,12 @@ def is_decayed(name: str) -> bool:
     return not any(word in name.split(".")[-1] or word in name.split(".")[-2] for word in NOT_DECAYED)
 
 
-def build_optimizer(model: nn.Module, train: TrainSettings) -> torch.optim.AdamW:
-    """torch's AdamW (no compiled extension) over trainable parameters, grouped as (part, decayed)."""
+def build_optimizer(model: nn.Module, train: TrainSettings, on_host: bool = False) -> torch.optim.AdamW:
+    """torch's AdamW (no compiled extension) over trainable parameters, grouped as (part, decayed).
+
+    on_host: its states will be on the CPU. There torch's fused form makes one pass over memory, where the usual one
+    makes many; the update is the same but for rounding.
+    """
     groups: dict[tuple[str, bool], list[nn.Parameter]] = {}
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
@@ -35,6 +39,7 @@ def build_optimizer(model: nn.Module, train: TrainSettings) -> torch.optim.AdamW
         ],
         betas=train.betas,
         eps=train.eps,
+        fused=on_host or None,
     )
 
 

@@ -20,6 +20,7 @@ from pathlib import Path
 import checkpoints
 import cv2
 import loaders
+import long_rows
 import many_shards
 import packing
 import torch
@@ -124,6 +125,7 @@ SECTIONS: dict[str, Callable[[Path], list[Figure]]] = {
     "packing": packing.figures,
     "many_shards": many_shards.figures,
     "checkpoints": checkpoints.figures,
+    "long_rows": long_rows.figures,
 }
 
 

@@ -18,6 +18,7 @@ from PIL import Image
 from phi3v_dist.config import EvalSettings, SourceSettings
 from phi3v_dist.data.batch import Row, collate
 from phi3v_dist.data.fetch import Fetcher
+from phi3v_dist.data.lengths import measure
 from phi3v_dist.data.loader import Decoder
 from phi3v_dist.data.processor import Phi3VProcessor
 from phi3v_dist.data.shards import ShardTable
@@ -83,7 +84,9 @@ def make(tmp_path, processor):
         table = ShardTable.open([SourceSettings(shards=str(tar))])
         decoder = Decoder(table, Fetcher(table), processor)
         chosen = SETTINGS.model_copy(update=settings)
-        return Evaluator(decoder, tuple(range(len(samples))), chosen, topology or Topology()), tar
+        return Evaluator(
+            decoder, measure(table, processor), tuple(range(len(samples))), chosen, topology or Topology()
+        ), tar
 
     return make
 

@@ -3,6 +3,7 @@ import pytest
 from phi3v_dist.observe.metrics import (
     FIELD,
     NAME_PATTERN,
+    PLACEHOLDER,
     REGISTRY,
     check,
     format_value,
@@ -15,7 +16,7 @@ from phi3v_dist.train.step import StepResult
 
 def test_every_registered_name_is_one_that_dashboards_can_sort_and_filter() -> None:
     for metric in REGISTRY:
-        assert NAME_PATTERN.fullmatch(metric.name.replace(FIELD, "price")), metric.name
+        assert NAME_PATTERN.fullmatch(PLACEHOLDER.sub("price", metric.name)), metric.name
         assert metric.unit and metric.help
 
 
@@ -37,6 +38,14 @@ def test_a_name_with_a_field_gets_that_field_in_its_meaning() -> None:
     assert metric.help == "mean absolute error of weight_kg, over parsed answers"
     best = lookup("eval/best_price_mae")
     assert best is not None and "lowest error of price" in best.help
+
+
+def test_a_metric_of_a_part_says_which_part() -> None:
+    metric = lookup("eval/by_depth/from_0_25_to_0_5/field_em/title")
+    assert metric is not None and metric.unit == "frac"
+    assert metric.help == "share of samples whose title is exactly right; where depth is from_0_25_to_0_5"
+    assert lookup("eval/blind/by_depth/from_0_to_1/price_mae") is not None
+    assert lookup("eval/by_depth/from_0_to_1/stop_pct") is None
 
 
 def test_an_unregistered_name_is_refused_by_name_with_its_nearest_neighbour() -> None:

@@ -90,6 +90,21 @@ def test_the_page_has_every_figure_and_a_gallery(full: tuple[Path, Page]) -> Non
     assert page.tags.count("article") == 18
 
 
+def test_scores_of_parts_have_figures_of_their_own_and_no_column(tmp_path: Path) -> None:
+    run = write_run(tmp_path / "run", num_samples=4)
+    parts = {"eval/chance_category": 0.125}
+    for part in ("from_0_to_0_5", "from_0_5_to_1"):
+        parts |= {f"eval/by_depth/{part}/field_em/category": 0.5, f"eval/by_depth/{part}/samples": 2}
+        parts |= {f"eval/blind/by_depth/{part}/field_em/category": 0.25}
+    parts |= {"eval/by_position/from_0_to_4096/loss": 1.5, "eval/by_source/is_catalogue/loss": 1.5}
+    for path in (run / "summary.json", *run.glob("eval/*/scores.json")):
+        path.write_text(json.dumps(json.loads(path.read_text()) | parts))
+    text = Page(write_report(run)).text
+    for words in ("Category right by depth", "0.5 – 1", "guessing", "Loss by position", "0 – 4,096", "Loss by source"):
+        assert words in text, words
+    assert "by_depth" not in text
+
+
 def test_the_page_fetches_nothing(full: tuple[Path, Page]) -> None:
     _, page = full
     outside = [text for text in page.addresses if not text.startswith(("data:image/", "#"))]

@@ -8,6 +8,7 @@ import torch
 from deepspeed.runtime.config import DeepSpeedConfig
 
 from phi3v_dist.config import Settings
+from phi3v_dist.parallel import zero_limits
 from phi3v_dist.parallel.zero import problems, resolve
 
 SHIPPED = sorted((Path(__file__).parents[2] / "ds_configs").glob("*.json"))
@@ -27,7 +28,7 @@ def settings(tmp_path):
             "model": {"path": "m"},
             "data": {"train": [{"shards": "a.tar"}]},
             "train": {"steps": 200} | train,
-            "parallel": {"deepspeed": path},
+            "parallel": {"deepspeed": path, "nvme": tmp_path / "nvme"},
         }
         return Settings.model_validate(tree)
 
@@ -36,7 +37,8 @@ def settings(tmp_path):
 
 @pytest.mark.parametrize("path", SHIPPED, ids=lambda path: path.name)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_every_shipped_json_resolves_to_what_deepspeed_accepts(settings, path, dtype):
+def test_every_shipped_json_resolves_to_what_deepspeed_accepts(settings, path, dtype, monkeypatch):
+    monkeypatch.setattr(zero_limits, "is_built", lambda name: True)
     chosen = settings(path, rows_per_step=8, grad_clip=0.5)
     assert problems(chosen, world_size=1) == []
     config = resolve(chosen, 1, dtype, hidden_size=64)
@@ -82,7 +84,7 @@ def test_values_that_have_no_home_elsewhere_are_kept(settings):
         ),
         ({"scheduler": {"type": "WarmupLR"}}, "`scheduler` does not belong here"),
         ({"fp16": {"enabled": "auto"}}, "`fp16` does not belong here: use bf16 or fp32"),
-        ({"zero_optimization": {"stage": 2}}, "`zero_optimization.stage` is 2"),
+        ({"zero_optimization": {"stage": 2}}, "`zero_optimization.stage` is 2; this harness shards weights, and its"),
         ({"zero_optimization": {}}, "`zero_optimization.stage` is None"),
         ({"zero_optimization": {"stage": 3, "sub_group_size": "auto"}}, '"auto" of `zero_optimization.sub_group_size`'),
         (
@@ -100,6 +102,93 @@ def test_a_contradiction_gives_one_message_that_names_the_file_and_the_key(setti
     assert len(found) == 1, found
     assert message in found[0]
     assert str(chosen.parallel.deepspeed) in found[0]
+
+
+CPU, NVME = {"device": "cpu"}, {"device": "nvme", "nvme_path": "/scratch"}
+
+
+@pytest.mark.parametrize(
+    ("keys", "messages"),
+    [
+        ({"offload_optimizer": CPU}, []),
+        ({"offload_optimizer": CPU, "offload_param": CPU}, []),
+        ({"offload_optimizer": {"device": "none", "ratio": 1.0}, "zero_quantized_weights": False}, []),
+        ({"offload_param": CPU}, ["offload_param` needs `offload_optimizer`"]),
+        ({"offload_optimizer": CPU, "offload_param": NVME}, ["offload_param.device` is nvme; it can be none or cpu:"]),
+        ({"offload_optimizer": {"device": "disk"}}, ["offload_optimizer.device` is disk; it can be none, cpu or nvme"]),
+        ({"offload_optimizer": CPU | {"ratio": 0.5}}, ["offload_optimizer.ratio` is 0.5; leave it out"]),
+        ({"offload_optimizer": CPU | {"super_offload": True}}, ["offload_optimizer.super_offload` is True"]),
+        ({"offload_optimizer": NVME}, ["not built here", "python -m phi3v_dist.attempt.build_cache async_io"]),
+        ({"offload_optimizer": {"device": "nvme"}}, ['nvme_path` is missing: write "auto"', "not built"]),
+        ({"zero_quantized_weights": True}, ["zero_quantized_weights` is True; leave it out: it rounds"]),
+        ({"zenflow": {}}, ["zenflow` is {}; leave it out: its updates come late"]),
+        ({"mics_shard_size": 8}, ["mics_shard_size` is 8; leave it out: DeepSpeed 0.19 has no MiCS"]),
+        ({"zero_hpz_partition_size": 3}, ["zero_hpz_partition_size` is 3, which does not divide 8 ranks"]),
+        ({"zero_hpz_partition_size": 8}, ["is 8, but a node has 4 ranks"]),
+        ({"zero_hpz_partition_size": "ten"}, ["is ten, which does not divide 8 ranks"]),
+        ({"zero_hpz_partition_size": 2}, []),
+        ({"zero_hpz_partition_size": "auto"}, []),
+        ({"zero_hpz_partition_size": 2, "offload_optimizer": CPU, "offload_param": CPU}, ["leave one out"]),
+    ],
+)  # fmt: skip
+def test_what_does_not_work_is_refused_with_the_reason(settings, monkeypatch, keys, messages):
+    for name, value in {"RANK": 5, "WORLD_SIZE": 8, "LOCAL_RANK": 1, "LOCAL_WORLD_SIZE": 4}.items():
+        monkeypatch.setenv(name, str(value))
+    monkeypatch.setattr(zero_limits, "is_built", lambda name: False)
+    found = problems(settings({"zero_optimization": {"stage": 3} | keys}), world_size=8)
+    assert bool(found) == bool(messages), found
+    assert all(message in "; ".join(found) for message in messages), found
+
+
+def test_the_copies_of_weights_are_shared_by_a_nodes_ranks(settings, monkeypatch):
+    config = settings({"zero_optimization": {"stage": 3, "zero_hpz_partition_size": "auto"}})
+
+    def size(world_size, **given):
+        return resolve(config, world_size, torch.float32, 64, **given)["zero_optimization"]["zero_hpz_partition_size"]
+
+    assert (size(64, ranks_per_node=8), size(2)) == (8, 2)
+    for name, value in {"RANK": 5, "WORLD_SIZE": 8, "LOCAL_RANK": 1, "LOCAL_WORLD_SIZE": 4}.items():
+        monkeypatch.setenv(name, str(value))
+    assert size(8) == 4
+
+
+@pytest.mark.parametrize(
+    ("nodes", "sizes", "is_fine"),
+    [
+        ("aabb", [2] * 4, True),
+        ("aaaabb", [1] * 6, True),
+        ("aaaabbbb", [2] * 8, True),
+        ("abab", [2] * 4, False),  # as srun --distribution=cyclic deals them out
+        ("aabbcccc", [2, 2, 2, 2, 4, 4, 4, 4], False),  # what "auto" finds there
+    ],
+)
+def test_ranks_that_share_a_copy_must_be_on_one_node(nodes, sizes, is_fine):
+    message = zero_limits.scattered(list(zip(nodes, sizes, strict=True)))
+    assert (message == "") == is_fine
+    assert is_fine or "not always on one node (ranks by node: a: 2, b: 2" in message
+
+
+def test_states_on_a_disk_need_a_folder(settings, monkeypatch, tmp_path):
+    monkeypatch.setattr(zero_limits, "is_built", lambda name: True)
+    chosen = settings(next(path for path in SHIPPED if path.name == "zero3_nvme.json"))
+    offload = resolve(chosen, 1, torch.float32, 64)["zero_optimization"]["offload_optimizer"]
+    assert offload["nvme_path"] == str(tmp_path / "nvme")
+    nowhere = chosen.model_copy(update={"parallel": chosen.parallel.model_copy(update={"nvme": None})})
+    (problem,) = problems(nowhere, world_size=1)
+    assert "nvme_path` is auto: set `parallel.nvme` to a folder on each node's own disk" in problem
+
+
+def test_every_key_of_every_file_is_explained():
+    page = SHIPPED[0].with_name("README.md").read_text()
+
+    def keys(value):
+        inner = [keys(each) for each in value.values() if isinstance(each, dict)]
+        return set(value).union(*inner)
+
+    for path in SHIPPED:
+        assert f"`{path.name}`" in page or path.name == "zero3.json"
+        known = keys(json.loads(path.read_text())) - {"zero_optimization", "bf16", "enabled", "offload_param", "device"}
+        assert all(f"`{key}" in page or f".{key}`" in page for key in known), path
 
 
 @pytest.mark.parametrize("content", ["{", "[1]", "3"])

@@ -261,3 +261,15 @@ def test_three_mistakes_are_reported_together_before_a_model_is_built(launched, 
     words = ("did you mean `train.steps`", "row_length_tokens", "gradient_accumulation_steps", "not a tar", "none-*")
     for word in words:
         assert word in done.stderr, word
+
+
+@pytest.mark.slow
+def test_a_run_with_states_and_weights_on_the_host_ends_as_any_other(launched, reference):
+    config, root = launched
+    words = ("run.name=on-host", "parallel.deepspeed=ds_configs/zero3_offload_all.json", "checkpoint.every_steps=5")
+    done = launch("torchrun", config, *words)
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    found, wanted = losses(root / "on-host"), losses(reference)
+    assert found == pytest.approx(wanted, rel=SAME_IN_FP32)
+    here, there = (json.loads((folder / "summary.json").read_text()) for folder in (root / "on-host", reference))
+    assert here["eval/loss"] == pytest.approx(there["eval/loss"], rel=1e-5)

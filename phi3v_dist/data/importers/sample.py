@@ -2,24 +2,19 @@
 
 What comes in: how large and how varied it shall be. What goes out: OUT/train-SOURCE-000000.tar, …,
 OUT/validation-SOURCE-000000.tar, …, and OUT/catalogue.json with the price rule and the best scores that anyone could
-reach on the validation products. Surprise: it goes on where it was interrupted. A shard, and catalogue.json, have their
-names only once they are whole, so what has its name is never drawn twice.
+reach on the validation products. Surprise: it goes on where it was interrupted (catalogue/folder.py).
 """
 
-import io
-import json
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from statistics import fmean, median
 from typing import Any
 
-import numpy as np
-from PIL import Image
 from rich.table import Table
-from webdataset import TarWriter
 
-from phi3v_dist.data.importers.catalogue.drawing import contact_sheet, draw_photo
+from phi3v_dist.data.importers.catalogue.drawing import contact_sheet, draw_any_size
+from phi3v_dist.data.importers.catalogue.folder import JPEG_QUALITY, claim, encode_photo, write_shard
 from phi3v_dist.data.importers.catalogue.garments import GARMENTS
 from phi3v_dist.data.importers.catalogue.plan import (
     PHOTO_STREAM,
@@ -32,12 +27,11 @@ from phi3v_dist.data.importers.catalogue.plan import (
     random_stream,
 )
 from phi3v_dist.data.importers.catalogue.words import conversation, vocabulary_text
-from phi3v_dist.errors import DataError
 
 __all__ = ["CatalogueReport", "CatalogueSettings", "contact_sheet", "vocabulary_text", "write_catalogue"]
 
 VERSION = 1  # of what is drawn and of catalogue.json; a folder of another version is drawn anew, into another place
-JPEG_QUALITY = 90
+DESCRIPTION_NAME = "catalogue.json"
 MAX_PHOTOS = 4
 WITHIN_FRAC = 0.10
 
@@ -90,14 +84,15 @@ def write_catalogue(
     products = plan_products(settings)
     shards = dict(_shards(out, products, settings.samples_per_shard))
     report = _report(products, tuple(shards))
-    unfinished = _claim(out, settings, report)
+    unfinished = claim(out, DESCRIPTION_NAME, _description(settings, report))
     done = 0
     for shard, members in shards.items():
-        for number in range(1, len(members) + 1) if shard.exists() else _write_shard(shard, members, settings):
+        drawn = ({"__key__": member.product_id, **_members(member, settings)} for member in members)
+        for number in range(1, len(members) + 1) if shard.exists() else write_shard(shard, drawn):
             if progress:
                 progress(done + number, len(products))
         done += len(members)
-    unfinished.replace(out / "catalogue.json")
+    unfinished.replace(out / DESCRIPTION_NAME)
     return report
 
 
@@ -109,33 +104,11 @@ def _shards(out: Path, products: Sequence[Product], samples_per_shard: int) -> I
             yield out / f"{split}-{source}-{number:06d}.tar", members[begin : begin + samples_per_shard]
 
 
-def _claim(out: Path, settings: CatalogueSettings, report: CatalogueReport) -> Path:
-    """Make sure the folder is empty or of this catalogue; returns the description that marks it as unfinished."""
-    finished, unfinished = out / "catalogue.json", out / "catalogue.json.partial"
-    description = _description(settings, report)
-    for path in (finished, unfinished):
-        if path.exists():
-            found = json.loads(path.read_text())
-            other = [key for key, value in description["settings"].items() if found["settings"].get(key) != value]
-            other += ["version"] if found["version"] != VERSION else []
-            if other:
-                raise DataError(
-                    f"{out}: holds a catalogue with other settings ({', '.join(other)}); choose another folder, or "
-                    "delete this one"
-                )
-    if not finished.exists() and not unfinished.exists() and any(out.glob("*.tar")):
-        raise DataError(f"{out}: holds shards but no catalogue.json, so they are not ours; choose another folder")
-    out.mkdir(parents=True, exist_ok=True)
-    unfinished.write_text(json.dumps(description, indent=2) + "\n")
-    return unfinished
-
-
 def _description(settings: CatalogueSettings, report: CatalogueReport) -> dict[str, Any]:
     """catalogue.json."""
     best = {name: value for name, value in asdict(report).items() if name.startswith("best_") and value is not None}
     facts = {"price_rule": price_rule(), "counts": report.counts, "kinds": report.kinds}
-    description = {"version": VERSION, **best, **facts, "jpeg_quality": JPEG_QUALITY, "settings": asdict(settings)}
-    return json.loads(json.dumps(description))  # as it will be read again: tuples are lists
+    return {"version": VERSION, **best, **facts, "jpeg_quality": JPEG_QUALITY, "settings": asdict(settings)}
 
 
 def _report(products: Sequence[Product], shards: tuple[Path, ...]) -> CatalogueReport:
@@ -159,16 +132,6 @@ def _report(products: Sequence[Product], shards: tuple[Path, ...]) -> CatalogueR
     )  # fmt: skip
 
 
-def _write_shard(shard: Path, products: Sequence[Product], settings: CatalogueSettings) -> Iterator[int]:
-    """Write one tar under a temporary name and give it its own at the end; yields the number of samples written."""
-    partial = shard.with_name(f"{shard.name}.partial")
-    with partial.open("wb") as file, TarWriter(file, mtime=0) as writer:  # the writer's clock would change every byte
-        for number, product in enumerate(products, start=1):
-            writer.write({"__key__": product.product_id, **_members(product, settings)})
-            yield number
-    partial.replace(shard)
-
-
 def _members(product: Product, settings: CatalogueSettings) -> dict[str, Any]:
     """The sample's files by extension; the writer turns `json` into bytes."""
     rng = random_stream(settings.seed, WORD_STREAM, product.index)
@@ -188,14 +151,5 @@ def _members(product: Product, settings: CatalogueSettings) -> dict[str, Any]:
 def _photo(product: Product, view: int, settings: CatalogueSettings) -> bytes:
     """One photo as a file, of random size and shape within the settings."""
     rng = random_stream(settings.seed, PHOTO_STREAM, product.index, view)
-    low, high = np.log(settings.aspect_ratio)
-    side, ratio = rng.integers(settings.image_side_px[0], settings.image_side_px[1] + 1), np.exp(rng.uniform(low, high))
-    photo = draw_photo(product.look, rng, width=round(side * min(1, ratio)), height=round(side / max(1, ratio)))
-    return _encode(photo, settings)
-
-
-def _encode(photo: Image.Image, settings: CatalogueSettings) -> bytes:
-    file = io.BytesIO()
-    options = {"quality": JPEG_QUALITY, "subsampling": "4:2:0"} if settings.image_format == "jpeg" else {}
-    photo.save(file, format=settings.image_format, **options)
-    return file.getvalue()
+    photo = draw_any_size(product.look, rng, settings.image_side_px, settings.aspect_ratio)
+    return encode_photo(photo, settings.image_format)

@@ -107,6 +107,15 @@ def draw_photo(look: Look, rng: np.random.Generator, width: int, height: int) ->
     return light_and_noise(image.reduce(SUPERSAMPLING), rng)
 
 
+def draw_any_size(
+    look: Look, rng: np.random.Generator, side_px: tuple[int, int], aspect_ratio: tuple[float, float]
+) -> Image.Image:
+    """A photo of random size and shape: its longer side and its width / height within these limits."""
+    low, high = np.log(aspect_ratio)
+    side, ratio = rng.integers(side_px[0], side_px[1] + 1), np.exp(rng.uniform(low, high))
+    return draw_photo(look, rng, width=round(side * min(1, ratio)), height=round(side / max(1, ratio)))
+
+
 def fabric_mask(garment: Garment, view: View, canvas: tuple[int, int]) -> Image.Image:
     """255 where cloth is, 0 elsewhere."""
     mask = Image.new("L", canvas)

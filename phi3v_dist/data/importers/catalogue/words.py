@@ -18,6 +18,7 @@ QUESTIONS = {
     "photos": "What is shown in these images?",
     "card": "Which product is on this card?",
     "page": "Which product is article {article} on this page?",
+    "document": "Which product is article {article}?",
 }
 NOTE_SENTENCES = (
     "The photo was taken in our studio this morning.",
