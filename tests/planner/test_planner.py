@@ -144,6 +144,7 @@ def test_people_are_told_every_figure_and_what_it_rests_on(folder: Path, capsys)
         assert word in text
 
 
+@pytest.mark.slow
 def test_what_does_not_fit_comes_with_changes_that_make_it_fit(folder: Path, capsys, monkeypatch) -> None:
     from phi3v_dist.planner import gpus
 
