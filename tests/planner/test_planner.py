@@ -179,7 +179,7 @@ def test_wrong_words_are_refused(folder: Path, words: list[str], said: str) -> N
 
 
 def test_a_row_longer_than_the_context_is_refused(folder: Path) -> None:
-    short = model(128, 4) | {"max_position_embeddings": 1024}
+    short = model(128, 4) | {"model_type": "phi3_v", "max_position_embeddings": 1024}
     (folder / "config.json").write_text(json.dumps(short))
     with pytest.raises(ConfigError, match="context ends at 1,024"):
         ask(folder, "--nodes", "1")
