@@ -5,6 +5,8 @@ python launch/check.py --config launch/configs/quickstart.yaml --show-labels 3
 python launch/check.py --config launch/configs/quickstart.yaml --goodput-of runs/quickstart
 python launch/check.py --config launch/configs/quickstart.yaml --goodput --step-s 4 --blocked-s 0.2 --write-s 30 \\
     --restart-s 240                                 what failures will cost, by nodes and time between checkpoints
+python launch/check.py --config launch/configs/quickstart.yaml --nodes 2 --gpu h100-80
+                                                    what a step will take there; --recommend OUT.yaml, --json
 """
 
 import argparse
@@ -21,8 +23,10 @@ from phi3v_dist.cli import plain_console, run_script
 from phi3v_dist.config import Settings
 from phi3v_dist.data import outcomes, preview
 from phi3v_dist.data.order import Order
+from phi3v_dist.data.plan import PlannedRow
 from phi3v_dist.data.samples import BadSample
 from phi3v_dist.errors import ConfigError
+from phi3v_dist.planner import door
 from phi3v_dist.survive.goodput import Costs, costs_of, poisson, simulate
 from phi3v_dist.survive.interval import about, choose
 
@@ -51,10 +55,13 @@ def main() -> None:
     goodput.add_argument("--goodput-of", type=Path, metavar="RUN", help="the same, with the costs that a run had")
     for name, what in COSTS.items():
         goodput.add_argument(f"--{name.replace('_', '-')}", type=float, metavar="S", help=what)
+    door.add_options(parser)
     parser.add_argument("overrides", nargs="*", help="settings as key=value")
     arguments = parser.parse_intermixed_args()
     if arguments.goodput or arguments.goodput_of:
         return show_goodput(config.load(arguments.config, arguments.overrides), costs_from(arguments))
+    if door.is_asked(arguments):
+        return door.answer(arguments, first_rows)
     if given := [f"--{name.replace('_', '-')}" for name in COSTS if getattr(arguments, name) is not None]:
         raise ConfigError(f"{', '.join(given)}: only with --goodput or --goodput-of RUN")
     numbers = (("world_size", arguments.world_size, 1), ("show-labels", arguments.show_labels, 1))
@@ -71,6 +78,16 @@ def main() -> None:
         name_outcomes("validation", run.Data.open(settings.data.validation, settings), arguments.name)
     if arguments.show_labels:
         show_labels(settings, train, arguments.show_labels)
+
+
+def first_rows(settings: Settings) -> tuple[list[PlannedRow], int | None]:
+    """Rows of the first steps as they will be trained, and how many an epoch has. Raises what `Data.open` does."""
+    train = run.Data.open(settings.data.train, settings)
+    steps = list(itertools.islice(run.plan(settings, train), door.NUM_STEPS_SEEN))
+    rows = [row for step in steps for row in step.rows]
+    tokens = sum(row.tokens for row in rows)
+    usable = train.lengths.tokens[train.lengths.tokens <= settings.data.row_length_tokens]
+    return rows, round(int(usable.sum()) * len(rows) / tokens) if tokens else None
 
 
 def name_outcomes(side: str, data: run.Data, num_samples: int) -> None:

@@ -47,6 +47,7 @@ from phi3v_dist.parallel import zero
 from phi3v_dist.parallel.topology import Topology
 from phi3v_dist.parallel.ulysses import SequenceGroup
 from phi3v_dist.parallel.waits import Stragglers
+from phi3v_dist.planner import at_start
 from phi3v_dist.survive.checkpoint import Checkpoints
 from phi3v_dist.survive.durable import write_durably
 from phi3v_dist.survive.interval import Earlier, Interval
@@ -263,6 +264,7 @@ def build(settings: Settings, topology: Topology, attempt: Attempt, requests: Re
         )  # fmt: skip
         for line in describe(settings, train, num_steps, topology.world_size):
             log.info(line)
+        at_start.write_plan(settings, topology.world_size, device, next(iter(planner)).rows)
         log.info("saves    %s", run.saver.interval)
     return run
 

@@ -40,6 +40,7 @@ dry_run() {
   else
     echo "The settings say, for $((nodes * ranks)) rank(s), $ranks on each node (PHI3V_RANKS_PER_NODE=… says another number):"
     "${inside[@]}" python launch/check.py --world_size "$((nodes * ranks))" --config "$@" || exit $?
+    "${inside[@]}" python launch/check.py --nodes "$nodes" --gpus-per-node "$ranks" --brief --config "$@" || exit $?
   fi
   command -v sbatch >/dev/null || give_up 0 "there is no sbatch here, so Slurm was not asked"
   printf '\nSlurm says:\n'

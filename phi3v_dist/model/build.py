@@ -43,7 +43,6 @@ def problems(settings: Settings, device: torch.device) -> list[str]:
         lambda: lora_targets(model, settings.train),
         lambda: proven_backend(settings, device),
         lambda: _require_longrope_said(settings, start),
-        lambda: require_heads_divide(settings),
     ]
     found = []
     for look in looks:
@@ -51,7 +50,28 @@ def problems(settings: Settings, device: torch.device) -> list[str]:
             look()
         except Phi3VError as error:
             found += error.problems
+    return found + size_problems(settings)
+
+
+def size_problems(settings: Settings) -> list[str]:
+    """What in the settings the model's own sizes forbid; only config.json is read."""
+    found: list[str] = []
+    for look in (require_heads_divide, _require_in_context):
+        try:
+            look(settings)
+        except ConfigError as error:
+            found += error.problems
     return found
+
+
+def _require_in_context(settings: Settings) -> None:
+    """Raises ConfigError when a row is longer than the positions that the model was made for."""
+    wanted, most = settings.data.row_length_tokens, read_config(settings.model.path)["max_position_embeddings"]
+    if wanted > most:
+        raise ConfigError(
+            f"`data.row_length_tokens` is {wanted:,}, but the model's context ends at {most:,} tokens "
+            f"(max_position_embeddings in config.json): set data.row_length_tokens={most}"
+        )
 
 
 def require_heads_divide(settings: Settings) -> None:

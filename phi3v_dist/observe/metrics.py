@@ -73,6 +73,7 @@ _TRAINING = (
     Metric("data/pack_efficiency", "frac", "up", "share of row positions that hold a token of a sample", "Packing"),
     Metric("data/quarantined", "samples", "down", "bad samples left out so far", None),
     Metric("mem/host_rss_gib", "GiB", "down", "resident memory of the process", None),
+    Metric("mem/alloc_peak_gib", "GiB", "down", "most that tensors took on rank 0's GPU so far", None),
     Metric("ckpt/save_s", "s", "down", "one checkpoint, from its copy to its commit", None),
     Metric("ckpt/size_gib", "GiB", "down", "bytes of one checkpoint, over all ranks", None),
     Metric(ATTEMPT, "attempts", None, "which start of the run logged this row, from 1", None),
@@ -188,6 +189,8 @@ def format_seconds(seconds: Number) -> str:
 
 def step_row(result: "phi3v_dist.train.step.StepResult", row_length_tokens: int, world_size: int) -> dict[str, Number]:
     """The registered numbers of one optimizer step."""
+    import torch  # a report needs the names alone
+
     step_s = sum(result.seconds.values())
     return {
         STEP: result.step,
@@ -202,4 +205,5 @@ def step_row(result: "phi3v_dist.train.step.StepResult", row_length_tokens: int,
         "data/stall_pct": min(100.0, 100 * result.data_wait_s / step_s),
         "data/pack_efficiency": result.tokens / (result.rows * row_length_tokens),
         "mem/host_rss_gib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20,
+        **({"mem/alloc_peak_gib": torch.cuda.max_memory_allocated() / 2**30} if torch.cuda.is_available() else {}),
     }

@@ -5,6 +5,7 @@ has no script and may fetch nothing (its own security policy says so), so it can
 years. Text of samples goes through the template's escaping and can do nothing.
 """
 
+import json
 import logging
 import re
 from collections.abc import Iterator, Mapping
@@ -20,6 +21,7 @@ from phi3v_dist.observe.panels import result_panels, speed_panels, training_pane
 from phi3v_dist.observe.run_folder import Run, read_run
 from phi3v_dist.observe.verdict import sentence, tiles
 
+PLAN_NAME = "plan.json"  # planner/at_start.py writes it
 logger = logging.getLogger(__name__)
 
 RAN_WITH = re.compile(r"(^|\.)(versions\.\w+|commit)$")  # settings that say what the run ran with
@@ -110,12 +112,23 @@ def _facts(run: Run) -> list[tuple[str, str]]:
     for metric in filter(None, map(lookup, COUNTS)):
         if metric.name in last:
             facts.append((metric.help, format_value(metric.name, last[metric.name])))
+    facts += _planned_and_measured(run, last)
     flat = dict(_flatten(run.config))
     facts += [(name.rpartition(".")[2], value) for name, value in flat.items() if RAN_WITH.search(name)]
     facts += [(name, value) for name, value in flat.items() if name.startswith("data.") and "shard" in name]
     if (run.folder / "wandb-id").is_file():
         facts.append(("W&B", f"wandb leet {run.folder}/wandb (in a terminal), or `wandb sync` to upload"))
     return facts
+
+
+def _planned_and_measured(run: Run, last: Mapping[str, Number]) -> list[tuple[str, str]]:
+    """What the planner said of a rank's memory beside what the GPU's allocator counted."""
+    path = run.folder / PLAN_NAME
+    if not path.is_file():
+        return []
+    planned, measured = json.loads(path.read_text())["traced_bytes"] / 2**30, last.get("mem/alloc_peak_gib")
+    said = "not measured (no GPU)" if measured is None else f"{measured:.2f} GiB ({planned / measured - 1:+.0%})"
+    return [("memory of a rank's tensors at their peak, planned and measured", f"{planned:.2f} GiB; {said}")]
 
 
 def _settings(config: Mapping[str, Any]) -> list[tuple[str, list[tuple[str, str]]]]:
