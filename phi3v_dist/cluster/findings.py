@@ -38,17 +38,6 @@ class Findings:
         return {host: found[host] for host in self.hosts if host in found}
 
     @property
-    def silent(self) -> list[str]:
-        """Nodes of `bad` of which no more is known than that they gave no report in time.
-
-        They are to be left out of this start, and asked again at the next.
-        """
-        told = {
-            host for entry in self.entries if entry.level == PROBLEM and entry.check != REPORT for host in entry.hosts
-        }
-        return [host for host in self.bad if host not in told]
-
-    @property
     def good(self) -> list[str]:
         bad = self.bad
         return [host for host in self.hosts if host not in bad]
