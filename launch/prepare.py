@@ -169,7 +169,7 @@ def import_records(arguments: argparse.Namespace) -> None:
             bar.update(tasks[stage], completed=done, total=total)
 
         manifest = Import(arguments.source, arguments.out, mapping, arguments.model, show).run()
-    plain_console().print(starter.tables(arguments.out, manifest))
+    plain_console().print(starter.tables(arguments.out, manifest), crop=False)
 
 
 def fetch_weights(arguments: argparse.Namespace) -> None:

@@ -221,7 +221,8 @@ def _memory_report(
             f"{total / GIB:.1f} in all"
         )
     found.append(
-        "lower `data.row_length_tokens` (activations grow with it), then `model.vision_chunk_crops`; keep "
-        "`model.gradient_checkpointing` on, or use more ranks. Started again, the run goes on from its last checkpoint"
+        "keep `model.gradient_checkpointing` on, raise `parallel.sequence` (so many ranks share each row), set "
+        "`model.offload_activations`, take ds_configs/zero3_offload.json, or lower `data.row_length_tokens`; "
+        "launch/check.py --nodes N says what fits. Started again, the run goes on from its last checkpoint"
     )
     return found

@@ -151,10 +151,10 @@ def test_a_bad_sample_becomes_filling_and_moves_nothing(shards: Path, tiny_model
         begin = int(after.layout.cu_seqlens[(after.layout.cu_seqlens <= changed[0]).nonzero()[-1, 0]])
         here = slice(begin, begin + tokens)
         pad_id = damaged.decoder.processor.tokenizer.pad_token_id
-        assert set(after.input_ids[0, here].tolist()) == {pad_id} and set(after.labels[0, here].tolist()) == {IGNORE}
-        kept = torch.ones(after.input_ids.shape[1], dtype=torch.bool)
-        kept[here] = False
-        assert torch.equal(after.labels[0, kept], before.labels[0, kept])
+        assert set(after.input_ids[0, here].tolist()) == {pad_id}
+        elsewhere = (before.layout.target_positions < begin) | (before.layout.target_positions >= begin + tokens)
+        assert torch.equal(after.layout.target_positions, before.layout.target_positions[elsewhere])
+        assert torch.equal(after.layout.targets, before.layout.targets[elsewhere])
         assert after.label_tokens == before.label_tokens - damaged.planner.lengths.label_tokens[victim]
     assert sum(len(batch.quarantined) for batch in steps[0]) == 1
 

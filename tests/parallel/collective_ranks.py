@@ -106,7 +106,8 @@ class Mix:
         )
         planner = Planner(
             lambda begin, end: np.arange(begin, end), lengths, rows_per_step=self.rows_per_step,
-            row_length_tokens=PACKED_TOKENS, window_samples=num_samples, packing=self.packing, seed=0, end=num_samples,
+            row_length_tokens=PACKED_TOKENS, window_samples=self.rows_per_step * self.samples_per_row,
+            packing=self.packing, seed=0, end=num_samples,
         )  # fmt: skip
         micro_steps = -(-self.rows_per_step // num_consumers)
         rank = sequence.rank if sequence.size > 1 else 1

@@ -50,10 +50,10 @@ SKIPPED = {2: "loss", 3: "gradients", 4: "inf", 5: "labels"}
 class Rows(collective_ranks.Mix):
     """Two micro-steps a step, and an empty row; no sample of step 5 can be decoded."""
 
-    def example(self, sample_id, planned_tokens, out):
+    def example(self, sample_id, planned_tokens, out, rank):
         if SKIPPED.get(sample_id // self.rows_per_step + 1) == "labels":
             raise BadSample("drawn", str(sample_id), "none of its step can be decoded")
-        return super().example(sample_id, planned_tokens, out)
+        return super().example(sample_id, planned_tokens, out, rank)
 
 
 def build(folder: Path, topology: Topology, rows: Rows, dtype: str, threshold: int = 200):

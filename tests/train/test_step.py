@@ -86,7 +86,7 @@ def test_a_full_accelerator_is_reported_with_the_batch_of_that_moment_and_what_t
     report = raised.value.report()
     assert "rank 0 on node-a, step 7: CUDA out of memory. Tried to allocate 2.00 GiB" in report
     assert "4 tokens in 1 documents, 1 crops of 0 pictures" in report and "more lines" not in report
-    assert "data.row_length_tokens" in report and "model.vision_chunk_crops" in report
+    assert "data.row_length_tokens" in report and "parallel.sequence" in report
     assert raised.value.exit_code == 9
 
 

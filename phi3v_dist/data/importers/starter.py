@@ -82,7 +82,7 @@ def tables(out: Path, manifest: dict[str, Any]) -> RenderableType:
         lines.append("no train split: too few samples for its share")
     lines += ["", "what to train with is in train.yaml: look at `model.path` first"]
     lines += [f"next: python launch/check.py --config {out / 'train.yaml'}"]
-    return Group(table, Text("\n".join(lines)))
+    return Group(table, Text("\n".join(lines), overflow="ignore", no_wrap=True))  # a path can be copied
 
 
 def _size(size_bytes: int) -> str:
