@@ -123,10 +123,11 @@ class Watcher:
             all_came = len(self.ranks) >= self.num_ranks
             if not running and (all_came or self.verdict or self.now_s - began_s > FIRST_RANK_S):
                 break
-            if not any(find() for find in (self._find_dead, self._find_failed, self._hear_others, self._find_left)):
+            looks = (self._find_ended_elsewhere, self._find_dead, self._find_failed, self._hear_others, self._find_left)
+            if not any(find() for find in looks):
                 self._find_stuck()
         if self.verdict is None:
-            self._find_dead() or self._find_failed()
+            self._find_ended_elsewhere() or self._find_dead() or self._find_failed()
         self.status = self.verdict.kind if self.verdict else ENDED
         self._report()
         remove_own(self.folder)
@@ -166,6 +167,19 @@ class Watcher:
             if rank.alive and not processes.is_alive(pid, rank.beats.started):
                 rank.alive, rank.died_s = False, self.now_s
             rank.outcome = rank.outcome or rank.beats.outcome
+
+    def _find_ended_elsewhere(self) -> bool:
+        """Whether ranks are gone because another node has judged a hang: it says so before it ends its own ranks, and
+        ours may lose the connection to them before we have read it."""
+        gone = any(rank.outcome == FAILED or not (rank.alive or rank.outcome) for rank in self.ranks.values())
+        if self.verdict or not gone:
+            return False
+        self.neighbours.look(self.now_s)
+        judged = self.neighbours.judged()
+        if judged is None or judged.verdict is None or judged.verdict.kind != HANG:
+            return False
+        self._conclude(judged.verdict, 0.0, elsewhere=judged.host)
+        return True
 
     def _find_dead(self) -> bool:
         """A process that is gone without a last word. The others are given a second to say what they saw of it."""

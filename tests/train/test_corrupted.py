@@ -88,6 +88,7 @@ def compare(tree: dict, folder: Path, num_samples: int, share: float) -> None:
     assert after[min(bad.values())] != before[min(bad.values())]
 
 
+@pytest.mark.slow
 @pytest.mark.fault(65)
 @pytest.mark.fault(81)
 def test_one_percent_of_damaged_samples_moves_nothing_else(settings_tree: dict, tmp_path: Path) -> None:

@@ -81,6 +81,7 @@ def test_a_killed_run_continues_bit_for_bit(launched, reference):
     assert again.returncode == 0 and "finished" in again.stdout
 
 
+@pytest.mark.slow  # tests/parallel/test_equal_collectives.py shows it in less time
 def test_rows_with_and_without_pictures_share_a_step(launched):
     """One sample a row: in most micro-steps one rank has a picture and the other has none."""
     config, root = launched

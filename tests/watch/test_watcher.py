@@ -18,7 +18,7 @@ from phi3v_dist.watch import neighbours, processes, stacks
 from phi3v_dist.watch.attempts import read_attempts
 from phi3v_dist.watch.beat_file import BeatFile, Lane, folder_of, read_beats
 from phi3v_dist.watch.blame import TRAIN, Actor
-from phi3v_dist.watch.node_report import NodeReport, read_report, report_path, stacks_text_path
+from phi3v_dist.watch.node_report import NodeReport, Verdict, read_report, report_path, stacks_text_path
 from phi3v_dist.watch.watcher import Watcher
 
 HANG_S = 2.0
@@ -112,7 +112,9 @@ def test_a_rank_that_is_slow_but_alive_raises_no_alarm(tmp_path):
 def test_watchers_of_two_nodes_agree_through_files_alone(tmp_path):
     """The clocks of the nodes are never compared: nothing in the files but durations."""
     loop = Loop.start(tmp_path, ["n0", "n1"], 1, hang_s=HANG_S, PHI3V_FAULT="1:forward:5:hang")
-    assert loop.wait() == [-signal.SIGKILL] * 2
+    waiting, stuck = loop.wait()
+    assert stuck == -signal.SIGKILL
+    assert waiting in (-signal.SIGKILL, 1), "its own watcher ends it, or the connection to the other, ended before it"
     assert blamed(loop, "n0") == blamed(loop, "n1") == [(1, "forward", 5)]
     for node in loop.nodes:
         assert "most recent call first" in stacks_text_path(loop.attempt_folder, node).read_text()
@@ -346,3 +348,15 @@ def test_a_counter_of_memory_kills_that_rises_is_seen(tmp_path, monkeypatch):
     assert not processes.kills_again(counters)
     events.write_text("low 0\noom 1\noom_kill 2\n")
     assert processes.kills_again(counters)
+
+
+@pytest.mark.parametrize(("kind", "is_taken"), [("hang", True), ("failed", False)])
+def test_a_rank_that_lost_its_connection_to_a_node_that_judged_a_hang_is_not_to_blame(asking, kind, is_taken):
+    """Other verdicts may come from a rank that was lost because of ours."""
+    one, alive = asking
+    said = Verdict(kind, [f"{kind}: rank 1 on n1"], [actor(1, "forward", host="n1", waits=False)])
+    NodeReport("n1", kind, [], [], verdict=said).write(one.attempt_folder)
+    alive.close("failed", "connection reset by peer", 1)
+    one._look()
+    assert one._find_ended_elsewhere() == is_taken
+    assert [found.rank for found in one.verdict.blamed] == [1] if is_taken else one.verdict is None
