@@ -364,11 +364,13 @@ class Watcher:
             time.sleep(TICK_S / 5)
             self.now_s = time.monotonic()
             self._look()
-        for rank in self.ranks.values():
-            if rank.alive and whom(rank):
-                rank.outcome = rank.outcome or "ended"
+        ended = [rank for rank in self.ranks.values() if rank.alive and whom(rank)]
+        for rank in ended:
+            rank.outcome = rank.outcome or "ended"
+        for number in (signal.SIGSTOP, signal.SIGKILL):  # stopped first, none sees another one go and says so
+            for rank in ended:
                 with contextlib.suppress(ProcessLookupError):
-                    os.kill(rank.beats.pid, signal.SIGKILL)
+                    os.kill(rank.beats.pid, number)
 
     def _report(self) -> None:
         """Write the file of this node, when it says something new."""
