@@ -82,7 +82,7 @@ class ModelSettings(Section):
     dtype: Literal["auto", "bf16", "fp32"] = "auto"
     """Compute type; `auto` is bf16 on GPUs that have it and fp32 elsewhere. Master weights are always fp32."""
     gradient_checkpointing: bool = True
-    """Recompute each layer in the backward pass: about a third more work, most of the activation memory saved."""
+    """Recompute each layer in the backward pass: about a quarter more work, most of the activation memory saved."""
     mlp_chunk_tokens: int | None = Field(4096, ge=1)
     """With gradient checkpointing: most tokens that a layer's feed-forward part takes at once; null: no limit."""
     offload_activations: bool = False

@@ -26,6 +26,7 @@ from phi3v_dist.model.sources import initial_weights, pinned, recorded_settings,
 from phi3v_dist.model.weights import check_names, load_weights
 from phi3v_dist.parallel import zero
 from phi3v_dist.parallel.topology import Topology
+from phi3v_dist.parallel.ulysses import group_sizes
 
 
 def problems(settings: Settings, device: torch.device) -> list[str]:
@@ -79,8 +80,7 @@ def require_heads_divide(settings: Settings) -> None:
     size, config = settings.parallel.sequence, read_config(settings.model.path)
     heads = config["num_attention_heads"]
     kv_heads = config.get("num_key_value_heads", heads)
-    possible = [n for n in range(1, heads + 1) if heads % n == 0 and (kv_heads % n == 0 or n % kv_heads == 0)]
-    if size not in possible:
+    if size not in (possible := group_sizes(heads, kv_heads)):
         raise ConfigError(
             f"`parallel.sequence` is {size}, but the model's {heads} attention heads ({kv_heads} of keys and values) "
             f"cannot be divided among so many ranks: take one of {', '.join(map(str, possible))}"
@@ -144,8 +144,9 @@ def describe(settings: Settings, device: torch.device) -> list[str]:
     idle = {f"train.learning_rate.{part}": f"{part} is frozen" for part in sorted(given) if parts[part] == "frozen"}
     if not lora and "lora" in train.model_fields_set:
         idle["train.lora"] = "no part is set to lora"
-    if not settings.model.gradient_checkpointing and "vision_chunk_crops" in settings.model.model_fields_set:
-        idle["model.vision_chunk_crops"] = "`model.gradient_checkpointing` is off"
+    if not settings.model.gradient_checkpointing:
+        chunks = sorted({"vision_chunk_crops", "mlp_chunk_tokens"} & settings.model.model_fields_set)
+        idle |= {f"model.{name}": "`model.gradient_checkpointing` is off" for name in chunks}
     if settings.model.offload_activations and (why := _why_not_offloaded(settings, device)):
         idle["model.offload_activations"] = why
     if settings.parallel.nvme and not zero.uses_nvme(settings.parallel.deepspeed):

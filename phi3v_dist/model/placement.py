@@ -59,7 +59,7 @@ class Placement:
 
     @classmethod
     def of(
-        cls, sizes: Int[Tensor, "images 2"], positions: Int[Tensor, " row_image_tokens"], num_tokens: int = 0,
+        cls, sizes: Int[Tensor, "images 2"], positions: Int[Tensor, " row_image_tokens"], num_tokens: int,
         group: SequenceGroup = ALONE,
     ) -> "Placement":  # fmt: skip
         """For one rank of a group.
@@ -67,7 +67,7 @@ class Placement:
         Args:
             sizes: padded (height, width) of the row's pictures, in order.
             positions: of their tokens in the whole row, ascending.
-            num_tokens: of a slice; a rank alone has no need of it.
+            num_tokens: of a slice, which is the whole row of a rank alone.
         """
         whole, places = _sources([(height, width) for height, width in sizes.tolist()]), positions.numpy()
         num_crops = sum(num_crops_of(height, width) for height, width in sizes.tolist())
@@ -75,7 +75,7 @@ class Placement:
         owner = np.searchsorted([share.stop for share in shares], whole // CELLS, side="right")
         owner[whole < 0] = -1  # separators: every rank has them
         own, is_own = shares[group.rank], owner == group.rank
-        receiver = places // num_tokens if group.size > 1 else np.zeros_like(places)
+        receiver = places // num_tokens
         ours = receiver == group.rank
         by_sender = np.argsort(owner[ours], kind="stable")
         num_separators = int((owner[ours] < 0).sum())
@@ -83,7 +83,7 @@ class Placement:
         sources[by_sender] = np.arange(len(sources)) + SEPARATORS - num_separators
         sources[owner[ours] < 0] = whole[ours][owner[ours] < 0] + SEPARATORS
         return cls(
-            positions=torch.from_numpy(places[ours] - (num_tokens * group.rank if group.size > 1 else 0)),
+            positions=torch.from_numpy(places[ours] - num_tokens * group.rank),
             sources=torch.from_numpy(sources),
             cells=torch.from_numpy(whole[is_own] - own.start * CELLS),  # tokens are in order, so are their receivers
             send=tuple(np.bincount(receiver[is_own], minlength=group.size).tolist()),
@@ -104,7 +104,7 @@ class Placement:
         if wanted != len(positions):
             found = f"{wanted} image tokens, the text has {len(positions)} places for them"
             raise ValueError(f"pictures of sizes {sizes.tolist()} give {found}")
-        return cls.of(sizes, positions).to(input_ids.device)
+        return cls.of(sizes, positions, input_ids.shape[1]).to(input_ids.device)
 
     def to(self, device: torch.device) -> "Placement":
         """The same with its tensors on a device."""

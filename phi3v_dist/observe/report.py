@@ -5,7 +5,6 @@ has no script and may fetch nothing (its own security policy says so), so it can
 years. Text of samples goes through the template's escaping and can do nothing.
 """
 
-import json
 import logging
 import re
 from collections.abc import Iterator, Mapping
@@ -20,8 +19,8 @@ from phi3v_dist.observe.metrics import STEP, Number, format_value, lookup
 from phi3v_dist.observe.panels import result_panels, speed_panels, training_panels
 from phi3v_dist.observe.run_folder import Run, read_run
 from phi3v_dist.observe.verdict import sentence, tiles
+from phi3v_dist.planner.record import read_plan
 
-PLAN_NAME = "plan.json"  # planner/at_start.py writes it
 logger = logging.getLogger(__name__)
 
 RAN_WITH = re.compile(r"(^|\.)(versions\.\w+|commit)$")  # settings that say what the run ran with
@@ -123,10 +122,10 @@ def _facts(run: Run) -> list[tuple[str, str]]:
 
 def _planned_and_measured(run: Run, last: Mapping[str, Number]) -> list[tuple[str, str]]:
     """What the planner said of a rank's memory beside what the GPU's allocator counted."""
-    path = run.folder / PLAN_NAME
-    if not path.is_file():
+    plan = read_plan(run.folder)
+    if "traced_bytes" not in plan:
         return []
-    planned, measured = json.loads(path.read_text())["traced_bytes"] / 2**30, last.get("mem/alloc_peak_gib")
+    planned, measured = plan["traced_bytes"] / 2**30, last.get("mem/alloc_peak_gib")
     said = "not measured (no GPU)" if measured is None else f"{measured:.2f} GiB ({planned / measured - 1:+.0%})"
     return [("memory of a rank's tensors at their peak, planned and measured", f"{planned:.2f} GiB; {said}")]
 

@@ -26,23 +26,28 @@ from phi3v_dist.parallel.waits import WAITS
 class SequenceGroup:
     """Consecutive ranks that share each row, every one with a slice of its tokens. One rank alone has the whole row.
 
-    rank: place in the group, and number of the slice.
+    rank: place in the group, and number of the slice. handle: the process group of tensors; words: of everything else,
+        on the CPU, so that asking each other does not wait for a GPU.
     """
 
     size: int = 1
     rank: int = 0
     handle: Any = None
+    words: Any = None
 
     @classmethod
     def form(cls, topology: Topology, size: int) -> "SequenceGroup":
         """This rank's group. All ranks call it together; `size` divides their number."""
         if size == 1:
             return ALONE
-        ours = None
+        ours = ALONE
         for begin in range(0, topology.world_size, size):  # each rank must know of every group
-            handle = dist.new_group(list(range(begin, begin + size)))
-            ours = handle if begin <= topology.rank < begin + size else ours
-        return cls(size, topology.rank % size, ours)
+            ranks = list(range(begin, begin + size))
+            handle = dist.new_group(ranks)
+            words = handle if topology.device.type == "cpu" else dist.new_group(ranks, backend="gloo")
+            if topology.rank in ranks:
+                ours = cls(size, topology.rank - begin, handle, words)
+        return ours
 
     def share(self, total: int, rank: int | None = None) -> range:
         """What falls to a rank (default: this one) of so many equal things: shares differ by one at most."""
@@ -64,7 +69,7 @@ class SequenceGroup:
         values = [value] * self.size
         if self.size > 1:
             with WAITS.waiting():
-                dist.all_gather_object(values, value, group=self.handle)
+                dist.all_gather_object(values, value, group=self.words)
         return values
 
 
@@ -86,6 +91,12 @@ def _all_to_all(rows: Tensor, send: list[int], receive: list[int], handle: Any) 
     received = rows.new_empty(sum(receive), *rows.shape[1:])
     WAITS.count(dist.all_to_all_single, received, rows.contiguous(), receive, send, group=handle)
     return received
+
+
+def group_sizes(num_heads: int, num_kv_heads: int) -> list[int]:
+    """How many ranks may share a row of a model with so many heads: those that `to_heads` can give equal shares."""
+    sizes = [size for size in range(1, num_heads + 1) if num_heads % size == 0]
+    return [size for size in sizes if num_kv_heads % size == 0 or size % num_kv_heads == 0]
 
 
 def to_heads(group: SequenceGroup, *parts: Float[Tensor, "1 _ tokens head_dim"]) -> list[Tensor]:

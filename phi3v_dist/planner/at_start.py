@@ -19,9 +19,8 @@ from phi3v_dist.data.plan import PlannedRow
 from phi3v_dist.model.build import compute_dtype
 from phi3v_dist.model.official_config import read_config
 from phi3v_dist.parallel import zero
-from phi3v_dist.survive.durable import write_durably
+from phi3v_dist.planner.record import keep_plan, read_plan
 
-PLAN_NAME = "plan.json"
 FORMAT = 1
 GIB = 2**30
 log = logging.getLogger(__name__)
@@ -29,7 +28,6 @@ log = logging.getLogger(__name__)
 
 def write_plan(settings: Settings, world_size: int, device: torch.device, rows: Sequence[PlannedRow]) -> None:
     """Say what a rank will hold, and keep it in the run folder. For rank 0."""
-    path = settings.run.folder / PLAN_NAME
     dtype = compute_dtype(settings.model.dtype, device)
     config = read_config(settings.model.path)
     ds_config = zero.resolve(settings, world_size, dtype, config["hidden_size"])
@@ -37,14 +35,14 @@ def write_plan(settings: Settings, world_size: int, device: torch.device, rows: 
     words = [FORMAT, world_size, device.type, str(dtype), ds_config, config, [str(row) for row in rows],
              *(section.model_dump(mode="json") for section in sections)]  # fmt: skip
     digest = hashlib.sha256(json.dumps(words, sort_keys=True).encode()).hexdigest()[:16]
-    known = json.loads(path.read_text()) if path.is_file() else {}
+    known = read_plan(settings.run.folder)
     if known.get("digest") != digest:
         try:
             known = {"digest": digest} | _compute(settings, world_size, device, dtype, config, ds_config, rows)
         except Exception as error:  # whatever it is: training needs no plan
             log.warning("plan     could not be made: %s: %s", type(error).__name__, error)
             return
-        write_durably(path, json.dumps(known) + "\n")
+        keep_plan(settings.run.folder, known)
     largest = sorted(known["causes"].items(), key=lambda item: -item[1])[:3]
     parts = ", ".join(f"{name} {size / GIB:.2f}" for name, size in largest)
     log.info("plan     %.2f GiB a rank at the worst moment (%s); docs/planner.md", known["peak_bytes"] / GIB, parts)

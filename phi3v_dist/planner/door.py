@@ -60,7 +60,7 @@ def answer(arguments: argparse.Namespace, rows: Rows) -> None:
     changes: dict[str, object] = {}
     if arguments.recommend:
         plan, changes = recommend(settings, cluster, row, row_is, efficiency, epoch_rows)
-        write_config(arguments.recommend, Path(arguments.config), changes)
+        write_config(arguments.recommend, Path(arguments.config), arguments.overrides, changes)
     else:
         plan = make_plan(settings, cluster, row, row_is, efficiency, epoch_rows)
     if arguments.json:

@@ -16,6 +16,7 @@ from phi3v_dist.errors import ConfigError
 from phi3v_dist.model import build as model_build
 from phi3v_dist.model.official_config import read_config
 from phi3v_dist.parallel import zero
+from phi3v_dist.parallel.ulysses import group_sizes
 from phi3v_dist.planner.cost import EFFICIENCY, Cluster, Cost, cost
 from phi3v_dist.planner.memory import GIB, Memory, memory, owners, unseen_terms
 from phi3v_dist.planner.row import RowShape, timeline
@@ -137,7 +138,7 @@ def _plan(
     require_possible(settings, cluster)
     config = read_config(settings.model.path)
     dtype = torch.float32 if settings.model.dtype == "fp32" else torch.bfloat16
-    ds_config = zero.resolve(settings, cluster.ranks, dtype, config["hidden_size"])
+    ds_config = zero.resolve(settings, cluster.ranks, dtype, config["hidden_size"], cluster.gpus_per_node)
     held_by = owners(config, settings.model, settings.train)
     weights = [weight for own in held_by.values() for weight in own]
     share = zero_share(weights, ds_config, cluster.ranks, dtype.itemsize)
@@ -171,6 +172,13 @@ def changed(settings: Settings, changes: Changes) -> Settings:
     return settings
 
 
+def sharing(config: dict[str, Any], cluster: Cluster) -> list[int]:
+    """How many ranks may share a row there, all of them on one node, where exchanges are fast."""
+    heads = config["num_attention_heads"]
+    sizes = group_sizes(heads, config.get("num_key_value_heads", heads))
+    return [size for size in sizes if cluster.gpus_per_node % size == 0]
+
+
 def ladder(settings: Settings, config: dict[str, Any], cluster: Cluster) -> Iterator[tuple[str, Changes]]:
     """Changes that save memory, the cheapest first, and how each is said."""
     model = settings.model
@@ -180,11 +188,9 @@ def ladder(settings: Settings, config: dict[str, Any], cluster: Cluster) -> Iter
         yield "model.mlp_chunk_tokens=4096", {"model.mlp_chunk_tokens": 4096}
     if model.vision_chunk_crops > 8:
         yield "model.vision_chunk_crops=8", {"model.vision_chunk_crops": 8}
-    heads = config.get("num_key_value_heads", config["num_attention_heads"])
-    sequence = 2 * settings.parallel.sequence
-    while heads % sequence == 0 and cluster.ranks % sequence == 0 and sequence <= cluster.gpus_per_node:
-        yield f"parallel.sequence={sequence}", {"parallel.sequence": sequence}
-        sequence *= 2
+    for sequence in sharing(config, cluster):
+        if sequence > settings.parallel.sequence:
+            yield f"parallel.sequence={sequence}", {"parallel.sequence": sequence}
     if not model.offload_activations:
         yield "model.offload_activations=true", {"model.offload_activations": True}
     offload = settings.parallel.deepspeed.with_name("zero3_offload.json")

@@ -6,18 +6,19 @@ seconds, so the candidates are sorted first, and only as many traced as it takes
 """
 
 import itertools
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import yaml
 
 from phi3v_dist.config import Settings
+from phi3v_dist.config_file import merge
 from phi3v_dist.errors import ConfigError
 from phi3v_dist.model import build as model_build
 from phi3v_dist.model.official_config import read_config
 from phi3v_dist.planner.cost import HOST_COPY_BANDWIDTH, Cluster, cost
-from phi3v_dist.planner.plan import Changes, Plan, changed, make_plan, trained_parameters
+from phi3v_dist.planner.plan import Changes, Plan, changed, make_plan, sharing, trained_parameters
 from phi3v_dist.planner.row import RowShape
 from phi3v_dist.survive.durable import write_durably
 
@@ -55,9 +56,9 @@ def recommend(
     )
 
 
-def write_config(path: Path, config: Path, changes: Changes) -> None:
-    """The YAML file `config` with these keys changed, as another file."""
-    tree: dict[str, Any] = yaml.safe_load(config.read_text()) or {}
+def write_config(path: Path, config: Path, overrides: Sequence[str], changes: Changes) -> None:
+    """The YAML file `config` with the words of the command line and these changes in it, as another file."""
+    tree, _ = merge(config, overrides)  # they were found right when the settings were loaded
     for key, value in changes.items():
         section, _, name = key.partition(".")
         part = tree.setdefault(section, {})
@@ -67,14 +68,12 @@ def write_config(path: Path, config: Path, changes: Changes) -> None:
 
 
 def _candidates(settings: Settings, config: dict[str, Any], cluster: Cluster) -> Iterator[Changes]:
-    heads = config["num_attention_heads"]
-    kv_heads = config.get("num_key_value_heads", heads)
-    most = min(cluster.ranks, cluster.gpus_per_node)
-    shared = [n for n in (1, 2, 4, 8, 16) if n <= most and cluster.ranks % n == 0 and heads % n == kv_heads % n == 0]
     files = [settings.parallel.deepspeed]
     offload = settings.parallel.deepspeed.with_name("zero3_offload.json")
     files += [offload] if offload.is_file() and offload not in files else []
-    for sequence, recompute, away, file in itertools.product(shared, (False, True), (False, True), files):
+    for sequence, recompute, away, file in itertools.product(
+        sharing(config, cluster), (False, True), (False, True), files
+    ):
         if away and not recompute:
             continue
         chosen: Changes = {

@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import logging
 from dataclasses import replace
 from pathlib import Path
 
@@ -21,7 +22,7 @@ from phi3v_dist.errors import ConfigError, DataError
 from phi3v_dist.model.flops import PATCH_PIXELS, PATCHES, attention_pair, flops
 from phi3v_dist.model.official_config import read_config
 from phi3v_dist.model.vision import clip_config
-from phi3v_dist.planner import door, row, unroll
+from phi3v_dist.planner import at_start, door, record, row, unroll
 from phi3v_dist.planner.row import RowShape, full_row, timeline
 
 NONE = Path("none")
@@ -156,10 +157,10 @@ def test_what_does_not_fit_comes_with_changes_that_make_it_fit(folder: Path, cap
     assert not found["fits"] and found["changes"][0] == "model.gradient_checkpointing=true"
     ask(folder, *words, "--recommend", str(folder / "out.yaml"))
     assert "fits" in capsys.readouterr().out
-    ask(folder, "--nodes", "1", "--gpu", "small", "--config", str(folder / "out.yaml"), "--json",
-        "data.row_length_tokens=131072")  # fmt: skip
+    ask(folder, "--nodes", "1", "--gpu", "small", "--config", str(folder / "out.yaml"), "--json")
     assert json.loads(capsys.readouterr().out)["fits"]
-    assert settings_file.load(folder / "out.yaml").parallel.deepspeed.is_file()
+    chosen = settings_file.load(folder / "out.yaml")
+    assert chosen.parallel.deepspeed.is_file() and chosen.data.row_length_tokens == 131072, "the word is in it, too"
 
 
 @pytest.mark.parametrize(
@@ -183,3 +184,23 @@ def test_a_row_longer_than_the_context_is_refused(folder: Path) -> None:
     (folder / "config.json").write_text(json.dumps(short))
     with pytest.raises(ConfigError, match="context ends at 1,024"):
         ask(folder, "--nodes", "1")
+
+
+def test_a_run_keeps_its_plan_and_makes_one_that_is_damaged_again(folder: Path, caplog) -> None:
+    settings = settings_file.load(folder / "run.yaml", [f"run.root={folder}", "run.name=own"])
+    settings.run.folder.mkdir()
+    rows = [PlannedRow((0, 1), tokens=1500, squared_tokens=1500**2, label_tokens=900, crops=4)]
+    path = settings.run.folder / record.PLAN_NAME
+    with caplog.at_level(logging.INFO):
+        at_start.write_plan(settings, 2, torch.device("cpu"), rows)
+    assert "GiB a rank at the worst moment" in caplog.text
+    first = path.read_text()
+    plan = record.read_plan(settings.run.folder)
+    assert plan["traced_bytes"] == plan["peak_bytes"] == sum(plan["causes"].values()) and plan["row_tokens"] == 1500
+    at_start.write_plan(settings, 2, torch.device("cpu"), rows)
+    assert path.read_text() == first, "the same run says the same, without tracing again"
+    path.write_text(first[:40])
+    assert record.read_plan(settings.run.folder) == {}
+    at_start.write_plan(settings, 2, torch.device("cpu"), rows)
+    at_start.write_plan(settings, 4, torch.device("cpu"), rows)
+    assert record.read_plan(settings.run.folder)["peak_bytes"] < plan["peak_bytes"], "more ranks, smaller shares"
