@@ -16,7 +16,7 @@ from phi3v_dist.observe.metrics import format_seconds, panel_metrics
 from phi3v_dist.observe.run_folder import Run
 
 STEP_PARTS = {"time/data_s": "data", "time/fwd_s": "forward", "time/bwd_s": "backward", "time/opt_s": "optimizer"}
-HELD_UP = {"time/ckpt_s": "checkpoints", "time/eval_s": "evaluations"}
+HELD_UP = {"ckpt/blocked_s": "checkpoints", "time/eval_s": "evaluations"}
 ANSWER_FORM = {"eval/stop_pct": "finished", "eval/parse_fail_pct": "unreadable"}
 PART = re.compile(r"eval/by_([a-z0-9_]+)/([a-z0-9_]+)/(loss|field_em/[a-z0-9_]+)")
 AXES = {"position": "position in the document, tokens", "depth": "where the answer stands (0: beginning, 1: end)"}

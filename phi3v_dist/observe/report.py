@@ -125,7 +125,7 @@ def _planned_and_measured(run: Run, last: Mapping[str, Number]) -> list[tuple[st
     plan = read_plan(run.folder)
     if "traced_bytes" not in plan:
         return []
-    planned, measured = plan["traced_bytes"] / 2**30, last.get("mem/alloc_peak_gib")
+    planned, measured = plan["traced_bytes"] / 2**30, last.get("mem/alloc_peak_gib/max")
     said = "not measured (no GPU)" if measured is None else f"{measured:.2f} GiB ({planned / measured - 1:+.0%})"
     return [("memory of a rank's tensors at their peak, planned and measured", f"{planned:.2f} GiB; {said}")]
 

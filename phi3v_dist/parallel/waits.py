@@ -158,4 +158,4 @@ class Stragglers:
                 )
         self._named = slow
         slowest_s = max(own_s for _, own_s, _ in everyone)
-        return {"perf/straggler_ratio": slowest_s / max(typical_s, 1e-9)}
+        return {"health/straggler_ratio": slowest_s / max(typical_s, 1e-9)}

@@ -140,7 +140,7 @@ def measured(run_folder: Path, import_s: float | None = None) -> Goodput:
         wall_s=rows[-1]["time"] - min(*starts_s.values(), *launches_s.values(), math.inf),
         useful_s=useful_s,
         lost_s=math.fsum(row[STEP_S] for row in steps) - useful_s,
-        blocked_s=math.fsum(row.get("time/ckpt_s", 0.0) for row in rows),
+        blocked_s=math.fsum(row.get("ckpt/blocked_s", 0.0) for row in rows),
         evaluate_s=math.fsum(row.get("time/eval_s", 0.0) for row in rows),
         restart_s=math.fsum(starts_s[number] - launches_s.get(number, starts_s[number]) for number in starts_s),
         num_launches=len(starts_s.keys() | launches_s.keys()),
@@ -157,7 +157,7 @@ def costs_of(run_folder: Path) -> Costs:
         DataError: an attempt's file cannot be read.
     """
     rows, steps, owners = _rows(run_folder), _steps(run_folder), _owners(run_folder)
-    saves = [row for row in rows if "time/ckpt_s" in row]
+    saves = [row for row in rows if "ckpt/blocked_s" in row]
     paused = {row[STEP] for row in rows if STEP_S not in row}  # after these steps a save or an evaluation came
     between = [
         after["time"] - after[STEP_S] - before["time"]
@@ -169,8 +169,8 @@ def costs_of(run_folder: Path) -> Costs:
     ]
     return Costs(
         step_s=mean(row[STEP_S] for row in steps),
-        blocked_s=mean(row["time/ckpt_s"] for row in saves) if saves else 0.0,
-        write_s=mean(row["ckpt/save_s"] - row["time/ckpt_s"] for row in saves) if saves else 0.0,
+        blocked_s=mean(row["ckpt/blocked_s"] for row in saves) if saves else 0.0,
+        write_s=mean(row["ckpt/save_s"] - row["ckpt/blocked_s"] for row in saves) if saves else 0.0,
         restart_s=median(restarts) if restarts else 0.0,
         between_s=max(0.0, mean(between)) if between else 0.0,
     )

@@ -26,7 +26,7 @@ FRUITLESS_FACTOR = 4.0  # by which it comes earlier for each attempt in a row th
 EARLIEST_SAVE_S = 10.0
 MOST_AT_RISK_S = 1800.0  # the failures of a day on a bad machine are not those of the formula: bound what one can cost
 WRITES_BETWEEN = 2.0  # in units of a save's own time in the background: the writer rests half of the time
-SAVE_S, BLOCKED_S = "ckpt/save_s", "time/ckpt_s"  # columns of the run's record: the whole save, and what it held up
+SAVE_S, BLOCKED_S = "ckpt/save_s", "ckpt/blocked_s"  # columns of the run's record: the whole save, and what it held up
 NUM_REMEMBERED = 5  # saves whose median counts: the first one also allocates its buffers
 
 
@@ -51,7 +51,7 @@ class Earlier:
     @classmethod
     def of(cls, run_folder: Path, attempt: int) -> "Earlier":
         """attempt: the number of this one."""
-        saves = [row for row in read_rows(run_folder) if SAVE_S in row and row[ATTEMPT] < attempt]
+        saves = [row for row in read_rows(run_folder) if {SAVE_S, BLOCKED_S} <= row.keys() and row[ATTEMPT] < attempt]
         costs = tuple((row[BLOCKED_S], row[SAVE_S] - row[BLOCKED_S]) for row in saves[-NUM_REMEMBERED:])
         last = max((int(row[ATTEMPT]) for row in saves), default=0)
         return cls(costs, max(0, attempt - 1 - last))

@@ -111,8 +111,8 @@ class Saver:
                 log.info("saved    %s, %.1f s (training waited %.2f s)", outcome.path, save_s, outcome.blocked_s)
             self.tracker.log(
                 {
-                    "train/step": outcome.step, "ckpt/save_s": save_s, "time/ckpt_s": outcome.blocked_s,
-                    "ckpt/size_gib": outcome.size_bytes / 2**30,
+                    "train/step": outcome.step, "ckpt/save_s": save_s, "ckpt/blocked_s": outcome.blocked_s,
+                    "ckpt/gib": outcome.size_bytes / 2**30,
                 }
             )  # fmt: skip
         elif outcome is not None and self.topology.is_main:

@@ -101,7 +101,7 @@ class Totals:
             "train/samples": self.samples,
             "train/epoch": self.samples / max(1, run.train.usable(run.settings.data.row_length_tokens)),
             "data/quarantined": self.quarantined,
-            "train/skipped": self.skipped,
+            "train/skipped_steps": self.skipped,
             "run/wall_s": self.wall_s,
             "run/world_size": run.topology.world_size,
         }

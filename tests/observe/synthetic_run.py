@@ -71,10 +71,10 @@ def _row(step: int, attempt: int) -> dict[str, float]:
         "time/bwd_s": 0.55 * pace_s,
         "time/opt_s": 0.11 * pace_s,
         "data/pack_efficiency": 0.955 + 0.03 * chance.random(),
-        "mem/host_rss_gib": 1.9,
+        "mem/host_rss_gib/max": 1.9,
         "run/world_size": 2,
     }
-    return {**row, "time/ckpt_s": 0.4, "ckpt/save_s": 0.4} if step % 100 == 0 else row
+    return {**row, "ckpt/blocked_s": 0.4, "ckpt/save_s": 0.4} if step % 100 == 0 else row
 
 
 def _write_evaluation(folder: Path, step: int, num_samples: int) -> dict[str, float]:

@@ -32,7 +32,7 @@ def test_a_slow_rank_is_named_once_with_its_host(ranks, what):
     assert "rank 1 on " in said and "is slow" in said and not ranks[1][what]["said"]
     for notes in ranks:
         *before, last = notes[what]["rows"]
-        assert last["perf/straggler_ratio"] > 1.5 and not any(before)
+        assert last["health/straggler_ratio"] > 1.5 and not any(before)
 
 
 def gathered(monkeypatch, own_s: list[float], step_s: float = 1.0) -> None:
@@ -53,7 +53,7 @@ def test_it_is_said_again_only_when_the_rank_kept_up_in_between(monkeypatch, cap
     with caplog.at_level(logging.WARNING):
         for slow_s, said in ((0.9, 1), (0.9, 1), (0.5, 1), (0.9, 2)):
             gathered(monkeypatch, [0.5, 0.5, 0.5, slow_s])
-            assert looked(stragglers) == {"perf/straggler_ratio": slow_s / 0.5}
+            assert looked(stragglers) == {"health/straggler_ratio": slow_s / 0.5}
             assert len(caplog.records) == said
     assert "rank 3 on node-3 is slow" in caplog.text and "(steps 1 to 2)" in caplog.text
 

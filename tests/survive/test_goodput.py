@@ -129,7 +129,7 @@ def write_run(folder: Path, owners: bool = True) -> Path:
         (1035.0, 1, 1, {"time/step_s": 5.0}),
         (1040.5, 1, 2, {"time/step_s": 5.0}),
         (1046.5, 1, 3, {"time/step_s": 5.0}),
-        (1046.6, 1, 2, {"time/ckpt_s": 0.5, "ckpt/save_s": 2.5}),
+        (1046.6, 1, 2, {"ckpt/blocked_s": 0.5, "ckpt/save_s": 2.5}),
         (1052.0, 1, 4, {"time/step_s": 5.0}),
         (1105.0, 3, 3, {"time/step_s": 6.0}),
         (1110.0, 3, 4, {"time/step_s": 4.0}),

@@ -106,7 +106,9 @@ def record(folder: Path, attempt: int, saves: list[tuple[float, float]]) -> None
     with (folder / RECORD_NAME).open("a") as file:
         for step, (blocked_s, save_s) in enumerate([(None, None), *saves], start=attempt * 100):
             row = {"time": 0.0, ATTEMPT: attempt, "train/step": step}
-            file.write(json.dumps(row | ({"time/ckpt_s": blocked_s, "ckpt/save_s": save_s} if save_s else {})) + "\n")
+            file.write(
+                json.dumps(row | ({"ckpt/blocked_s": blocked_s, "ckpt/save_s": save_s} if save_s else {})) + "\n"
+            )
 
 
 @pytest.mark.fault(2)

@@ -106,7 +106,11 @@ def test_a_run_writes_down_skipped_samples_and_ends_after_too_many_bad_steps(set
         is_skipped = record.step in (2, 6, 7, 8)
         assert set(record.not_trained.values()) == ({Status.SKIPPED} if is_skipped else set())
         assert len(record.not_trained) == (len(record.sample_ids) if is_skipped else 0)
-    skipped = {int(row["train/step"]): row["train/skipped"] for row in read_metrics(folder) if "train/skipped" in row}
+    skipped = {
+        int(row["train/step"]): row["train/skipped_steps"]
+        for row in read_metrics(folder)
+        if "train/skipped_steps" in row
+    }
     assert skipped == {1: 0, 2: 1, 3: 1, 4: 1, 5: 1, 6: 2, 7: 3, 8: 4}
 
 
