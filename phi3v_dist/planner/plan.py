@@ -7,6 +7,7 @@ Surprise: advice is computed like the answer itself. Each change is tried, cheap
 import json
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -24,6 +25,12 @@ from phi3v_dist.planner.zero_share import zero_share
 from phi3v_dist.survive.interval import about
 
 Changes = dict[str, Any]  # key=value of the settings
+LEAN = "zero3_lean.json"
+SMALLER_FILES = {  # of ds_configs, the cheapest first
+    LEAN: "fewer weights gathered ahead, the optimizer in pieces",
+    "zero3_offload.json": "the optimizer in host memory",
+    "zero3_offload_all.json": "weights and optimizer in host memory",
+}
 
 
 @dataclass(frozen=True)
@@ -179,6 +186,13 @@ def sharing(config: dict[str, Any], cluster: Cluster) -> list[int]:
     return [size for size in sizes if cluster.gpus_per_node % size == 0]
 
 
+def smaller_files(current: Path) -> list[Path]:
+    """The files beside this one that keep less on a GPU, the cheapest first."""
+    names = list(SMALLER_FILES)
+    begin = names.index(current.name) + 1 if current.name in names else 0
+    return [path for path in map(current.with_name, names[begin:]) if path.is_file()]
+
+
 def ladder(settings: Settings, config: dict[str, Any], cluster: Cluster) -> Iterator[tuple[str, Changes]]:
     """Changes that save memory, the cheapest first, and how each is said."""
     model = settings.model
@@ -188,14 +202,18 @@ def ladder(settings: Settings, config: dict[str, Any], cluster: Cluster) -> Iter
         yield "model.mlp_chunk_tokens=4096", {"model.mlp_chunk_tokens": 4096}
     if model.vision_chunk_crops > 8:
         yield "model.vision_chunk_crops=8", {"model.vision_chunk_crops": 8}
+    files = [
+        (f"parallel.deepspeed={path} ({SMALLER_FILES[path.name]})", {"parallel.deepspeed": path})
+        for path in smaller_files(settings.parallel.deepspeed)
+    ]
+    lean = [rung for rung in files if rung[1]["parallel.deepspeed"].name == LEAN]
+    yield from lean
     for sequence in sharing(config, cluster):
         if sequence > settings.parallel.sequence:
             yield f"parallel.sequence={sequence}", {"parallel.sequence": sequence}
     if not model.offload_activations:
         yield "model.offload_activations=true", {"model.offload_activations": True}
-    offload = settings.parallel.deepspeed.with_name("zero3_offload.json")
-    if offload.is_file() and offload != settings.parallel.deepspeed:
-        yield f"parallel.deepspeed={offload} (the optimizer in host memory)", {"parallel.deepspeed": offload}
+    yield from (rung for rung in files if rung not in lean)
 
 
 def _advice(settings: Settings, cluster: Cluster, row: RowShape) -> tuple[str, ...]:

@@ -2,10 +2,11 @@
 
 What comes in: settings as they are, a cluster and a row. What goes out: the first `Plan` that fits, of
 candidates in the order of their time, and the keys to change. Surprise: time costs nothing to compute and memory a few
-seconds, so the candidates are sorted first, and only as many traced as it takes.
+seconds, so the candidates are sorted first; and those that differ by DeepSpeed's file alone share one trace.
 """
 
 import itertools
+import json
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -18,12 +19,13 @@ from phi3v_dist.errors import ConfigError
 from phi3v_dist.model import build as model_build
 from phi3v_dist.model.official_config import read_config
 from phi3v_dist.planner.cost import HOST_COPY_BANDWIDTH, Cluster, cost
-from phi3v_dist.planner.plan import Changes, Plan, changed, make_plan, sharing, trained_parameters
+from phi3v_dist.planner.plan import Changes, Plan, changed, make_plan, sharing, smaller_files, trained_parameters
 from phi3v_dist.planner.row import RowShape
+from phi3v_dist.planner.zero_share import is_offloaded
 from phi3v_dist.survive.durable import write_durably
 
-MOST_TRACED = 12
 RECOMPUTED = 1.28  # hardware work with checkpointing, of that without (PLANNER.md §5)
+WEIGHT_PASSES = 3  # forward, forward again in the backward pass, backward
 CPU_ADAM_BANDWIDTH = 20e9  # bytes a second of optimizer state that one rank's share of the cores works through
 
 
@@ -43,7 +45,7 @@ def recommend(
         _candidates(settings, config, cluster), key=lambda c: _slowness(settings, c, config, cluster, row, trained)
     )
     least: Plan | None = None
-    for changes in candidates[:MOST_TRACED]:
+    for changes in candidates:
         tried = make_plan(changed(settings, changes), cluster, row, row_is, efficiency, epoch_rows, advise=False)
         if tried.fits:
             return tried, {key: value for key, value in changes.items() if value != _value(settings, key)}
@@ -68,9 +70,7 @@ def write_config(path: Path, config: Path, overrides: Sequence[str], changes: Ch
 
 
 def _candidates(settings: Settings, config: dict[str, Any], cluster: Cluster) -> Iterator[Changes]:
-    files = [settings.parallel.deepspeed]
-    offload = settings.parallel.deepspeed.with_name("zero3_offload.json")
-    files += [offload] if offload.is_file() and offload not in files else []
+    files = [settings.parallel.deepspeed, *smaller_files(settings.parallel.deepspeed)]
     for sequence, recompute, away, file in itertools.product(
         sharing(config, cluster), (False, True), (False, True), files
     ):
@@ -87,8 +87,9 @@ def _candidates(settings: Settings, config: dict[str, Any], cluster: Cluster) ->
 
 def _slowness(
     settings: Settings, changes: Changes, config: dict[str, Any], cluster: Cluster, row: RowShape, trained: int
-) -> tuple[float, int]:
-    """Seconds of a step, of this candidate, roughly; then the number of ranks that share a row."""
+) -> tuple[float, int, int]:
+    """Seconds of a step, of this candidate, roughly; then the number of ranks that share a row, and how much smaller
+    DeepSpeed's share is made."""
     chosen = changed(settings, changes)
     found = cost(chosen, config, cluster, row, itemsize=2, trained=trained, gathered_elements=2 * trained)
     seconds = found.step_s * (RECOMPUTED if chosen.model.gradient_checkpointing else 1.0)
@@ -96,9 +97,13 @@ def _slowness(
     if chosen.model.offload_activations:  # there and back, half of it beside the computing
         kept = 2 * config["hidden_size"] * config["num_hidden_layers"] * row.tokens / sequence
         seconds += found.micro_steps * kept / HOST_COPY_BANDWIDTH
-    if chosen.parallel.deepspeed != settings.parallel.deepspeed:
+    files = [settings.parallel.deepspeed, *smaller_files(settings.parallel.deepspeed)]
+    zero_config = json.loads(chosen.parallel.deepspeed.read_text())["zero_optimization"]
+    if is_offloaded(zero_config, "offload_optimizer"):
         seconds += 16 * trained / cluster.ranks / CPU_ADAM_BANDWIDTH
-    return seconds, sequence
+    if is_offloaded(zero_config, "offload_param"):  # each pass needs all of them, of which every rank brings its share
+        seconds += found.micro_steps * WEIGHT_PASSES * 2 * trained / cluster.ranks / HOST_COPY_BANDWIDTH
+    return seconds, sequence, files.index(chosen.parallel.deepspeed)
 
 
 def _value(settings: Settings, key: str) -> Any:

@@ -5,6 +5,7 @@ of layers and crops. Surprise: the model is called as `train/step.py` calls it: 
 """
 
 import itertools
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -26,6 +27,7 @@ from phi3v_dist.planner import unroll
 from phi3v_dist.planner.trace import ROW, VISION, Timeline, record
 
 GREY = Normalization((0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
+_KNOWN: dict[str, Timeline] = {}
 
 
 @dataclass(frozen=True)
@@ -95,8 +97,19 @@ def timeline(
 ) -> Timeline:  # fmt: skip
     """Of a step of this model on this row, or on the last slice of it, without what ZeRO-3 adds.
 
+    It takes seconds, so that it is remembered: plans that differ by DeepSpeed's file alone share it.
+
     sequence: ranks that share the row.
     """
+    told = [json.dumps(config, sort_keys=True), model.model_dump_json(), train.model_dump_json(), row, dtype, sequence]
+    if (key := str(told)) not in _KNOWN:
+        _KNOWN[key] = _timeline(config, model, train, row, dtype, sequence)
+    return _KNOWN[key]
+
+
+def _timeline(
+    config: dict[str, Any], model: ModelSettings, train: TrainSettings, row: RowShape, dtype: torch.dtype, sequence: int
+) -> Timeline:  # fmt: skip
     crops = -(-row.crops // sequence)
     chunks = row.num_chunks or max(1, -(-crops // model.vision_chunk_crops))
     per_chunk = -(-crops // chunks)

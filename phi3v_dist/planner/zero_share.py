@@ -49,7 +49,7 @@ def zero_share(weights: Sequence[Weight], ds_config: dict[str, Any], ranks: int,
     number = {key: int(zero.get(key, default)) for key, default in DEFAULTS.items()}
     own = sum(math.ceil(w.elements / ranks) for w in weights)
     trained = sum(math.ceil(w.elements / ranks) for w in weights if w.trained)
-    offload_weights, offload_optimizer = _is_offloaded(zero, "offload_param"), _is_offloaded(zero, "offload_optimizer")
+    offload_weights, offload_optimizer = is_offloaded(zero, "offload_param"), is_offloaded(zero, "offload_optimizer")
     master = FP32 * trained
     states = 2 * FP32 * trained
     group = min(trained, number["sub_group_size"] + max((math.ceil(w.elements / ranks) for w in weights), default=0))
@@ -74,6 +74,7 @@ def zero_share(weights: Sequence[Weight], ds_config: dict[str, Any], ranks: int,
     )  # fmt: skip
 
 
-def _is_offloaded(zero: dict[str, Any], what: str) -> bool:
+def is_offloaded(zero: dict[str, Any], what: str) -> bool:
+    """Whether a section of a ds_config leads elsewhere than to the GPU."""
     section = zero.get(what) or {}
     return section.get("device", "none") != "none"
