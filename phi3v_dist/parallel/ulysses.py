@@ -107,6 +107,7 @@ def to_heads(group: SequenceGroup, *parts: Float[Tensor, "1 _ tokens head_dim"])
     """
     if group.size == 1:
         return list(parts)
+    assert parts[0].shape[1] % group.size == 0, "queries must not be repeated; `require_heads_divide` refuses that"
     repeated = [part.repeat_interleave(max(1, group.size // part.shape[1]), dim=1) for part in parts]
     split = [part[0].unflatten(0, (group.size, -1)) for part in repeated]  # [ranks, heads of each, tokens, head_dim]
     num_heads = [part.shape[1] for part in split]

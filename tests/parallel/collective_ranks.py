@@ -158,7 +158,7 @@ class Trial:
     def settings(self, folder: Path) -> Settings:
         own = {"vision_chunk_crops": CHUNK_CROPS, "mlp_chunk_tokens": CHUNK_TOKENS}
         return Settings.model_validate(
-            {"model": {"path": folder / ("grouped" if self.mix.packing else "model"), **own},
+            {"model": {"path": folder / ("grouped" if self.mix.packing or self.sequence > 2 else "model"), **own},
              "data": {"train": [{"shards": "none"}]},
              "train": {"steps": 1000, "rows_per_step": self.mix.rows_per_step, "parts": PARTS[self.parts]},
              "parallel": {"deepspeed": REPOSITORY / "ds_configs" / "zero3.json", "sequence": self.sequence}}
