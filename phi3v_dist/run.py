@@ -41,6 +41,7 @@ from phi3v_dist.model.flops import flops
 from phi3v_dist.model.official_config import read_config
 from phi3v_dist.observe.console import ConsoleTracker
 from phi3v_dist.observe.health import SpikeWatch, StarvationWatch
+from phi3v_dist.observe.profiles import Profiles
 from phi3v_dist.observe.tracker import AllOf, JsonlTracker, NoTracker, Tracker
 from phi3v_dist.observe.wandb_tracker import WandbTracker
 from phi3v_dist.parallel import zero
@@ -157,6 +158,10 @@ class Run:
             SkippedSteps(watch.bad_steps, name, self.saver.checkpoints.newest, self.topology.is_main),
             watch.compare_every_steps,
         )  # fmt: skip
+
+    def profiles(self) -> Profiles:
+        """What records steps when a person asks for it."""
+        return Profiles(self.folder, self.topology, self.requests, self.num_steps)
 
     def loader(self, state: dict[str, Any] | None) -> Loader:
         """Batches from where `state` says the run goes on; None: from the beginning."""

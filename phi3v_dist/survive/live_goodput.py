@@ -63,7 +63,7 @@ class GoodputTracker(Tracker):
         self.sinks.media(step, predictions, folder)
 
     def finish(self, summary: Row) -> None:
-        heartbeat.listen(None)
+        heartbeat.forget(self._entered)
         self._begin(None)
         self._account.until(time.time())
         goodput = self._account.metrics()

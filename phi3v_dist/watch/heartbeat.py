@@ -98,7 +98,7 @@ class _Heart:
 
 
 _heart: _Heart | None = None
-_listener: Callable[[str, int | None], None] | None = None
+_listeners: list[Callable[[str, int | None], None]] = []
 
 
 def open(folder: Path, rank: int, host: str, bounds: Bounds = Bounds()) -> None:  # noqa: A001, B008
@@ -120,15 +120,21 @@ def enter(phase: str, step: int | None = None, what: str = "", lane: str = TRAIN
     """
     if _heart is not None:
         _heart.enter(lane, phase, step, what)
-    if _listener is not None and lane == TRAIN:
-        _listener(phase, step)
+    if lane == TRAIN:
+        for listener in tuple(_listeners):
+            listener(phase, step)
     return faults.fire(phase, step)
 
 
-def listen(listener: Callable[[str, int | None], None] | None) -> None:
-    """Tell it each phase and step that the main thread enters; None: nobody listens any more. It must not raise."""
-    global _listener
-    _listener = listener
+def listen(listener: Callable[[str, int | None], None]) -> None:
+    """From now on it is told each phase and step that the main thread enters. It must not raise."""
+    _listeners.append(listener)
+
+
+def forget(listener: Callable[[str, int | None], None]) -> None:
+    """It is told nothing more."""
+    if listener in _listeners:
+        _listeners.remove(listener)
 
 
 def beat(what: str = "", lane: str = TRAIN) -> None:
