@@ -34,7 +34,7 @@ class HighestLoss:
         """losses: of the learned tokens, in order; a sample without any is none of the highest."""
         if not len(losses):
             return
-        mean = losses.double().mean().item()
+        mean = losses.double().sum().item() / len(losses)  # as the row's own
         rank = math.inf if math.isnan(mean) else mean  # that is what one wants to see first
         one = (rank, -self.places[sample_id], sample_id, messages, losses.tolist())
         if len(self._kept) < NUM_KEPT:

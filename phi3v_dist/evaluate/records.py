@@ -1,7 +1,8 @@
 """What an evaluation leaves on disk: scores, every prediction with its truth, thumbnails.
 
 What comes in: the rows of all ranks. What goes out: `eval/step-…/` with `scores.json`, `predictions.jsonl`,
-`highest_loss.jsonl` and `thumbnails/`, complete or not there. Surprise: the report and W&B read these files and nothing else.
+`highest_loss.jsonl` and `thumbnails/`, complete or not there. Surprise: the report and W&B read these files and
+nothing else.
 """
 
 import io
@@ -39,11 +40,16 @@ def write_records(folder: Path, rows: list[dict[str, Any]], metrics: dict[str, f
             if row.get("tokens"):
                 highest.append(row | {"thumbnail": name if picture is not None else None})
     highest.sort(key=_badness, reverse=True)  # rows of equal loss stay in their order
-    lines = [json.dumps({key: row[key] for key in HIGHEST_LOSS_KEYS}) for row in highest[:NUM_KEPT]]
+    lines = [json.dumps(_highest(row), allow_nan=False) for row in highest[:NUM_KEPT]]
     (partial / HIGHEST_LOSS_NAME).write_text("".join(f"{line}\n" for line in lines))
     (partial / "scores.json").write_text(json.dumps(metrics, indent=2) + "\n")
     shutil.rmtree(folder, ignore_errors=True)  # an evaluation repeated after a restart replaces the earlier one
     partial.rename(folder)
+
+
+def _highest(row: dict[str, Any]) -> dict[str, Any]:
+    """A line of `highest_loss.jsonl`; a loss that is not finite is null there."""
+    return {key: row[key] for key in HIGHEST_LOSS_KEYS} | {"loss": row["loss"] if _badness(row) < math.inf else None}
 
 
 def _badness(row: dict[str, Any]) -> float:

@@ -242,8 +242,8 @@ class _Recording:
 
     def _calls(self) -> Iterator[flame.Call]:
         """What the processor did; of the GPU, its kernels, one nest each stream."""
-        results = self._profile.profiler
-        for event in results.kineto_results.events() if results else ():
+        results = self._profile.profiler and self._profile.profiler.kineto_results
+        for event in results.events() if results else ():
             if event.duration_ns() <= 0 or event.is_hidden_event():
                 continue
             on_cpu = event.device_type() == torch.autograd.DeviceType.CPU
