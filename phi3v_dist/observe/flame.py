@@ -74,7 +74,7 @@ def fold(calls: Iterable[Call], top: str = "") -> Box:
 def draw(root: Box, title: str) -> str:
     """The SVG. Text from outside is escaped."""
     rows: list[str] = []
-    depth = _draw(root, MARGIN_PX, (WIDTH_PX - 2 * MARGIN_PX) / max(1, root.total), 0, root.total, rows)
+    depth = _draw(root, float(MARGIN_PX), (WIDTH_PX - 2 * MARGIN_PX) / max(1, root.total), 0, root.total, rows)
     height = 2 * MARGIN_PX + ROW_PX * (depth + 2)
     head = (
         f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH_PX} {height}" width="{WIDTH_PX}" '

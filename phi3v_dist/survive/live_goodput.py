@@ -54,7 +54,7 @@ class GoodputTracker(Tracker):
         if STEP_S in row:
             now_s, self._last_step = time.time(), int(row[STEP])
             self._begin(self._last_step - 1)
-            self._account.step(Step(self._last_step, now_s, row[STEP_S], row.get(DATA_S, 0.0)))
+            self._account.step(Step(self._last_step, now_s, float(row[STEP_S]), float(row.get(DATA_S, 0.0))))
             if self._last_step % self.every_steps == 0:
                 row = {**row, **self._account.metrics()}
         self.sinks.log(row)

@@ -203,7 +203,7 @@ def histories(run_folder: Path) -> list[History]:
     rows: dict[int, list[dict[str, Number]]] = defaultdict(list)
     for row in read_rows(run_folder):
         if all(_number(row.get(name)) is not None for name in ("time", ATTEMPT, STEP)):
-            rows[int(row[ATTEMPT])].append(row)
+            rows[int(row[ATTEMPT])].append(row | {"time": float(row["time"])})
     begun = {str(start.life): start.unix_s for start in starts.read(run_folder)}
     places = {int(folder.name): folder for folder in folders(run_folder)}
     return [_history(number, places.get(number), rows[number], begun) for number in sorted({*places, *rows})]
