@@ -26,6 +26,7 @@ from phi3v_dist.observe.tracker import read_rows
 What = Literal["init", "restore", "productive", "data", "ckpt", "eval", "replay", "down", "other"]
 WHATS: tuple[What, ...] = ("init", "restore", "productive", "data", "ckpt", "eval", "replay", "down", "other")
 PHASES_NAME = "phases.jsonl"
+MOST = 1e12  # a time or a step above it is damage
 TRAIN = "train"  # the phase between steps: the loop's own work
 STEP_S, DATA_S, EVAL_S, BLOCKED_S = "time/step_s", "time/data_s", "time/eval_s", "ckpt/blocked_s"
 PHASES: dict[str, What] = {
@@ -315,7 +316,7 @@ def _lines(path: Path) -> list[dict[str, Any]]:
 
 
 def _number(value: object) -> float | None:
-    """What may be any JSON, as a finite number."""
-    if isinstance(value, bool) or not isinstance(value, int | float) or not abs(value) < 1e300:
+    """What may be any JSON, as a number that a time or a step can have."""
+    if isinstance(value, bool) or not isinstance(value, int | float) or not abs(value) < MOST:
         return None
     return float(value)
