@@ -5,7 +5,8 @@
     srun --kill-on-bad-exit=1 python launch/train.py --config …          (one task per rank)
 
 Started again with the same words, a run goes on from its last checkpoint; a finished one says so and ends. SIGTERM,
-SIGUSR1, Ctrl-C or `touch RUN/STOP` end it after the step in hand, saved; `touch RUN/SAVE` saves now.
+SIGUSR1, Ctrl-C or `touch RUN/STOP` end it after the step in hand, saved; `touch RUN/SAVE` saves now;
+`touch RUN/PROFILE` records a few steps (docs/goodput.md).
 """
 
 import argparse

@@ -41,6 +41,7 @@ from phi3v_dist.model.flops import flops
 from phi3v_dist.model.official_config import read_config
 from phi3v_dist.observe.console import ConsoleTracker
 from phi3v_dist.observe.health import SpikeWatch, StarvationWatch
+from phi3v_dist.observe.profiles import Profiles
 from phi3v_dist.observe.tracker import AllOf, JsonlTracker, NoTracker, Tracker
 from phi3v_dist.observe.wandb_tracker import WandbTracker
 from phi3v_dist.parallel import zero
@@ -51,6 +52,7 @@ from phi3v_dist.planner import at_start
 from phi3v_dist.survive.checkpoint import Checkpoints
 from phi3v_dist.survive.durable import write_durably
 from phi3v_dist.survive.interval import Earlier, Interval
+from phi3v_dist.survive.live_goodput import GoodputTracker
 from phi3v_dist.survive.saver import Saver
 from phi3v_dist.train.accounts import Accounts
 from phi3v_dist.train.guards import Guards
@@ -157,6 +159,10 @@ class Run:
             watch.compare_every_steps,
         )  # fmt: skip
 
+    def profiles(self) -> Profiles:
+        """What records steps when a person asks for it."""
+        return Profiles(self.folder, self.topology, self.requests, self.num_steps)
+
     def loader(self, state: dict[str, Any] | None) -> Loader:
         """Batches from where `state` says the run goes on; None: from the beginning."""
         data, topology, model = self.settings.data, self.topology, self.settings.model
@@ -244,7 +250,8 @@ def build(settings: Settings, topology: Topology, attempt: Attempt, requests: Re
         if settings.observe.wandb != "disabled":
             watch = settings.observe
             mirrors.append(WandbTracker(settings.run.folder, watch.wandb, watch.wandb_project, watch.wandb_entity))
-        tracker = AllOf(JsonlTracker(settings.run.folder, attempt.number), mirrors)
+        sinks = AllOf(JsonlTracker(settings.run.folder, attempt.number), mirrors)
+        tracker = GoodputTracker(sinks, settings.run.folder, attempt, settings.observe.log_every_steps)
     run_id = topology.broadcast(_run_id(settings.run.folder) if topology.is_main else "")
     run = Run(
         settings=settings, topology=topology, attempt=attempt, requests=requests,

@@ -13,6 +13,7 @@ LONGEST_FIRST = ("tests/slurm", "tests/train", "tests/survive", "tests/watch", "
 TOGETHER = {
     "tests/slurm/": "the cluster",
     "tests/train/test_launch.py": "the reference",
+    "tests/train/test_profiled_run.py": "the reference",
     "tests/train/test_recovery.py": "the reference",
     "tests/train/test_stopping.py": "the reference",
 }

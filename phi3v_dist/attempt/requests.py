@@ -1,8 +1,8 @@
 """Notices and wishes from outside → one decision of all ranks at a step's edge.
 
-What comes in: SIGTERM, SIGUSR1 (preemption), the end of the job's time, SIGINT (Ctrl-C), the files `RUN/STOP` and
-`RUN/SAVE`. What goes out: `agreed()`, the same answer on every rank, so that all stop or save after the same step. A
-clean stop leaves `RUN/stopped.json` and exits 0.
+What comes in: SIGTERM, SIGUSR1 (preemption), the end of the job's time, SIGINT (Ctrl-C), the files `RUN/STOP`,
+`RUN/SAVE` and `RUN/PROFILE`. What goes out: `agreed()`, the same answer on every rank, so that all stop or save after
+the same step. A clean stop leaves `RUN/stopped.json` and exits 0.
 
 Surprise: a signal only sets a flag, except before the first step. Until then there is nothing to save, and the process
 may sit in a wait that no flag ends, so a thread that the signal wakes ends it there and then, also with 0.
@@ -27,7 +27,7 @@ from phi3v_dist.survive.durable import write_durably
 from phi3v_dist.watch import heartbeat
 
 NOTICES = (signal.SIGTERM, signal.SIGUSR1)  # somebody is going to kill this job
-STOP_NAME, SAVE_NAME = "STOP", "SAVE"
+STOP_NAME, SAVE_NAME, PROFILE_NAME = "STOP", "SAVE", "PROFILE"
 LOOK_S, OTHERS_LOOK_S = 1.0, 15.0  # between looks for the files, of rank 0 and of the others, of which there are many
 
 log = logging.getLogger(__name__)
@@ -57,7 +57,9 @@ class Requests:
         self.limit = limit or TimeLimit()
         self.folder: Path | None = None
         self.attempt: Attempt | None = None
-        self._stop = self._save = False
+        self.profile = False  # somebody wants one: the same on all ranks, until `profile_taken`
+        self._stop = self._save = self._profile = False
+        self._profile_stays = False  # the file cannot be removed, so it is heard of once
         self._grace_s = 0.0
         self._noticed_s = math.inf  # on this host's monotonic clock
         self._come_back = self._rest = self._time_is_up = False  # who asks for a stop: cluster, person, clock; any rank
@@ -106,9 +108,11 @@ class Requests:
         self._look()
         left_s = min(self._noticed_s + self._grace_s - time.monotonic(), self.limit.left_s())
         ours = [self._come_back, self._rest, self._time_is_up]
-        mine = [self._stop, self._save or save, busy, lost, -left_s, self._save, *ours]
-        stop, wants_save, is_busy, is_lost, least_s, by_hand, *all_of_us = topology.max([float(v) for v in mine])
+        mine = [self._stop, self._save or save, busy, lost, -left_s, self._save, self._profile, *ours]
+        everyones = topology.max([float(value) for value in mine])
+        stop, wants_save, is_busy, is_lost, least_s, by_hand, wants_profile, *all_of_us = everyones
         self._come_back, self._rest, self._time_is_up = (value > 0 for value in all_of_us)
+        self.profile = self.profile or wants_profile > 0
         if self._time_is_up and not self.why:
             self.why = WHY
             if self.attempt is not None and self.attempt.is_main:
@@ -120,10 +124,28 @@ class Requests:
         self._save = False
         self._remove(SAVE_NAME)
 
+    @property
+    def profile_path(self) -> Path:
+        """The file that asks for a profile, and may say what of."""
+        assert self.folder is not None
+        return self.folder / PROFILE_NAME
+
+    def profile_taken(self) -> None:
+        """A profile is being made, or what was asked for cannot be. On all ranks."""
+        self.profile = self._profile = False
+        if self.attempt is None or not self.attempt.is_main:
+            return
+        try:
+            self._remove(PROFILE_NAME)
+        except OSError as error:
+            self._profile_stays = True
+            log.warning("%s cannot be removed (%s), and is not looked at again", self.profile_path, error)
+
     def forget(self) -> None:
         """The run is finished: what was still asked of it is void."""
         self._remove(STOP_NAME)
         self._remove(SAVE_NAME)
+        self.profile_taken()
 
     def stopped(self, step: int, why: str) -> None:
         """Leave the marker of a clean stop. Its `notice`: the cluster asked for it and no person did, so the run should
@@ -160,6 +182,8 @@ class Requests:
         if (self.folder / STOP_NAME).exists():
             self._stop, self._rest, self.why = True, True, self.why or str(self.folder / STOP_NAME)
         self._save = self._save or (self.folder / SAVE_NAME).exists()
+        if self.attempt.is_main and not self._profile_stays:  # the only one that reads it
+            self._profile = self.profile_path.exists()
 
     def _remove(self, name: str) -> None:
         if self.folder is not None:

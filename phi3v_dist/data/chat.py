@@ -9,6 +9,7 @@ Surprise: the beginning-of-sequence token stands at the start *and again after e
 processor tokenises each piece between pictures by itself.
 """
 
+import itertools
 import json
 import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -80,6 +81,24 @@ class ChatTokenizer:
             labels += piece_ids if learned else [IGNORE] * len(piece_ids)
         return ids, labels
 
+    def learned_texts(self, messages: Sequence[Message]) -> list[list[str]]:
+        """By answer, the text of each learned token, in the order of the labels; joined they are the answer's text as
+        it is written, and `<|end|>`. Of the tokens that share a character the first one has it.
+
+        Raises DataError as `ids_and_labels`.
+        """
+        answers: list[list[str]] = [[]]
+        num_pictures = sum(isinstance(part, int) for message in messages for part in message.parts)
+        for content, learned in self._pieces(messages, [0] * num_pictures, False):
+            if not learned:
+                continue
+            if isinstance(content, str):
+                answers[-1] += _cut(content, self.token_spans([content])[0])
+            else:
+                answers[-1].append(END_TOKEN)
+                answers.append([])
+        return answers[:-1]
+
     def token_spans(self, texts: Sequence[str]) -> list[list[tuple[int, int]]]:
         """Where each token of each text begins and ends in it, in characters; the bytes of one character share a span.
 
@@ -134,6 +153,16 @@ def _runs(message: Message) -> list[str | int]:
     if message.role == ANSWER_ROLE and isinstance(runs[0], str):
         runs[0] = _LEADING_SPACE.sub("", runs[0])
     return runs
+
+
+def _cut(text: str, spans: Sequence[tuple[int, int]]) -> list[str]:
+    """The text in as many pieces as there are spans, without losing what no span covers."""
+    borders = [0]
+    for _, end in spans:
+        borders.append(max(borders[-1], end))
+    if spans:
+        borders[-1] = len(text)
+    return [text[begin:end] for begin, end in itertools.pairwise(borders)]
 
 
 def _check_special_tokens(tokenizer: PreTrainedTokenizerFast) -> None:

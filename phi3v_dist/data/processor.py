@@ -191,6 +191,10 @@ class Phi3VProcessor:
         ids, _ = self._chat.ids_and_labels(asked, fitted.image_tokens[:num_shown], prompt=True)
         return self._example(sample_id, ids, [IGNORE] * len(ids), pictures, layouts)
 
+    def learned_texts(self, messages: Sequence[Message]) -> list[list[str]]:
+        """By answer, the text of each token that carries a label; see `ChatTokenizer.learned_texts`."""
+        return self._chat.learned_texts(messages)
+
     def count(self, messages: Sequence[Message], image_sizes_wh: Sequence[tuple[int, int]]) -> ExampleLength:
         """The length of `encode` of the same turns, from each picture's (width, height) alone.
 

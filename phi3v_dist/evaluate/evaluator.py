@@ -35,6 +35,7 @@ from phi3v_dist.evaluate.breakdown import (
     split_metrics,
 )
 from phi3v_dist.evaluate.generate import generate, local_copy, plain_linear
+from phi3v_dist.evaluate.highest_loss import HighestLoss
 from phi3v_dist.evaluate.records import thumbnail, write_records
 from phi3v_dist.evaluate.score import AnswerScore, score_answer, summarize
 from phi3v_dist.model.phi3v import Phi3VForCausalLM
@@ -81,13 +82,15 @@ class Evaluator:
         place = {sample_id: i for i, sample_id in enumerate(sample_ids)}
         partners = self._partners(sample_ids) if self.settings.blind else {}
         batches = self._batches(sample_ids)
-        rows = []
+        rows, highest = [], HighestLoss(self.decoder.processor, place)
         for number, batch in enumerate(batches[self.topology.rank :: self.topology.world_size]):
             if stop():
                 break
             heartbeat.enter("evaluate", number, self.decoder.table.sample_name(batch[0]))
-            rows += self._ask(copy, batch, partners)
+            rows += self._ask(copy, batch, partners, highest)
         del copy
+        tokens = highest.tokens()
+        rows = [row | {"tokens": tokens.get(row["sample_id"])} for row in rows]
         heartbeat.enter("score")  # untimed: ranks with few batches wait here for those with many
         (given_up,) = self.topology.sum([float(stop())])
         if given_up:
@@ -125,9 +128,10 @@ class Evaluator:
 
     @torch.inference_mode()
     def _ask(
-        self, model: Phi3VForCausalLM, sample_ids: Sequence[int], partners: dict[int, int]
+        self, model: Phi3VForCausalLM, sample_ids: Sequence[int], partners: dict[int, int], highest: HighestLoss
     ) -> list[dict[str, Any]]:
-        """Answers of one batch as rows; `judged` of each is what the metrics are made of."""
+        """Answers of one batch as rows; `judged` of each is what the metrics are made of, and `highest` hears of all
+        losses."""
         processor = self.decoder.processor
         read = [pair for sample_id in sample_ids if (pair := self._read(sample_id))]
         if not read:
@@ -150,6 +154,7 @@ class Evaluator:
             control = {"prediction": blind_text} | asdict(blind_score) if blind_score else None
             by_position = tokens.sums(self.settings.by.get(POSITION))
             loss_sum, num_labels = tokens.losses.double().sum().item(), len(tokens.losses)
+            highest.add(sample.sample_id, sample.messages, tokens.losses)
             rows.append(
                 {
                     "sample_id": sample.sample_id, "shard": sample.shard, "key": sample.key, "source": sample.source,

@@ -30,7 +30,7 @@ def fit(run: Run) -> dict[str, float] | None:
     """Train to the last step, from the newest checkpoint if there is one; returns the summary, None when stopped."""
     totals, state, accounts = _start(run)
     clock = Clock(totals.wall_s)
-    guards = run.guards()
+    guards, profiles = run.guards(), run.profiles()
     gradients = LocalGradients(run.engine.module, run.engine.device)
     run.requests.training_begins()
     if run.requests.agreed(run.topology).stop:
@@ -40,7 +40,8 @@ def fit(run: Run) -> dict[str, float] | None:
         _evaluate(run, totals.step, run.settings.eval.samples)
     for plan, batches in run.loader(state) if totals.step < run.num_steps else ():
         rates = learning_rates(totals.step + 1, run.num_steps, run.settings.train)
-        result = train_step(run.engine, plan, batches, rates, run.topology, gradients)
+        with profiles.around(plan.number):
+            result = train_step(run.engine, plan, batches, rates, run.topology, gradients)
         totals.add(result)
         totals.wall_s = clock.read_s()
         accounts.record(plan, result.unused, result.quarantined, updated=result.skipped is None)

@@ -19,7 +19,7 @@ import statistics
 import threading
 import time
 from collections import defaultdict, deque
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TextIO
@@ -98,6 +98,7 @@ class _Heart:
 
 
 _heart: _Heart | None = None
+_listeners: list[Callable[[str, int | None], None]] = []
 
 
 def open(folder: Path, rank: int, host: str, bounds: Bounds = Bounds()) -> None:  # noqa: A001, B008
@@ -119,7 +120,21 @@ def enter(phase: str, step: int | None = None, what: str = "", lane: str = TRAIN
     """
     if _heart is not None:
         _heart.enter(lane, phase, step, what)
+    if lane == TRAIN:
+        for listener in tuple(_listeners):
+            listener(phase, step)
     return faults.fire(phase, step)
+
+
+def listen(listener: Callable[[str, int | None], None]) -> None:
+    """From now on it is told each phase and step that the main thread enters. It must not raise."""
+    _listeners.append(listener)
+
+
+def forget(listener: Callable[[str, int | None], None]) -> None:
+    """It is told nothing more."""
+    if listener in _listeners:
+        _listeners.remove(listener)
 
 
 def beat(what: str = "", lane: str = TRAIN) -> None:

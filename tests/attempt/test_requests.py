@@ -123,9 +123,15 @@ def test_files_ask_for_a_stop_and_a_save_and_are_removed_when_it_is_done(request
 def test_a_wish_of_any_rank_is_everyones(requests, tmp_path):
     class OtherRankStops(Topology):
         def max(self, values: list[float]) -> list[float]:
-            return [max(pair) for pair in zip(values, [1.0, 0.0, 1.0, 0.0, -5.0, 0.0, 1.0, 0.0, 0.0], strict=True)]
+            theirs = [1.0, 0.0, 1.0, 0.0, -5.0, 0.0, 1.0, 1.0, 0.0, 0.0]
+            return [max(pair) for pair in zip(values, theirs, strict=True)]
 
     assert requests.agreed(OtherRankStops(), save=True) == Asked(stop=True, save=True, busy=True, left_s=5.0)
+    assert requests.profile, "until it is taken"
+    requests.agreed(Topology())
+    assert requests.profile
+    requests.profile_taken()
+    assert not requests.profile
     requests.stopped(3, "another rank was asked to")
     assert marker(tmp_path)["notice"], "the notice to that rank says that the run should go on"
 

@@ -233,6 +233,7 @@ def test_ranks_together_give_the_rows_and_metrics_of_one_process(make, model, tm
             metrics = make(topology=OneOfSeveral(rank, world_size, given=given))[0].run(model, folder)
         assert metrics == pytest.approx(alone, abs=1e-9)
         assert read_rows(tmp_path / f"0-of-{world_size}") == read_rows(tmp_path / "alone")
+        assert highest(tmp_path / f"0-of-{world_size}") == highest(tmp_path / "alone")
         assert not (tmp_path / f"1-of-{world_size}").exists(), "rank 0 alone writes"
 
 
@@ -317,6 +318,71 @@ def test_records_written_again_replace_the_earlier_ones_and_a_failure_keeps_them
     write_records(folder, [row], {"eval/samples": 1.0})
     assert [path.name for path in tmp_path.iterdir()] == ["step-000005"]
     assert sorted(path.name for path in folder.rglob("*")) == [
-        "00000003.jpg", "predictions.jsonl", "scores.json", "thumbnails",
+        "00000003.jpg", "highest_loss.jsonl", "predictions.jsonl", "scores.json", "thumbnails",
     ]  # fmt: skip
     assert (folder / "thumbnails" / "00000003.jpg").read_bytes() == b"jpeg"
+
+
+# --- the samples of highest loss ------------------------------------------------------------------------------------
+
+
+def highest(folder):
+    return [json.loads(line) for line in (folder / "highest_loss.jsonl").read_text().splitlines()]
+
+
+def test_the_samples_of_highest_loss_come_worst_first_with_the_loss_of_each_token(make, model, asked, tmp_path):
+    evaluator, tar = make()
+    evaluator.run(model, tmp_path / "eval")
+    lines, rows = highest(tmp_path / "eval"), read_rows(tmp_path / "eval")
+    assert list(lines[0]) == ["shard", "key", "loss", "prompt", "target", "thumbnail", "tokens"]
+    worst = sorted(rows, key=lambda row: -row["loss"])
+    for line, row in zip(lines, worst, strict=True):
+        assert all(line[name] == row[name] for name in line if name != "tokens")
+        assert "".join(text for text, _ in line["tokens"]) == f"{row['target']}<|end|>"
+        losses = [loss for _, loss in line["tokens"]]
+        assert sum(losses) / len(losses) == pytest.approx(row["loss"], abs=1e-4)
+    alone = evaluator.decoder.processor.encode(evaluator.decoder.sample(0))
+    (line,) = [line for line in lines if line["key"] == "000"]
+    expected = model(**collate(Row((alone,)), 0).inputs(torch.device("cpu"))).token_losses
+    assert [loss for _, loss in line["tokens"]] == pytest.approx(expected.tolist(), abs=2e-4)
+
+
+def test_of_many_samples_the_worst_are_kept(make, model, asked, tmp_path):
+    samples = [([], f"Price: {n}" + " hello" * (n % 7)) for n in range(40)]
+    make(samples, batch_samples=8, blind=False)[0].run(model, tmp_path / "eval")
+    losses = sorted((row["loss"] for row in read_rows(tmp_path / "eval")), reverse=True)
+    assert [line["loss"] for line in highest(tmp_path / "eval")] == losses[:16]
+
+
+def test_no_character_of_an_answer_is_lost_between_its_tokens(make, model, asked, tmp_path):
+    texts = ["naïve ☃ 👩‍🚀 …", "two  spaces\n\ttabs ", "▁ is no space", "日本語 <|end|> </s>"]
+    make([([], f"  {text}") for text in texts])[0].run(model, tmp_path / "eval")
+    lines = {line["key"]: line["tokens"] for line in highest(tmp_path / "eval")}
+    found = ["".join(text for text, _ in lines[f"{n:03d}"]) for n in range(len(texts))]
+    assert found == [f"{text}<|end|>" for text in texts]
+
+
+def test_all_answers_of_a_conversation_are_shown_and_nothing_is_learned_between_them(make, model, asked, tmp_path):
+    messages = [
+        {"role": "user", "content": "First?"}, {"role": "assistant", "content": "Price: 1"},
+        {"role": "user", "content": "Second?"}, {"role": "assistant", "content": "Price: 2"},
+    ]  # fmt: skip
+    make([([], messages)])[0].run(model, tmp_path / "eval")
+    ((line),) = highest(tmp_path / "eval")
+    assert "".join(text for text, _ in line["tokens"]) == "Price: 1<|end|>\nPrice: 2<|end|>"
+    assert [text for text, loss in line["tokens"] if loss is None] == ["\n"]
+
+
+def test_a_loss_that_is_not_finite_comes_first_and_the_file_stays_json(make, model, asked, tmp_path, monkeypatch):
+    evaluator, _ = make([([], "hello"), ([], "Price: 3")])
+    real = Evaluator._losses
+
+    def spoilt(self, *asked):
+        first, second = real(self, *asked)
+        return [first, module.LearnedTokens(second.positions, second.losses * float("nan"))]
+
+    monkeypatch.setattr(Evaluator, "_losses", spoilt)
+    evaluator.run(model, tmp_path / "eval")
+    first, second = highest(tmp_path / "eval")
+    assert (first["key"], first["loss"], second["key"]) == ("001", None, "000")
+    assert {loss for _, loss in first["tokens"]} == {None} and "NaN" not in json.dumps(first)
