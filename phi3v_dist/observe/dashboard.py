@@ -8,16 +8,18 @@ out. What it changes with each run of the program (`__id__`) is left out of what
 
 import importlib.util
 import json
-import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
-from phi3v_dist.errors import ConfigError
+from phi3v_dist.errors import ConfigError, LaunchError
 from phi3v_dist.observe.layout import SECTIONS, Panel, Section, metrics_of
 from phi3v_dist.observe.registry import PLACEHOLDER, STEP, Metric
+from phi3v_dist.observe.run_folder import read_run
+from phi3v_dist.secrets import redacted
 
 NAME = "Phi-3-Vision"
-COLUMNS, ROWS = 3, 4  # of panels on a section's page
+COLUMNS = 3  # of panels beside each other
 COMPARE = "Compare runs"
 COMPARED = ("train.learning_rate.text", "train.rows_per_step", "data.row_length_tokens")  # settings, against results
 RESULTS = ("train/loss", "perf/tokens_per_s_per_gpu", "goodput/productive_pct")
@@ -49,7 +51,7 @@ def workspace(entity: str, project: str) -> Any:
     sections = [
         ws.Section(
             name=title, panels=panels, is_open=place == 0, panel_settings=axis,
-            layout_settings=ws.SectionLayoutSettings(columns=COLUMNS, rows=ROWS),
+            layout_settings=ws.SectionLayoutSettings(columns=COLUMNS, rows=-(-len(panels) // COLUMNS)),
         )
         for place, (title, panels) in enumerate(_sections())
     ]  # fmt: skip
@@ -59,9 +61,35 @@ def workspace(entity: str, project: str) -> Any:
     )  # fmt: skip
 
 
+def place_of(run_folder: Path) -> tuple[str | None, str]:
+    """Entity and project of a run, by its config.yaml. Raises ConfigError when there is none."""
+    observe = read_run(run_folder).config.get("observe")
+    if not isinstance(observe, dict) or not observe.get("wandb_project"):
+        raise ConfigError(f"{run_folder / 'config.yaml'} does not say `observe.wandb_project`: use --project")
+    return observe.get("wandb_entity"), str(observe["wandb_project"])
+
+
+def own_entity() -> str:
+    """Whom the key belongs to. Raises LaunchError when the server does not say."""
+    import wandb
+
+    entity = _asking("whose key this is", lambda: wandb.Api().default_entity)
+    if not entity:
+        raise LaunchError("the W&B server does not say whose key this is: use --entity")
+    return str(entity)
+
+
+def _asking(what: str, ask: Callable[[], Any]) -> Any:
+    """Whatever a server or its client makes of it becomes one line."""
+    try:
+        return ask()
+    except Exception as error:
+        raise LaunchError(f"asking the W&B server for {what}: {redacted(str(error)) or type(error).__name__}") from error
+
+
 def push(entity: str, project: str) -> str:
     """Save the workspace as a new view of the project; its address."""
-    saved = workspace(entity, project).save()
+    saved = _asking("a new view", workspace(entity, project).save)
     return str(saved.url)
 
 
@@ -72,7 +100,7 @@ def share(entity: str, project: str) -> str:
     for block in built.blocks:
         for runset in getattr(block, "runsets", ()):
             runset.entity, runset.project = entity, project
-    built.save()
+    _asking("a new report", built.save)
     return str(built.url)
 
 
@@ -112,7 +140,7 @@ def _tiles(section: Section) -> Iterator[Any]:
 
     for panel in section.panels:
         if panel.tile:
-            yield wr.ScalarChart(title=panel.title, metric=wr.SummaryMetric(panel.tile), groupby_aggfunc="mean")
+            yield wr.ScalarChart(title=panel.title, metric=panel.tile, groupby_aggfunc="mean")
 
 
 def _panel(panel: Panel) -> Any:
@@ -127,13 +155,13 @@ def _panel(panel: Panel) -> Any:
     return wr.LinePlot(
         title=panel.title, x=STEP, y=exact if not patterns else [], title_y=_unit(metrics), log_y=panel.log_y or None,
         metric_regex=regex(metrics) if patterns else None, plot_type=FORMS.get(panel.kind, "line"),
-        ignore_outliers=panel.kind == "line", max_runs_to_show=20,
+        max_runs_to_show=20,
     )  # fmt: skip
 
 
 def regex(metrics: list[Metric]) -> str:
-    """What matches the names of these metrics and no others, in the syntax that JavaScript and Python share."""
-    names = (PLACEHOLDER.sub("[a-z0-9_]+", re.escape(metric.name).replace("/", r"\/")) for metric in metrics)
+    """What matches the names of these metrics, in the syntax that JavaScript, Go and Python share."""
+    names = (PLACEHOLDER.sub("[a-z0-9_]+", metric.name) for metric in metrics)
     return f"^({'|'.join(names)})$"
 
 
