@@ -49,7 +49,7 @@ ALERTS = (
     Alert("Step skipped", "train/skipped_steps", rises, "WARN", "{train/skipped_steps} steps so far made no update"),
     Alert("Loss spike", "train/spike", is_set, "WARN", "the loss is {train/loss}, far above its last steps"),
     Alert("Slow rank", "health/straggler_score_min", below(SLOW_SCORE), "WARN",
-          "rank {health/slowest_rank} holds the others up: score {health/straggler_score_min}, where 1 is as the median"),
+          "rank {health/slowest_rank} holds the others up: score {health/straggler_score_min}, the median's is 1"),
     Alert("Bad samples", "data/quarantined", rises, "INFO", "{data/quarantined} bad samples were left out so far"),
     Alert("Another start", "goodput/restarts", rises, "INFO", "start {run/attempt} of the run"),
     Alert("Little room", "", is_set, "ERROR", "{folder} has {free} GiB left, a checkpoint takes {needed} GiB"),

@@ -39,7 +39,7 @@ def require_package() -> None:
 def spec() -> dict[str, Any]:
     """The workspace as W&B stores it, without the parts that are drawn at random."""
     view = json.loads(workspace("", "")._to_model().spec.model_dump_json(by_alias=True, exclude_none=True))
-    without: dict[str, Any] = _without_ids(view)
+    without: dict[str, Any] = without_ids(view)
     return without
 
 
@@ -84,7 +84,9 @@ def _asking(what: str, ask: Callable[[], Any]) -> Any:
     try:
         return ask()
     except Exception as error:
-        raise LaunchError(f"asking the W&B server for {what}: {redacted(str(error)) or type(error).__name__}") from error
+        raise LaunchError(
+            f"asking the W&B server for {what}: {redacted(str(error)) or type(error).__name__}"
+        ) from error
 
 
 def push(entity: str, project: str) -> str:
@@ -175,15 +177,15 @@ def _comparison() -> list[Any]:
 
     axes = [wr.ParallelCoordinatesPlotColumn(metric=wr.Config(name)) for name in COMPARED]
     axes += [wr.ParallelCoordinatesPlotColumn(metric=wr.SummaryMetric(name)) for name in RESULTS]
-    clouds = [
-        wr.ScatterPlot(title=f"{y} over {x}", x=wr.SummaryMetric(x), y=wr.SummaryMetric(y)) for x, y in AGAINST
-    ]
+    clouds = [wr.ScatterPlot(title=f"{y} over {x}", x=wr.SummaryMetric(x), y=wr.SummaryMetric(y)) for x, y in AGAINST]
     return [
-        wr.RunComparer(diff_only="split"), wr.ParallelCoordinatesPlot(title="Settings and results", columns=axes), *clouds
+        wr.RunComparer(diff_only="split"),
+        wr.ParallelCoordinatesPlot(title="Settings and results", columns=axes), *clouds,
     ]  # fmt: skip
 
 
-def _without_ids(part: Any) -> Any:
+def without_ids(part: Any) -> Any:
+    """A view without what is drawn at random each time it is made."""
     if isinstance(part, dict):
-        return {name: _without_ids(value) for name, value in part.items() if name not in ("__id__", "id")}
-    return [_without_ids(value) for value in part] if isinstance(part, list) else part
+        return {name: without_ids(value) for name, value in part.items() if name not in ("__id__", "id")}
+    return [without_ids(value) for value in part] if isinstance(part, list) else part

@@ -1,9 +1,9 @@
 """Rows of numbers → the places a person looks: `metrics.jsonl` (the record) and its mirrors.
 
 What comes in: `{metric name: number}`, already reduced over the ranks, on rank 0 only. What goes out: one JSON line per
-row, and the same row to every mirror (console, W&B, TensorBoard). Surprise: the sinks are not equals. The record may stop a run,
-since training that leaves no trace is worth little; a mirror never does: its first failure is a warning, and training
-goes on.
+row, and the same row to every mirror (console, W&B, TensorBoard). Surprise: the sinks are not equals. The record may
+stop a run, since training that leaves no trace is worth little; a mirror never does: its first failure is a warning,
+and training goes on.
 """
 
 import json

@@ -48,8 +48,10 @@ def folders(run_folder: Path) -> dict[str, str]:
     """Environment variables that lead the client's files into the run folder."""
     inside = run_folder.resolve() / "wandb"  # the offline file stores absolute paths
     return {
-        "WANDB_DIR": str(inside.parent), "WANDB_DATA_DIR": str(inside / "data"), "WANDB_CACHE_DIR": str(inside / "cache"),
-    }  # fmt: skip
+        "WANDB_DIR": str(inside.parent),
+        "WANDB_DATA_DIR": str(inside / "data"),
+        "WANDB_CACHE_DIR": str(inside / "cache"),
+    }
 
 
 def open_run(

@@ -1,6 +1,7 @@
 """The answers of one evaluation → a table and a list of pictures in a W&B run.
 
-Surprise: the pictures are logged twice. An offline table keeps its own outside the run's folder (OBSERVABILITY.md §0.5).
+Surprise: the pictures are logged twice, since an offline table keeps its own outside the run's folder
+(OBSERVABILITY.md §0.5).
 """
 
 from collections.abc import Sequence

@@ -81,7 +81,9 @@ def sync(run_folder: Path, say: Callable[[str], None]) -> list[str]:
             looks.append(look)
     said: list[str] = []
     for place, look in enumerate(looks):
-        if look.is_uploaded or (not look.is_offline and _rows_on_server(look) >= sum(x.rows for x in looks[: place + 1])):
+        if look.is_uploaded or (
+            not look.is_offline and _rows_on_server(look) >= sum(x.rows for x in looks[: place + 1])
+        ):
             say(f"{look.folder.name}: {look.rows} rows, uploaded before")
             continue
         said += _upload(run_folder, look.folder)
@@ -137,7 +139,9 @@ def _wandb(run_folder: Path, timeout_s: float, *words: str) -> subprocess.Comple
         environment |= wandb_client.folders(run_folder)
     command = [sys.executable, "-m", "wandb", *words]
     try:
-        return subprocess.run(command, capture_output=True, text=True, errors="replace", timeout=timeout_s, env=environment)
+        return subprocess.run(
+            command, capture_output=True, text=True, errors="replace", timeout=timeout_s, env=environment
+        )
     except subprocess.TimeoutExpired:
         return subprocess.CompletedProcess(command, 1, "", f"ERROR no end after {timeout_s:.0f} s")
 
@@ -175,6 +179,6 @@ def _missing_in_folders(run_folder: Path, looks: list[Look]) -> list[str]:
     steps = {attempt: [step for its, step in lost if its == attempt] for attempt, _ in lost}
     where = "; ".join(f"attempt {attempt}: steps {min(of)} to {max(of)}" for attempt, of in steps.items())
     return [
-        f"{run_folder}: {len(lost)} of {recorded.total()} rows of {RECORD_NAME} are in none of its W&B folders ({where}); "
-        "the report has them"
+        f"{run_folder}: {len(lost)} of {recorded.total()} rows of {RECORD_NAME} are in none of its W&B folders "
+        f"({where}); the report has them"
     ]

@@ -63,7 +63,7 @@ class WandbTracker(Tracker):
         self._queue: queue.Queue[Task | None] = queue.Queue(WAITING_ROWS)
         self._thread: threading.Thread | None = None
         self._failure: Exception | None = None
-        self._closing = threading.Event()
+        self._closing, self._left_behind = threading.Event(), threading.Event()
         self._wandb: Any = None
         # What follows belongs to the thread.
         self._run: Any = None
@@ -127,6 +127,7 @@ class WandbTracker(Tracker):
                 "W&B did not finish within %.0f s and is left behind; this uploads what is missing:\n%s",
                 *(timeout_s, self._sync_command()),
             )
+            self._left_behind.set()  # else the thread would take this for a service to be started again
             wandb_client.end_service()
 
     def _close_at_exit(self) -> None:
@@ -167,7 +168,7 @@ class WandbTracker(Tracker):
 
     def _do(self, task: Task) -> None:
         """One task, with a new service if the old one is gone; nothing any more once that was done too often."""
-        if self._run is None and self._rejoins >= REJOINS:
+        if self._left_behind.is_set() or (self._run is None and self._rejoins >= REJOINS):
             return
         if self._run is not None and self._has_service():
             try:
@@ -196,7 +197,7 @@ class WandbTracker(Tracker):
         """Go on in the same run with a new service, and say again what the old one may not have written. Raises the
         last failure when that did not help."""
         is_first = self._rejoins == 0
-        while self._rejoins < REJOINS:
+        while self._rejoins < REJOINS and not self._left_behind.is_set():
             self._rejoins += 1
             self._run = None
             wandb_client.end_service()
@@ -211,7 +212,8 @@ class WandbTracker(Tracker):
                 continue
             logger.log(
                 logging.WARNING if is_first else logging.INFO,
-                "W&B: %s; started it again, in the same run (%d of at most %d times)", *(self._lost, self._rejoins, REJOINS),
+                "W&B: %s; started it again, in the same run (%d of at most %d times)",
+                *(self._lost, self._rejoins, REJOINS),
             )  # fmt: skip
             return
         self._run = None

@@ -1,10 +1,8 @@
 import json
 import signal
 import socket
-import subprocess
 import sys
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -12,55 +10,12 @@ import psutil
 import pytest
 import wandb
 from synthetic_run import write_run
+from wandb_world import DUMMY_KEY, fresh_client, offline_runs, records, running_services, train  # noqa: F401
 
 from phi3v_dist.observe import wandb_tracker
 from phi3v_dist.observe.metrics import PLACEHOLDER, REGISTRY
 from phi3v_dist.observe.tracker import AllOf, JsonlTracker, read_metrics
 from phi3v_dist.observe.wandb_tracker import WandbTracker
-
-DUMMY_KEY = "0123456789" * 4
-
-
-@pytest.fixture(autouse=True)
-def fresh_client(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """No key, no settings of the person who runs the tests; every variable that the sink sets is put back."""
-    for name in ("WANDB_DIR", "WANDB_DATA_DIR", "WANDB_CACHE_DIR", "WANDB_CONFIG_DIR"):
-        monkeypatch.setenv(name, str(tmp_path / "elsewhere"))
-    for name in ("WANDB_API_KEY", "WANDB_MODE", "WANDB_RUN_ID", "http_proxy", "HTTP_PROXY"):
-        monkeypatch.delenv(name, raising=False)
-    monkeypatch.setenv("NETRC", str(tmp_path / "no-netrc"))
-    monkeypatch.setenv("WANDB_ERROR_REPORTING", "false")
-    monkeypatch.setenv("WANDB_BASE_URL", "http://127.0.0.1:9")  # nothing listens there
-    yield
-    wandb.teardown()
-
-
-def train(run: Path, tracker: WandbTracker, steps: int = 5) -> AllOf:
-    sinks = AllOf(JsonlTracker(run, 1), [tracker])
-    sinks.start({"train": {"steps": steps}})
-    for step in range(1, steps + 1):
-        sinks.log({"train/step": step, "train/loss": 3.0 / step})
-    return sinks
-
-
-def offline_runs(run: Path) -> list[Path]:
-    return sorted((run / "wandb").glob("*run-*"))
-
-
-def running_services() -> list[psutil.Process]:
-    """The client's service, as soon as the sink's thread has started it."""
-    for _ in range(200):
-        if found := [child for child in psutil.Process().children() if "wandb-core" in child.name()]:
-            return found
-        time.sleep(0.05)
-    return []
-
-
-def records(folder: Path) -> list[dict[str, Any]]:
-    """What the real client wrote, by its own reader."""
-    command = [sys.executable, "-m", "wandb", "leet", "inspect", "--json", str(folder)]
-    output = subprocess.run(command, capture_output=True, text=True, check=True, timeout=60).stdout
-    return [json.loads(line) for line in output.splitlines()]
 
 
 @pytest.mark.fault(92)

@@ -117,7 +117,7 @@ def _data(stub: WandbStub, operation: str, query: str, variables: dict[str, Any]
                           "bucket": run and _resume_status(run)}}  # fmt: skip
     if operation in ("Viewer", "GetDefaultEntity"):
         return {"viewer": {"id": "u", "entity": ENTITY, "username": "stub", "name": "stub", "email": "s@example.org",
-                           "flags": "{}", "admin": False, "teams": {"edges": []}, "apiKeys": {"edges": []}}}  # fmt: skip
+                           "flags": "{}", "admin": False, "teams": {"edges": []}}}  # fmt: skip
     if operation == "CreateRunFiles":
         names = variables["files"]
         files = [{"name": name, "uploadUrl": f"{stub.url}/upload/{name}"} for name in names]
@@ -152,8 +152,8 @@ def _upsert_run(stub: WandbStub, variables: dict[str, Any]) -> dict[str, Any]:
     run.config = variables.get("config") or run.config
     run.display_name = variables.get("displayName") or run.display_name
     place = {"id": "p", "name": project, "entity": {"id": "e", "name": run.entity}}
-    bucket = {"id": "r", "name": name, "displayName": run.display_name or name, "description": None, "config": run.config,
-              "project": place, "historyLineCount": len(run.lines), "sweepName": None}  # fmt: skip
+    bucket = {"id": "r", "name": name, "displayName": run.display_name or name, "description": None,
+              "config": run.config, "project": place, "historyLineCount": len(run.lines), "sweepName": None}  # fmt: skip
     return {"upsertBucket": {"bucket": bucket, "inserted": inserted}}
 
 
