@@ -22,7 +22,7 @@ from phi3v_dist.observe.metrics import ATTEMPT, STEP
 from phi3v_dist.observe.tracker import RECORD_NAME, read_rows
 from phi3v_dist.secrets import redacted
 
-INSPECT_TIMEOUT_S, UPLOAD_TIMEOUT_S = 600, 3600
+INSPECT_TIMEOUT_S, UPLOAD_TIMEOUT_S = 600.0, 3600.0
 UPLOADED_SUFFIX = ".synced"  # `wandb sync` leaves it beside a file of which everything was sent
 FOLDER = re.compile(r"(offline-)?run-(\d{8}_\d{6})-(.+)")
 _STEP, _ATTEMPT = (re.compile(rf'"{name}": ?"?(\d+)') for name in (STEP, ATTEMPT))
@@ -69,7 +69,6 @@ def sync(run_folder: Path, say: Callable[[str], None]) -> list[str]:
 
     Raises:
         ConfigError: `run_folder` has no W&B folders.
-        LaunchError: the server does not say how many rows it has.
     """
     looks = []
     problems = []
@@ -80,10 +79,10 @@ def sync(run_folder: Path, say: Callable[[str], None]) -> list[str]:
         if look.run_id:
             looks.append(look)
     said: list[str] = []
-    for place, look in enumerate(looks):
-        if look.is_uploaded or (
-            not look.is_offline and _rows_on_server(look) >= sum(x.rows for x in looks[: place + 1])
-        ):
+    rows = 0
+    for look in looks:
+        rows += look.rows
+        if look.is_uploaded or _was_sent_online(look, rows):
             say(f"{look.folder.name}: {look.rows} rows, uploaded before")
             continue
         said += _upload(run_folder, look.folder)
@@ -104,27 +103,18 @@ def folders(run_folder: Path) -> list[Path]:
 
 def inspect(folder: Path) -> Look:
     """Read one folder with the client's own reader, which ends with 0 whatever it met."""
-    summary, complaint = _leet(folder, "--summary", "--json")
-    try:
-        found = json.loads(summary)
-    except ValueError:
-        found = {}
-    if not found.get("run_id"):
+    done = _wandb(folder, INSPECT_TIMEOUT_S, "leet", "inspect", "--json", str(folder))
+    lines, complaint = done.stdout.splitlines(), redacted(done.stderr.strip().removeprefix("wandb leet inspect: "))
+    run = next((json.loads(line)["run"] for line in lines if '"type":"run"' in line), None)
+    if not run:
         why = f"it cannot be read ({complaint or 'no run in it'}), so it is left out"
         return Look(folder, "", "", "", 0, Counter(), why)
-    lines, complaint = _leet(folder, "--json")
-    rows = [line for line in lines.splitlines() if '"type":"history"' in line]
+    rows = [line for line in lines if '"type":"history"' in line]
     marks = [(_ATTEMPT.search(line), _STEP.search(line)) for line in rows]
     places = Counter((int(attempt[1]), int(step[1])) for attempt, step in marks if attempt and step)
     was_killed = "incomplete" in complaint  # the last record is torn, as after every kill
     damage = "" if was_killed or not complaint else f"it is damaged ({complaint}), and is sent as far as it can be read"
-    return Look(folder, found["run_id"], found["entity"], found["project"], len(rows), places, damage)
-
-
-def _leet(folder: Path, *options: str) -> tuple[str, str]:
-    """What the reader prints, and what it complains of."""
-    done = _wandb(folder, INSPECT_TIMEOUT_S, "leet", "inspect", *options, str(folder))
-    return done.stdout, redacted(done.stderr.strip().removeprefix("wandb leet inspect: "))
+    return Look(folder, run["run_id"], run.get("entity", ""), run["project"], len(rows), places, damage)
 
 
 def _upload(run_folder: Path, folder: Path) -> list[str]:
@@ -146,10 +136,18 @@ def _wandb(run_folder: Path, timeout_s: float, *words: str) -> subprocess.Comple
         return subprocess.CompletedProcess(command, 1, "", f"ERROR no end after {timeout_s:.0f} s")
 
 
+def _was_sent_online(look: Look, rows: int) -> bool:
+    """Whether a folder that was written online needs nothing: the server has all rows up to its end."""
+    there = 0 if look.is_offline else _rows_on_server(look)
+    return not look.is_offline and isinstance(there, int) and there >= rows
+
+
 def _missing_on_server(looks: list[Look], said: list[str], say: Callable[[str], None]) -> list[str]:
     """Row counts compared; a run folder has one W&B run."""
     here, there = sum(look.rows for look in looks), _rows_on_server(looks[-1])
     name = f"{looks[-1].project}/{looks[-1].run_id}"
+    if isinstance(there, str):
+        return [f"{name}: the W&B server does not say how many rows it has ({there}), so {here} rows may be missing"]
     say(f"{name}: {here} rows here, {there} on the server")
     if there >= here:
         return []
@@ -157,16 +155,15 @@ def _missing_on_server(looks: list[Look], said: list[str], say: Callable[[str], 
     return [f"{name}: {here - there} of {here} rows did not arrive{why}; start the same command again"]
 
 
-def _rows_on_server(look: Look) -> int:
+def _rows_on_server(look: Look) -> int | str:
+    """How many rows the server has of this run; why that is not known when it does not say."""
     import wandb
 
     path = "/".join(filter(None, (look.entity, look.project, look.run_id)))
     try:
         return int(wandb.Api().run(path).historyLineCount or 0)
-    except ValueError:  # the client's error for a run that the server does not have
-        return 0
     except Exception as error:
-        raise LaunchError(f"asking the W&B server for the rows of {path}: {redacted(str(error))}") from error
+        return 0 if "Could not find run" in str(error) else redacted(f"{type(error).__name__}: {error}")
 
 
 def _missing_in_folders(run_folder: Path, looks: list[Look]) -> list[str]:

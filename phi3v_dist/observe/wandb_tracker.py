@@ -72,6 +72,7 @@ class WandbTracker(Tracker):
         self._recent: deque[tuple[float, Task]] = deque()  # delivered, and perhaps not yet on the disk
         self._rejoins = 0
         self._lost: Exception | None = None
+        self._is_told = False  # that something is wrong: once is enough
         self._disk_looked_s = 0.0
 
     def start(self, config: Mapping[str, Any]) -> None:
@@ -164,7 +165,7 @@ class WandbTracker(Tracker):
                 self._require_room()
                 self._do(task)
             except Exception as error:
-                self._failure = self._failure or error
+                self._failure, self._is_told = self._failure or error, True
 
     def _do(self, task: Task) -> None:
         """One task, with a new service if the old one is gone; nothing any more once that was done too often."""
@@ -196,13 +197,12 @@ class WandbTracker(Tracker):
     def _rejoin(self) -> None:
         """Go on in the same run with a new service, and say again what the old one may not have written. Raises the
         last failure when that did not help."""
-        is_first = self._rejoins == 0
         while self._rejoins < REJOINS and not self._left_behind.is_set():
             self._rejoins += 1
             self._run = None
             wandb_client.end_service()
             time.sleep(REJOIN_WAIT_S)
-            self._closing.wait(REJOIN_WAIT_S * (self._rejoins**2 - 1))
+            self._closing.wait(REJOIN_WAIT_S * (2 ** (self._rejoins - 1) - 1))
             try:
                 self._join()
                 for _, task in self._recent:
@@ -211,10 +211,11 @@ class WandbTracker(Tracker):
                 self._lost = error
                 continue
             logger.log(
-                logging.WARNING if is_first else logging.INFO,
+                logging.INFO if self._is_told else logging.WARNING,
                 "W&B: %s; started it again, in the same run (%d of at most %d times)",
                 *(self._lost, self._rejoins, REJOINS),
             )  # fmt: skip
+            self._is_told = True
             return
         self._run = None
         self._recent.clear()
@@ -251,8 +252,9 @@ class WandbTracker(Tracker):
         self._disk_looked_s = time.monotonic()
         if shutil.disk_usage(self.run_folder / "wandb").free < LEAST_FREE_BYTES:
             if self._run is not None:
-                self._run = None  # a service that met a full disk writes nothing any more
-                wandb_client.end_service()
+                self._run = None
+                time.sleep(1.5 * FLUSH_INTERVAL_S)  # for what the service still has; once it meets a full disk it
+                wandb_client.end_service()  # drops all that comes later, without a word
             self._lost = OSError(errno.ENOSPC, "no room for W&B's own files", str(self.run_folder / "wandb"))
             raise self._lost
 

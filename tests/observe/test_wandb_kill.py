@@ -27,8 +27,8 @@ def stub(fresh_client: None, monkeypatch: pytest.MonkeyPatch) -> Iterator[WandbS
         yield server
 
 
-def has_folders(run: Path, number: int) -> bool:
-    return len(offline_runs(run)) == number
+def was_opened(caplog: pytest.LogCaptureFixture, times: int) -> bool:
+    return caplog.text.count("W&B: offline") == times
 
 
 def go_on(sinks: AllOf, *steps: int) -> None:
@@ -49,12 +49,14 @@ def test_a_killed_service_is_started_again_in_the_same_run_with_one_warning(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     sinks = train(tmp_path, WandbTracker(tmp_path))
+    caplog.set_level(logging.INFO, "phi3v_dist")
     for last in (10, 15):
+        wait_for(partial(was_opened, caplog, last // 5 - 1))
         (service,) = running_services()
         service.kill()
         service.wait(5)
         go_on(sinks, *range(last - 4, last + 1))
-        wait_for(partial(has_folders, tmp_path, last // 5))
+    wait_for(partial(was_opened, caplog, 3))
     sinks.finish({"eval/loss": 1.5})
     assert [row["train/step"] for row in read_metrics(tmp_path)] == list(range(1, 16)), "the record is complete"
     run_id = (tmp_path / "wandb-id").read_text()

@@ -141,7 +141,7 @@ def _data(stub: WandbStub, operation: str, query: str, variables: dict[str, Any]
         page = {"endCursor": None, "hasNextPage": False}
         return {"models": {"edges": [{"cursor": "c", "node": node}], "pageInfo": page}}
     if "historyLineCount" in query:
-        return {"project": {"internalId": "1", "run": run and {"historyLineCount": len(run.lines)}}}
+        return {"project": {"internalId": "1", "run": run and _whole_run(run)}}
     return {}
 
 
@@ -153,8 +153,23 @@ def _upsert_run(stub: WandbStub, variables: dict[str, Any]) -> dict[str, Any]:
     run.display_name = variables.get("displayName") or run.display_name
     place = {"id": "p", "name": project, "entity": {"id": "e", "name": run.entity}}
     bucket = {"id": "r", "name": name, "displayName": run.display_name or name, "description": None,
-              "config": run.config, "project": place, "historyLineCount": len(run.lines), "sweepName": None}  # fmt: skip
+              "config": run.config, "project": place, "historyLineCount": len(run.lines)}  # fmt: skip
     return {"upsertBucket": {"bucket": bucket, "inserted": inserted}}
+
+
+def _whole_run(run: StubRun) -> dict[str, Any]:
+    """As `wandb.Api().run()` wants it."""
+    texts = {"id": "r", "name": run.name, "displayName": run.name, "state": "finished", "config": run.config}
+    texts |= {"createdAt": "2026-01-01T00:00:00", "heartbeatAt": "2026-01-01T00:00:00", "systemMetrics": "{}"}
+    nothing = dict.fromkeys(("sweepName", "group", "jobType", "commit", "description", "notes", "historyKeys"))
+    more = {
+        "tags": [],
+        "user": {"name": "stub", "username": "stub"},
+        "readOnly": False,
+        "projectId": "1",
+        "summaryMetrics": json.dumps(run.summary),
+    }
+    return {**texts, **nothing, **more, "historyLineCount": len(run.lines)}
 
 
 def _resume_status(run: StubRun) -> dict[str, Any]:
