@@ -346,6 +346,8 @@ class ObserveSettings(Section):
     wandb: Literal["offline", "online", "disabled"] = "offline"
     wandb_project: str = "phi3v-dist"
     wandb_entity: str | None = None
+    tensorboard: bool = False
+    """Also write `RUN/tensorboard`; needs the extra `tensorboard` of setup.cfg."""
 
 
 class Settings(Section):

@@ -42,6 +42,7 @@ from phi3v_dist.model.official_config import read_config
 from phi3v_dist.observe.console import ConsoleTracker
 from phi3v_dist.observe.health import SpikeWatch, StarvationWatch
 from phi3v_dist.observe.profiles import Profiles
+from phi3v_dist.observe.tensorboard_tracker import TensorBoardTracker, why_not
 from phi3v_dist.observe.tracker import AllOf, JsonlTracker, NoTracker, Tracker
 from phi3v_dist.observe.wandb_tracker import WandbTracker
 from phi3v_dist.parallel import zero
@@ -142,6 +143,16 @@ class Run:
     def config_digest(self) -> str:
         return hashlib.sha256(json.dumps(self.resolved, sort_keys=True).encode()).hexdigest()[:16]
 
+    @property
+    def record(self) -> dict[str, Any]:
+        """The resolved settings and what they ran with: config.yaml, and the config that W&B shows."""
+        ran_with = {
+            "versions": environment.versions(continuing.RECORDED),
+            "commit": environment.commit(),
+            "world_size": self.topology.world_size,
+        }
+        return self.resolved | {"environment": ran_with}
+
     def accounts(self, state: dict[str, Any] | None) -> Accounts:
         """Ledger and quarantine, from a checkpoint's state on; None: from the beginning."""
         return Accounts.open(
@@ -186,6 +197,8 @@ def problems(settings: Settings, world_size: int) -> list[str]:
     found += environment.links_out(settings.run.folder) + continuing.problems(settings)
     for line in continuing.warnings(settings):
         log.warning("%s", line)
+    if settings.observe.tensorboard and (why := why_not()):
+        found.append(f"`observe.tensorboard` is true, but {why}")
     try:
         _reference(settings.eval.reference)
     except (OSError, ValueError, TypeError, AttributeError) as error:
@@ -250,6 +263,8 @@ def build(settings: Settings, topology: Topology, attempt: Attempt, requests: Re
         if settings.observe.wandb != "disabled":
             watch = settings.observe
             mirrors.append(WandbTracker(settings.run.folder, watch.wandb, watch.wandb_project, watch.wandb_entity))
+        if settings.observe.tensorboard:
+            mirrors.append(TensorBoardTracker(settings.run.folder))
         sinks = AllOf(JsonlTracker(settings.run.folder, attempt.number), mirrors)
         tracker = GoodputTracker(sinks, settings.run.folder, attempt, settings.observe.log_every_steps)
     run_id = topology.broadcast(_run_id(settings.run.folder) if topology.is_main else "")
@@ -261,7 +276,7 @@ def build(settings: Settings, topology: Topology, attempt: Attempt, requests: Re
         run_id=run_id, resolved=resolved, reference=_reference(settings.eval.reference),
     )  # fmt: skip
     if topology.is_main:
-        _write_config(run, resolved)
+        write_durably(run.folder / "config.yaml", yaml.safe_dump(run.record, sort_keys=False))
         write_durably(run.folder / STEPS_NAME, json.dumps(_steps_record(planner, num_steps)) + "\n")
         model = engine.module
         log.info(
@@ -355,17 +370,6 @@ def _reference(path: Path | None) -> dict[str, float]:
     """The `best_…` and `chance_…` figures of `eval.reference`, as metrics to stand beside the scores."""
     figures = json.loads(path.read_text()) if path else {}
     return {f"eval/{name}": float(value) for name, value in figures.items() if name.startswith(("best_", "chance_"))}
-
-
-def _write_config(run: Run, resolved: dict[str, Any]) -> None:
-    """config.yaml: the resolved settings and what they ran with."""
-    run.folder.mkdir(parents=True, exist_ok=True)
-    ran_with = {
-        "versions": environment.versions(continuing.RECORDED),
-        "commit": environment.commit(),
-        "world_size": run.topology.world_size,
-    }
-    write_durably(run.folder / "config.yaml", yaml.safe_dump(resolved | {"environment": ran_with}, sort_keys=False))
 
 
 def describe(settings: Settings, train: Data, num_steps: int, world_size: int) -> list[str]:

@@ -1,9 +1,9 @@
 """Rows of numbers → the places a person looks: `metrics.jsonl` (the record) and its mirrors.
 
 What comes in: `{metric name: number}`, already reduced over the ranks, on rank 0 only. What goes out: one JSON line per
-row, and the same row to every mirror (console, W&B). Surprise: the sinks are not equals. The record may stop a run,
-since training that leaves no trace is worth little; a mirror never does: its first failure is a warning, and training
-goes on.
+row, and the same row to every mirror (console, W&B, TensorBoard). Surprise: the sinks are not equals. The record may
+stop a run, since training that leaves no trace is worth little; a mirror never does: its first failure is a warning,
+and training goes on.
 """
 
 import json
@@ -35,6 +35,9 @@ class Tracker:
 
     def media(self, step: int, predictions: Sequence[Prediction], folder: Path) -> None:
         """Take the answers of one evaluation; their thumbnails' paths are relative to `folder`."""
+
+    def preempted(self) -> None:
+        """The run is stopped before its end, and `finish` comes next: another attempt goes on. May be said twice."""
 
     def finish(self, summary: Row) -> None:
         """Close the sink with the run's final numbers."""
@@ -90,6 +93,9 @@ class AllOf(Tracker):
 
     def media(self, step: int, predictions: Sequence[Prediction], folder: Path) -> None:
         self._mirror(lambda mirror: mirror.media(step, predictions, folder))
+
+    def preempted(self) -> None:
+        self._mirror(lambda mirror: mirror.preempted())
 
     def finish(self, summary: Row) -> None:
         self.record.finish(summary)

@@ -1,47 +1,50 @@
 """Rows of numbers → a W&B run: offline inside the run folder, or online where a key and a server are at hand.
 
-Surprise: everything the client would scatter over the home folder is led into the run folder, because a table's
-pictures lie in its *data* folder and an offline run that is moved without it has lost them. The x axis is always
-`train/step`: W&B's own step is renumbered when an offline run is continued. And a thread of its own talks to the
-client, which blocks its caller once its service hangs: training only puts rows into a queue, and never waits.
+Surprise: a thread of its own does all talking to the client, the opening of the run included: the client blocks its
+caller once its service hangs, and training only puts rows into a queue and never waits. When the service dies (memory
+ran out, somebody killed it), the thread opens the same run again. The x axis is always `train/step`: W&B's own step is
+renumbered when an offline run is continued.
 """
 
 import atexit
 import contextlib
+import errno
 import logging
-import os
 import queue
-import secrets
-import socket
+import shutil
 import threading
-import urllib.request
+import time
+from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from types import ModuleType
-from typing import Any, Literal
-from urllib.parse import urlsplit
+from typing import Any
 
 import psutil
 
-from phi3v_dist.observe.metrics import STEP
+from phi3v_dist.observe import wandb_client
+from phi3v_dist.observe.alerts import Alerts, Said
+from phi3v_dist.observe.metrics import PLACEHOLDER, REGISTRY, STEP
 from phi3v_dist.observe.tracker import Prediction, Row, Tracker
+from phi3v_dist.observe.wandb_client import FLUSH_INTERVAL_S, Mode, is_alive
+from phi3v_dist.observe.wandb_media import MEDIA_ROWS, log_media
 
 logger = logging.getLogger(__name__)
 
-FLUSH_INTERVAL_S = 1  # the client's 15 s lose everything of a run killed earlier (OBSERVABILITY.md §0.2)
-CONNECT_TIMEOUT_S = 3
-INIT_TIMEOUT_S = 5  # the default of 90 s keeps the other ranks waiting in a collective
 FINISH_TIMEOUT_S = 60.0  # the client itself would try to reach a lost server for days
-EXIT_TIMEOUT_S = 15.0  # the same after a crash, when the job is to end
+EXIT_TIMEOUT_S = 15.0  # the same after a crash or at a notice, when the job is to end
 WAITING_ROWS = 20_000  # rows kept for a client that is behind; a few MB
-MEDIA_ROWS = 64  # pictures per evaluation; more make the offline folder and the web page heavy
+REJOINS = 3  # times that a dead service is started again in one attempt
+REJOIN_WAIT_S = 1.1  # a folder is named by the second in which it was made
+LEAST_FREE_BYTES = 16 << 20  # the rest of a full disk is for the record; the client itself loses rows without a word
+DISK_LOOK_S = 5.0
+STOPPED_CODE = 1  # W&B shows a run that said it would be preempted and then failed as preempted, not as crashed
 
-Mode = Literal["online", "offline", "disabled"]
+Task = Callable[[Any], object]  # what to do with the run
 
 
 class WandbTracker(Tracker):
-    """One W&B run over all attempts: its id is kept in `RUN/wandb-id`. Put it behind `AllOf`: its client may raise, and
-    what it raised is raised by the next call here.
+    """One W&B run over all attempts: its id is kept in `RUN/wandb-id`. Put it behind `AllOf`: what goes wrong in the
+    thread is raised by the next call here.
 
     A resume goes on in the same run. What an earlier attempt logged after the checkpoint stays there, and `run/attempt`
     tells it from the same steps trained again.
@@ -54,76 +57,85 @@ class WandbTracker(Tracker):
         self.mode = mode
         self.project = project
         self.entity = entity
-        self._run: Any = None
-        self._queue: queue.Queue[Callable[[], object] | None] = queue.Queue(WAITING_ROWS)
+        self._config: Mapping[str, Any] = {}
+        self._alerts = Alerts(self.run_folder)
+        self._is_preempted = False
+        self._queue: queue.Queue[Task | None] = queue.Queue(WAITING_ROWS)
         self._thread: threading.Thread | None = None
         self._failure: Exception | None = None
+        self._closing, self._left_behind = threading.Event(), threading.Event()
+        self._wandb: Any = None
+        # What follows belongs to the thread.
+        self._run: Any = None
+        self._is_online = False
+        self._service: psutil.Process | None = None
+        self._recent: deque[tuple[float, Task]] = deque()  # delivered, and perhaps not yet on the disk
+        self._rejoins = 0
+        self._lost: Exception | None = None
+        self._is_told = False  # that something is wrong: once is enough
+        self._disk_looked_s = 0.0
 
     def start(self, config: Mapping[str, Any]) -> None:
         if self.mode == "disabled":
             return
-        wandb = self._client()
-        mode: Mode = self.mode
-        obstacle = _why_not_online(wandb) if mode == "online" else None
-        if mode == "online" and not obstacle:
-            try:
-                self._run = self._init(wandb, mode, config)
-            except Exception as error:  # whatever the server answered, offline needs no server
-                obstacle = f"it did not start online ({error})"
-                _end_service()  # it keeps the run's id "in use" (wandb issue 9865)
-        if self._run is None:
-            mode = "offline"
-            self._run = self._init(wandb, mode, config)
-        self._run.define_metric(STEP, hidden=True)
-        self._run.define_metric("*", step_metric=STEP)
-        if obstacle:
-            logger.warning("W&B: %s; logging offline, and later this uploads it:\n%s", obstacle, self._sync_command())
-        logger.info("W&B: %s", self._run.url if mode == "online" else f"offline; upload it by {self._sync_command()}")
+        self._config = dict(config)
+        self._wandb = wandb_client.client(self.run_folder, self.mode)
         self._thread = threading.Thread(target=self._deliver, name="wandb", daemon=True)
         self._thread.start()
         atexit.register(self._close_at_exit)  # later than the client's own hook, so it runs before
 
     def log(self, row: Row) -> None:
-        if run := self._run:
-            content = dict(row)
-            self._put(lambda: run.log(content))
+        if not self._thread:
+            return
+        content = dict(row)
+        self._put(lambda run: run.log(content))
+        for said in self._alerts.look(row) if self.mode == "online" else ():
+            self._put(lambda run, said=said: self._alert(run, said))  # type: ignore[misc]
 
     def media(self, step: int, predictions: Sequence[Prediction], folder: Path) -> None:
-        if (run := self._run) and predictions:
+        if self._thread and predictions:
             shown = list(predictions[:MEDIA_ROWS])
-            self._put(lambda: _log_media(run, step, shown, folder))
+            self._put(lambda run: log_media(run, step, shown, folder))
+
+    def preempted(self) -> None:
+        if self._thread and not self._is_preempted:
+            self._is_preempted = True
+            self._put(lambda run: run.mark_preempting())
 
     def finish(self, summary: Row) -> None:
-        if self._run:
-            self._close(dict(summary), FINISH_TIMEOUT_S)
+        if self._thread:
+            stopped = self._is_preempted
+            self._close(dict(summary), STOPPED_CODE if stopped else 0, EXIT_TIMEOUT_S if stopped else FINISH_TIMEOUT_S)
             self._raise_failure()
 
-    def _close(self, summary: Mapping[str, Any] | None, timeout_s: float) -> None:
-        """End the W&B run, as a crashed one without a summary; its service is killed when that takes too long."""
+    def _close(self, summary: Mapping[str, Any], exit_code: int, timeout_s: float) -> None:
+        """End the W&B run; its service is killed when that takes too long."""
         atexit.unregister(self._close_at_exit)
-        run, self._run = self._run, None
+        thread, self._thread = self._thread, None
 
-        def end() -> None:
-            run.summary.update(summary or {})
-            run.finish(exit_code=0 if summary is not None else 1)
+        def end(run: Any) -> None:
+            run.summary.update(summary)
+            run.finish(exit_code=exit_code)
 
-        assert self._thread is not None
+        assert thread is not None
+        self._closing.set()
         with contextlib.suppress(queue.Full):  # then the client has hung for long, and the thread will not end
             self._queue.put_nowait(end)
             self._queue.put_nowait(None)
-            self._thread.join(timeout_s)
-        if self._thread.is_alive():
+            thread.join(timeout_s)
+        if thread.is_alive():
             logger.warning(
                 "W&B did not finish within %.0f s and is left behind; this uploads what is missing:\n%s",
                 *(timeout_s, self._sync_command()),
             )
-            _end_service()
+            self._left_behind.set()  # else the thread would take this for a service to be started again
+            wandb_client.end_service()
 
     def _close_at_exit(self) -> None:
         """After a crash nobody has called `finish`; the client's own hook would wait for its service for ever."""
-        self._close(None, EXIT_TIMEOUT_S)
+        self._close({}, 1, EXIT_TIMEOUT_S)
 
-    def _put(self, task: Callable[[], object]) -> None:
+    def _put(self, task: Task) -> None:
         """Hand a task to the thread. Raises what went wrong there, and queue.Full when the client is far behind."""
         self._raise_failure()
         try:
@@ -136,141 +148,125 @@ class WandbTracker(Tracker):
         if failure:
             raise failure
 
-    def _deliver(self) -> None:
-        """The thread: one task after another; a failed one does not keep the next from being tried."""
-        while (task := self._queue.get()) is not None:
-            try:
-                task()
-            except Exception as error:  # told to the caller of the next verb
-                self._failure = error
-
     def _sync_command(self) -> str:
         """What uploads everything of this run that is still on the disk: one folder for each attempt, oldest first."""
-        return f"wandb sync {self.run_folder}/wandb/*run-*-{_run_id(self.run_folder / 'wandb-id')}"
+        return f"python launch/dashboard.py --sync {self.run_folder}"
 
-    def _client(self) -> ModuleType:
-        """The client, told before its first import where it may write."""
-        folder = self.run_folder / "wandb"
-        folder.mkdir(parents=True, exist_ok=True)
-        os.environ["WANDB_DIR"] = str(self.run_folder)
-        os.environ["WANDB_DATA_DIR"] = str(folder / "data")
-        os.environ["WANDB_CACHE_DIR"] = str(folder / "cache")
-        if self.mode == "offline":  # online, the settings that `wandb login` stored say which server
-            os.environ["WANDB_CONFIG_DIR"] = str(folder / "config")
-        import wandb
+    # The thread.
 
-        return wandb
-
-    def _init(self, wandb: ModuleType, mode: Mode, config: Mapping[str, Any]) -> Any:
-        settings = wandb.Settings(
-            init_timeout=INIT_TIMEOUT_S,
-            x_transaction_log_flush_interval=FLUSH_INTERVAL_S,
-            x_disable_meta=True,  # argv may hold secrets and would be stored as typed
-            save_code=False,
-            disable_git=True,
-            console="off",
-            silent=True,
-        )
-        return wandb.init(
-            dir=self.run_folder,
-            mode=mode,
-            project=self.project,
-            entity=self.entity,
-            name=self.run_folder.name,
-            id=_run_id(self.run_folder / "wandb-id"),
-            resume="allow",
-            config=dict(config),
-            settings=settings,
-        )
-
-
-def _run_id(path: Path) -> str:
-    """The run's id, written before W&B hears of it, so that a requeued job continues the same run."""
-    if not path.exists():
-        beside = path.with_suffix(".new")
-        beside.write_text(secrets.token_hex(4))
-        beside.replace(path)
-    return path.read_text().strip()
-
-
-def _why_not_online(wandb: ModuleType) -> str | None:
-    """What stands between this machine and the W&B server; None when nothing does.
-
-    Asked first because the client prompts for a missing key, and retries a dead address for 13 s.
-    """
-    wandb.setup(wandb.Settings(silent=True))
-    if not wandb.login(prompt=False, verify=False):
-        return "no API key (set WANDB_API_KEY or run `wandb login`)"
-    server = urlsplit(wandb.setup().settings.base_url)
-    direct = urllib.request.proxy_bypass(server.hostname or "")
-    proxy = None if direct else urllib.request.getproxies().get(server.scheme)
-    target = urlsplit(proxy) if proxy else server
-    port = target.port or {"https": 443}.get(target.scheme, 80)
-    why = _why_not_reached(str(target.hostname), port)
-    return f"{target.scheme}://{target.hostname}:{port} cannot be reached ({why})" if why else None
-
-
-def _why_not_reached(host: str, port: int) -> str | None:
-    """Connect within the time limit; in a thread, since looking up a name knows no limit."""
-    answers: queue.Queue[str | None] = queue.Queue()
-
-    def connect() -> None:
+    def _deliver(self) -> None:
+        """One task after another; a failed one does not keep the next from being tried, a lost service does."""
         try:
-            socket.create_connection((host, port), timeout=CONNECT_TIMEOUT_S).close()
-            answers.put(None)
-        except OSError as error:
-            answers.put(str(error))
+            self._join()
+        except Exception as error:  # tried again with the next row, and then told to the caller of the next verb
+            self._lost = error
+        while (task := self._queue.get()) is not None:
+            try:
+                self._require_room()
+                self._do(task)
+            except Exception as error:
+                self._failure, self._is_told = self._failure or error, True
 
-    threading.Thread(target=connect, name="wandb-connect", daemon=True).start()
-    try:
-        return answers.get(timeout=CONNECT_TIMEOUT_S + 0.5)
-    except queue.Empty:
-        return f"no answer within {CONNECT_TIMEOUT_S} s"
+    def _do(self, task: Task) -> None:
+        """One task, with a new service if the old one is gone; nothing any more once that was done too often."""
+        if self._left_behind.is_set() or (self._run is None and self._rejoins >= REJOINS):
+            return
+        if self._run is not None and self._has_service():
+            try:
+                task(self._run)
+                self._remember(task)
+                return
+            except Exception as error:
+                if not isinstance(error, ConnectionError) and self._has_service():
+                    raise  # this task's own fault
+                self._lost = error
+        elif self._run is not None:
+            self._lost = ConnectionError("its service (wandb-core) is gone")
+        self._remember(task)
+        self._rejoin()
+
+    def _has_service(self) -> bool:
+        return self._service is None or is_alive(self._service)
+
+    def _remember(self, task: Task) -> None:
+        now = time.monotonic()
+        self._recent.append((now, task))
+        while self._recent[0][0] < now - 2 * FLUSH_INTERVAL_S:
+            self._recent.popleft()
+
+    def _rejoin(self) -> None:
+        """Go on in the same run with a new service, and say again what the old one may not have written. Raises the
+        last failure when that did not help."""
+        while self._rejoins < REJOINS and not self._left_behind.is_set():
+            self._rejoins += 1
+            self._run = None
+            wandb_client.end_service()
+            time.sleep(REJOIN_WAIT_S)
+            self._closing.wait(REJOIN_WAIT_S * (2 ** (self._rejoins - 1) - 1))
+            try:
+                self._join()
+                for _, task in self._recent:
+                    task(self._run)
+            except Exception as error:
+                self._lost = error
+                continue
+            logger.log(
+                logging.INFO if self._is_told else logging.WARNING,
+                "W&B: %s; started it again, in the same run (%d of at most %d times)",
+                *(self._lost, self._rejoins, REJOINS),
+            )  # fmt: skip
+            self._is_told = True
+            return
+        self._run = None
+        self._recent.clear()
+        raise ConnectionError(f"W&B is given up for this attempt: {self._lost}") from self._lost
+
+    def _join(self) -> None:
+        """Open the run: online if that is wanted and possible, else offline."""
+        self._require_room()
+        wandb, online = self._wandb, self.mode == "online"
+        where = (self.project, self.entity, self._config)
+        obstacle = wandb_client.why_not_online(wandb) if online else None
+        run = None
+        if online and not obstacle:
+            try:
+                run = wandb_client.open_run(wandb, self.run_folder, "online", *where)
+            except Exception as error:  # whatever the server answered, offline needs no server
+                obstacle = f"it did not start online ({error})"
+                wandb_client.end_service()  # it keeps the run's id "in use" (wandb issue 9865)
+        self._is_online = run is not None
+        self._run = run or wandb_client.open_run(wandb, self.run_folder, "offline", *where)
+        self._service = wandb_client.service()
+        _define_metrics(self._run)
+        if self._is_preempted:
+            self._run.mark_preempting()
+        if obstacle and self._rejoins == 0:
+            logger.warning("W&B: %s; logging offline, and later this uploads it:\n%s", obstacle, self._sync_command())
+        said = self._run.url if self._is_online else f"offline; upload it by {self._sync_command()}"
+        logger.info("W&B: %s", said)
+
+    def _require_room(self) -> None:
+        """Raises OSError while the disk is as good as full, and begins anew once it is not."""
+        if self._run is not None and time.monotonic() - self._disk_looked_s < DISK_LOOK_S:
+            return
+        self._disk_looked_s = time.monotonic()
+        if shutil.disk_usage(self.run_folder / "wandb").free < LEAST_FREE_BYTES:
+            if self._run is not None:
+                self._run = None
+                time.sleep(1.5 * FLUSH_INTERVAL_S)  # for what the service still has; once it meets a full disk it
+                wandb_client.end_service()  # drops all that comes later, without a word
+            self._lost = OSError(errno.ENOSPC, "no room for W&B's own files", str(self.run_folder / "wandb"))
+            raise self._lost
+
+    def _alert(self, run: Any, said: Said) -> None:
+        if self._is_online:
+            run.alert(said.title, said.text, level=said.level)
 
 
-def _end_service() -> None:
-    """Kill the client's helper process, for which the client would wait without a limit; rows are on the disk. What the
-    client does about it, an exit of the whole process included, is held back."""
-    import wandb
-
-    for child in psutil.Process().children():
-        if "wandb" in child.name():
-            child.kill()
-    with contextlib.suppress(SystemExit, OSError):
-        wandb.teardown()
-
-
-def _log_media(run: Any, step: int, shown: Sequence[Prediction], folder: Path) -> None:
-    images = [_image(prediction, folder) for prediction in shown]
-    run.log(
-        {
-            STEP: step,
-            "eval/predictions": _table(shown, images),
-            # An offline table keeps its pictures outside the run's own folder; this list keeps them inside.
-            "eval/images": [image for image in images if image],
-        }
-    )
-
-
-def _image(prediction: Prediction, folder: Path) -> Any:
-    import wandb
-
-    if not prediction["thumbnail"] or not (folder / prediction["thumbnail"]).exists():
-        return None
-    return wandb.Image(str(folder / prediction["thumbnail"]), caption=prediction["prediction"])
-
-
-def _table(predictions: Sequence[Prediction], images: Sequence[Any]) -> Any:
-    """One row per answer: the texts, then per field its error (numbers) or whether it is right (words)."""
-    import wandb
-
-    fields = list(dict.fromkeys(name for prediction in predictions for name in prediction["fields"]))
-    table = wandb.Table(columns=["image", "prompt", "target", "prediction", "blind", "fields_ok", *fields])
-    for prediction, image in zip(predictions, images, strict=True):
-        scores = [prediction["fields"].get(name) for name in fields]
-        verdicts = [score and (score["error"] if score["kind"] == "number" else score["correct"]) for score in scores]
-        blind = prediction["blind"] and prediction["blind"]["prediction"]
-        fields_ok = sum(bool(score and score["correct"]) for score in scores)
-        texts = [prediction[name] for name in ("prompt", "target", "prediction")]
-        table.add_data(image, *texts, blind, fields_ok, *verdicts)
-    return table
+def _define_metrics(run: Any) -> None:
+    """One scheme for all names, from the registry: drawn over `train/step`; what has no panel is not drawn unasked."""
+    run.define_metric(STEP, hidden=True)
+    for metric in REGISTRY:
+        if metric.panel is None and metric.name != STEP and not PLACEHOLDER.search(metric.name):
+            run.define_metric(metric.name, step_metric=STEP, hidden=True)
+    run.define_metric("*", step_metric=STEP)

@@ -110,7 +110,7 @@ class Totals:
 
 def _start(run: Run) -> tuple[Totals, dict[str, Any] | None, Accounts]:
     """Open the sinks and go back to the newest checkpoint: what was done, where the data goes on, and the books."""
-    run.tracker.start(run.resolved)
+    run.tracker.start(run.record)
     run.saver.checkpoints.prepare(run.engine)
     resumed = run.saver.checkpoints.resume(run.engine)
     accounts = run.accounts(resumed[1].loader or None if resumed else None)  # an imported one has no data behind it
@@ -133,6 +133,7 @@ def _position(run: Run, totals: Totals, data_state: dict[str, Any]) -> Position:
 def _stop(run: Run, totals: Totals, accounts: Accounts, plan: PlannedStep) -> None:
     """A clean stop: this step saved, if there is time for it."""
     heartbeat.enter("finish", totals.step)
+    run.tracker.preempted()  # before the save: the kill may come first
     run.saver.settle()
     if run.saver.committed_step < totals.step:
         if run.saver.fits():
@@ -149,6 +150,7 @@ def _leave(run: Run, totals: Totals) -> None:
     run.requests.stopped(run.saver.committed_step, why)
     step = run.saver.committed_step
     log.info("stopped %s (%s); the same command goes on", f"after step {step}, saved" if step else "with no save", why)
+    run.tracker.preempted()
     run.tracker.finish({"train/step": totals.step} | totals.row(run))
     run.topology.barrier()
 
