@@ -15,13 +15,14 @@ import matplotlib as mpl
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import FuncFormatter, MaxNLocator, PercentFormatter
+from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator
 
 from phi3v_dist.observe.metrics import Number, format_number
 
 WIDTH_IN, HEIGHT_IN = 4.8, 2.75  # so that 10 points are about 10 pixels on a phone
 ROW_CHARACTERS = 58  # of a legend, six per entry for its handle
 LABEL_CHARACTERS = 30  # of one entry
+ROW_IN = 0.18  # inches
 
 INK, MUTED, GRID, PAGE, ACCENT = "#010101", "#020202", "#030303", "#040404", "#050505"
 TINTS = [ACCENT, "#060606", "#070707", "#080808", "#090909"]  # of the one accent, strong to faint
@@ -32,15 +33,16 @@ _THEME = {
     **{kind: f"--kind-{place}" for place, kind in enumerate(KINDS) if place > 0},
 }
 _STYLE: dict[Any, Any] = {
-    **{"font.size": 10, "svg.fonttype": "none", "svg.hashsalt": "phi3v", "text.parse_math": False},
+    **{"font.size": 10.5, "svg.fonttype": "none", "svg.hashsalt": "phi3v", "text.parse_math": False},
     **{"text.color": INK, "axes.labelcolor": MUTED, "xtick.color": MUTED, "ytick.color": MUTED},
     **{"axes.edgecolor": GRID, "axes.grid": True, "grid.color": GRID, "grid.linewidth": 0.7, "axes.axisbelow": True},
     **{"axes.spines.top": False, "axes.spines.right": False, "axes.spines.left": False},
     **{"xtick.major.size": 0, "ytick.major.size": 0, "xtick.minor.size": 0, "ytick.minor.size": 0},
-    **{"lines.linewidth": 1.6, "legend.frameon": False, "legend.fontsize": 9.5, "legend.borderpad": 0},
+    **{"lines.linewidth": 1.6, "legend.frameon": False, "legend.fontsize": 10, "legend.borderpad": 0},
     **{"figure.facecolor": "none", "axes.facecolor": "none", "savefig.facecolor": "none", "axes.xmargin": 0.01},
     **{"legend.handlelength": 1.5, "legend.handletextpad": 0.5},
 }
+COUNTED = ("rank", "ranks", "restarts", "attempts", "processes", "flag", "steps", "retries", "samples")  # whole numbers
 LINE_STYLES: list[Any] = ["-", (0, (4, 1.5)), (0, (1.2, 1.2)), (0, (6, 1.5, 1.2, 1.5))]
 LEGEND: dict[str, Any] = {"loc": "lower left", "bbox_to_anchor": (0.0, 1.01), "borderaxespad": 0, "columnspacing": 1.2}
 
@@ -71,24 +73,37 @@ def unit_axis(axes: Axes, unit: str, log_y: bool = False) -> None:
     """Shares and rates start at zero, or noise would look like news; shares are written as percent."""
     if log_y:
         axes.set_yscale("log")
+        axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
     axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: short(value)))
     axes.yaxis.set_minor_formatter(FuncFormatter(lambda value, _: ""))
     if unit in ("frac", "pct"):
         whole = 1.0 if unit == "frac" else 100.0
-        axes.yaxis.set_major_formatter(PercentFormatter(whole))
+        axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{100 * value / whole:.4g} %"))
         if axes.get_ylim()[0] >= 0:  # a difference of shares may be below
             axes.set_ylim(bottom=0, top=1.02 * whole if 0.5 * whole < axes.get_ylim()[1] <= 1.1 * whole else None)
     elif unit.endswith("/s"):
         axes.set_ylim(bottom=0)
+    elif unit in COUNTED:
+        axes.yaxis.set_major_locator(MaxNLocator(5, integer=True, min_n_ticks=1))
 
 
 def legend(axes: Axes) -> None:
     """Above the drawing, in as few rows as the words need; a single curve needs none, its caption names it."""
     handles, labels = axes.get_legend_handles_labels()
     if len(labels) > 1:
-        characters = max(map(len, labels)) + 6
-        columns = max(1, min(len(labels), ROW_CHARACTERS // characters))
-        axes.legend(handles, [shortened(label) for label in labels], ncols=columns, **LEGEND)
+        words = [shortened(label) for label in labels]
+        axes.legend(handles, words, ncols=legend_columns(words), **LEGEND)
+
+
+def legend_columns(labels: Sequence[str]) -> int:
+    """As many as there is room for."""
+    return max(1, min(len(labels), ROW_CHARACTERS // (max(map(len, labels), default=0) + 6)))
+
+
+def height_with(labels: Sequence[str]) -> float:
+    """Inches of a figure whose legend has these entries, so that many rows leave room for the drawing."""
+    words = [shortened(label) for label in labels]
+    return HEIGHT_IN + ROW_IN * max(0, -(-len(words) // legend_columns(words)) - 1 if words else 0)
 
 
 def shortened(label: str) -> str:

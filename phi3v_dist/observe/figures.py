@@ -65,7 +65,7 @@ def lines(
         drawing.unit_axis(axes, unit, log_y and above_zero)
         drawing.legend(axes)
 
-    return drawing.draw(plot)
+    return drawing.draw(plot, drawing.height_with([line.label for line in drawn]))
 
 
 def stack(drawn: Sequence[Line], unit: str, takeovers: Sequence[Number] = (), share: bool = False) -> str:
@@ -88,7 +88,7 @@ def stack(drawn: Sequence[Line], unit: str, takeovers: Sequence[Number] = (), sh
         axes.set_ylim(bottom=0)
         drawing.legend(axes)
 
-    return drawing.draw(plot)
+    return drawing.draw(plot, drawing.height_with([line.label for line in drawn]))
 
 
 def _line(axes: Axes, line: Line, colour: str, label: str | None, dashes: Any) -> None:

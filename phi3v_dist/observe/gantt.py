@@ -25,7 +25,7 @@ from phi3v_dist.observe.sections import WORDS, Panel
 MOST_RANKS, SLOWEST = 32, 16
 MOST_ATTEMPTS = 24
 CELLS = 400
-LINE_IN, FRAME_IN = 0.2, 1.15  # inches: a line, and axis and legend around them
+LINE_IN, FRAME_IN = 0.2, 0.75  # inches: a line, and axis and legend around them
 ORDER = ("productive", "data", "fwd", "bwd", "opt", "ckpt", "eval", "replay", "log", "init", "restore", "down", "other")
 COLOURS = dict(
     productive=KINDS[0], data=KINDS[2], fwd=KINDS[0], bwd=KINDS[1], opt=KINDS[3], ckpt=KINDS[4], log=KINDS[5],
@@ -141,10 +141,9 @@ def _draw(
         axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: drawing.short(value)))
         axes.grid(visible=False, axis="y")
         axes.tick_params(colors=INK)
-        names = [(labels or {}).get(what, WORDS.get(what, what)) for what in known]
         handles = [Patch(color=colours[what]) for what in known]
-        columns = max(1, min(len(names), drawing.ROW_CHARACTERS // (max(map(len, names)) + 5)))
-        axes.legend(handles, [drawing.shortened(name) for name in names], ncols=columns, **drawing.LEGEND)
+        axes.legend(handles, names, ncols=drawing.legend_columns(names), **drawing.LEGEND)
 
-    legend_in = 0.17 * -(-len(known) // 3)
+    names = [drawing.shortened((labels or {}).get(what, WORDS.get(what, what))) for what in known]
+    legend_in = drawing.ROW_IN * -(-len(names) // drawing.legend_columns(names))
     return drawing.draw(plot, FRAME_IN + legend_in + LINE_IN * len(lines))

@@ -7,23 +7,24 @@ new figure here, and a panel without numbers leaves no hole.
 
 import re
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from markupsafe import Markup
 
 from phi3v_dist.observe import figures, layout
 from phi3v_dist.observe.figures import Line
-from phi3v_dist.observe.metrics import REGISTRY, Metric, format_value, lookup
+from phi3v_dist.observe.metrics import PLACEHOLDER, REGISTRY, Metric, format_value, lookup
 from phi3v_dist.observe.run_folder import Run
 
 MAX_LINES = 8  # in one figure; of sixty nodes those with the largest values are shown
+SPOKEN = ("tokens/s", "tokens", "nats", "samples", "steps", "ranks", "restarts", "GiB", "rows")  # units said in tiles
 LONG_CAPTION = 190  # characters; longer ones are folded away
 BLIND = "eval/blind/"
 OF_PART = re.compile(r"eval/(?:blind/)?by_([a-z0-9_]+)/([a-z0-9_]+)/(.+)")
 WORDS = {
     "fwd": "forward", "bwd": "backward", "opt": "optimizer", "ckpt": "checkpoint", "log": "bookkeeping",
     "attn": "attention", "p50": "median", "p99": "99th percentile", "eval": "validation", "train": "training",
-    "alloc": "tensors", "mae": "error", "init": "start-up",
+    "alloc": "tensors", "mae": "error", "init": "start-up", "mfu": "MFU",
 }  # fmt: skip
 _PLACES = {metric.name: place for place, metric in enumerate(REGISTRY)}
 
@@ -44,6 +45,7 @@ class Figure:
 
     label: str
     value: str
+    unit: str
     note: str
 
 
@@ -76,7 +78,8 @@ def names_of(run: Run, panel: layout.Panel) -> list[str]:
 
 def labels_of(names: Sequence[str]) -> list[str]:
     """What tells the names of one figure apart: the words that not all of them have."""
-    pieces = [re.split("[/_]", name) for name in names]
+    exact = all(name in _PLACES for name in names)  # a name of the data, such as a source's, stays whole
+    pieces = [re.split("[/_]" if exact else "/", name) for name in names]
     shared = set.intersection(*map(set, pieces)) if len(names) > 1 else set(pieces[0])
     labels = []
     for name, words in zip(names, pieces, strict=True):
@@ -135,7 +138,7 @@ def _draw(run: Run, panel: layout.Panel, title: str, names: list[str]) -> Panel:
         Line(label, run.series[metric.name], _is_sparse(panel, metric), metric.name.startswith(BLIND))
         for label, metric in zip(labels, metrics, strict=True)
     ]
-    caption, terms = _caption(metrics, labels)
+    caption, terms = _caption(panel, metrics, labels)
     if len(drawn) > MAX_LINES and panel.kind not in ("area", "share"):
         caption += f" The {MAX_LINES} with the largest values of {len(drawn)}."
         drawn = sorted(drawn, key=lambda line: -line.series.values.max())[:MAX_LINES]
@@ -147,11 +150,16 @@ def _draw(run: Run, panel: layout.Panel, title: str, names: list[str]) -> Panel:
     return Panel(title, caption, Markup(svg), terms)
 
 
-def _caption(metrics: Sequence[Metric], labels: Sequence[str]) -> tuple[str, list[tuple[str, str]]]:
+def _caption(
+    panel: layout.Panel, metrics: Sequence[Metric], labels: Sequence[str]
+) -> tuple[str, list[tuple[str, str]]]:
     """What is drawn, in which unit, which way is good; and what each line is, if that takes more than a sentence."""
     directions = {metric.better for metric in metrics}
     better = f", {directions.pop()} is better" if len(directions) == 1 and None not in directions else ""
     spoken = [metric for metric in metrics if not metric.name.startswith(BLIND)] or list(metrics)
+    family = [metric for metric in layout.metrics_of(panel) if not metric.name.startswith(BLIND)]
+    if len(spoken) > 1 and len(family) == 1:  # lines that differ by a name of the data have one meaning
+        spoken = [replace(family[0], help=PLACEHOLDER.sub(r"each \1", family[0].help))]
     stems = list(dict.fromkeys(metric.help.partition(";")[0] for metric in spoken))
     unit = {"field": "the field's own unit", "frac": "%", "pct": "%", "s": "seconds"}.get(spoken[0].unit, spoken[0].unit)
     if len(stems) == 1:
@@ -175,11 +183,15 @@ def _reachable(run: Run, metrics: Sequence[Metric]) -> float | None:
 
 
 def _whole(name: str) -> str:
+    """For a line whose name has nothing that the others lack."""
     metric = lookup(name)
+    if name.startswith("eval/"):
+        return "model"
     return "each step" if metric and metric.cadence == "step" else name.rpartition("/")[2].replace("_", " ")
 
 
 def _tile(run: Run, panel: layout.Panel) -> Figure:
     assert panel.tile is not None
     metric = lookup(panel.tile)
-    return Figure(panel.title, format_value(panel.tile, run.last[panel.tile]), capital(metric.help) if metric else "")
+    said = format_value(panel.tile, run.last[panel.tile])
+    return Figure(panel.title, said, metric.unit if metric and metric.unit in SPOKEN else "", metric.help if metric else "")
