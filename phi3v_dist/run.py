@@ -51,6 +51,7 @@ from phi3v_dist.planner import at_start
 from phi3v_dist.survive.checkpoint import Checkpoints
 from phi3v_dist.survive.durable import write_durably
 from phi3v_dist.survive.interval import Earlier, Interval
+from phi3v_dist.survive.live_goodput import GoodputTracker
 from phi3v_dist.survive.saver import Saver
 from phi3v_dist.train.accounts import Accounts
 from phi3v_dist.train.guards import Guards
@@ -244,7 +245,8 @@ def build(settings: Settings, topology: Topology, attempt: Attempt, requests: Re
         if settings.observe.wandb != "disabled":
             watch = settings.observe
             mirrors.append(WandbTracker(settings.run.folder, watch.wandb, watch.wandb_project, watch.wandb_entity))
-        tracker = AllOf(JsonlTracker(settings.run.folder, attempt.number), mirrors)
+        sinks = AllOf(JsonlTracker(settings.run.folder, attempt.number), mirrors)
+        tracker = GoodputTracker(sinks, settings.run.folder, attempt, settings.observe.log_every_steps)
     run_id = topology.broadcast(_run_id(settings.run.folder) if topology.is_main else "")
     run = Run(
         settings=settings, topology=topology, attempt=attempt, requests=requests,

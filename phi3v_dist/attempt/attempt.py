@@ -159,4 +159,4 @@ def _owner_of(folder: Path) -> Owner | None:
 
 
 def _mark_ended(folder: Path, by: str) -> None:
-    write_durably(folder / ENDED_NAME, json.dumps({"by": by}) + "\n")
+    write_durably(folder / ENDED_NAME, json.dumps({"by": by, "unix_s": round(time.time(), 3)}) + "\n")

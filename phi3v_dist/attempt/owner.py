@@ -116,14 +116,14 @@ def read_owner(folder: Path) -> Owner | None:
 
 
 def show_life(folder: Path, ended: threading.Event) -> threading.Thread:
-    """Renew the counter until `ended`, from the thread that is returned."""
+    """Renew the counter until `ended`, from the thread that is returned; the time beside it is for the timeline."""
 
     def renew() -> None:
         count = 0
         while not ended.wait(RENEW_S if count else 0):
             count += 1
             with contextlib.suppress(OSError):  # a full disk: the saves say so, and a moment later there is room again
-                (folder / COUNTER_NAME).write_text(str(count))
+                (folder / COUNTER_NAME).write_text(f"{count} {time.time():.3f}")
 
     thread = threading.Thread(target=renew, name="alive", daemon=True)
     thread.start()

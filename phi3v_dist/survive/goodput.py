@@ -20,6 +20,9 @@ from typing import Any
 from phi3v_dist.errors import ConfigError, DataError
 from phi3v_dist.observe.metrics import ATTEMPT, STEP, Number
 from phi3v_dist.observe.tracker import read_metrics, read_rows
+from phi3v_dist.survive.timeline import Span, parts, timeline
+
+__all__ = ["Costs", "Goodput", "Span", "costs_of", "measured", "parts", "poisson", "simulate", "timeline"]
 
 STEP_S = "time/step_s"
 ROUNDING = 1e-9  # of a count of steps: 0.3 s are three steps of 0.1 s
@@ -122,7 +125,7 @@ def simulate(
 
 
 def measured(run_folder: Path, import_s: float | None = None) -> Goodput:
-    """The goodput of a run up to the last line of its record; all that it then held counts as kept.
+    """The goodput of a run up to its last sign of life, from its timeline; all that it then held counts as kept.
 
     import_s: seconds in which Python imported, if they were measured outside; default: what attempts wrote down.
 
@@ -130,20 +133,20 @@ def measured(run_folder: Path, import_s: float | None = None) -> Goodput:
         ConfigError: not a run folder, or no step of it is done.
         DataError: an attempt's file cannot be read.
     """
-    rows, steps, owners = _rows(run_folder), _steps(run_folder), _owners(run_folder)
-    kept = [row[STEP_S] for row in read_metrics(run_folder) if STEP_S in row]
-    starts_s, launches_s = _starts(steps), {number: owner["pid_started"] for number, owner in owners.items()}
+    steps, owners = _steps(run_folder), _owners(run_folder)
+    kept = [row for row in read_metrics(run_folder) if STEP_S in row]
+    spans = timeline(run_folder)
+    seconds = parts(spans)
     if import_s is None:
         import_s = math.fsum(owner.get("import_s", 0.0) for owner in owners.values())
-    useful_s = math.fsum(kept)
     return Goodput(
-        wall_s=rows[-1]["time"] - min(*starts_s.values(), *launches_s.values(), math.inf),
-        useful_s=useful_s,
-        lost_s=math.fsum(row[STEP_S] for row in steps) - useful_s,
-        blocked_s=math.fsum(row.get("ckpt/blocked_s", 0.0) for row in rows),
-        evaluate_s=math.fsum(row.get("time/eval_s", 0.0) for row in rows),
-        restart_s=math.fsum(starts_s[number] - launches_s.get(number, starts_s[number]) for number in starts_s),
-        num_launches=len(starts_s.keys() | launches_s.keys()),
+        wall_s=math.fsum(seconds.values()),
+        useful_s=seconds["productive"] + seconds["data"],
+        lost_s=seconds["replay"],
+        blocked_s=seconds["ckpt"],
+        evaluate_s=seconds["eval"],
+        restart_s=seconds["init"] + seconds["restore"],
+        num_launches=len(_starts(steps).keys() | owners.keys()),
         num_lost_steps=len(steps) - len(kept),
         import_s=import_s,
     )

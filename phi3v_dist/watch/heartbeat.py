@@ -19,7 +19,7 @@ import statistics
 import threading
 import time
 from collections import defaultdict, deque
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TextIO
@@ -98,6 +98,7 @@ class _Heart:
 
 
 _heart: _Heart | None = None
+_listener: Callable[[str, int | None], None] | None = None
 
 
 def open(folder: Path, rank: int, host: str, bounds: Bounds = Bounds()) -> None:  # noqa: A001, B008
@@ -119,7 +120,15 @@ def enter(phase: str, step: int | None = None, what: str = "", lane: str = TRAIN
     """
     if _heart is not None:
         _heart.enter(lane, phase, step, what)
+    if _listener is not None and lane == TRAIN:
+        _listener(phase, step)
     return faults.fire(phase, step)
+
+
+def listen(listener: Callable[[str, int | None], None] | None) -> None:
+    """Tell it each phase and step that the main thread enters; None: nobody listens any more. It must not raise."""
+    global _listener
+    _listener = listener
 
 
 def beat(what: str = "", lane: str = TRAIN) -> None:
