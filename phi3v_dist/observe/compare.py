@@ -1,7 +1,7 @@
 """Several run folders → one page: curves on common axes, final numbers with differences, settings that differ.
 
 What comes in: two or more `Run`s. What goes out: `comparison.html`. Surprise: the first run is the one that the others
-are compared with; differences are "other minus first", and green or red only where the registry knows which way is good.
+are compared with; a difference is marked as bad only where the registry knows which way is good.
 """
 
 import os
@@ -52,13 +52,15 @@ def write_comparison(folders: Sequence[Path], out: Path | None = None) -> Path:
         raise ConfigError(f"{len(folders)} runs cannot be compared on one page: name 2 to {MOST_RUNS}")
     runs = [read_run(folder) for folder in folders]
     names = _names(runs)
+    rows = final_rows(runs)
     path = out or folders[0].resolve().parent / COMPARISON_NAME
     context = {
         "names": names,
         "steps": [run.last_step for run in runs],
         "missing": [note for run in runs for note in run.notes][:MOST_RUNS],
         "sections": [section for layout_of in layout.SECTIONS if (section := _section(layout_of, runs, names)).panels],
-        "rows": final_rows(runs),
+        "rows": [row for row in rows if _is_headline(row.name)],
+        "other_rows": [row for row in rows if not _is_headline(row.name)],
         "settings": differing_settings(runs),
     }
     return write_page("compare.html.j2", path, context)
@@ -69,7 +71,7 @@ def final_rows(runs: Sequence[Run]) -> list[Row]:
     last = [{**run.last, **run.final} for run in runs]
     names = {name for numbers in last for name in numbers if name != STEP and not OF_PART.fullmatch(name)}
     rows = []
-    for name in sorted(names, key=lambda name: (_PLACES.get(name, len(_PLACES)), name)):
+    for name in sorted(names, key=lambda name: (not name.startswith("eval/"), _PLACES.get(name, len(_PLACES)), name)):
         metric = lookup(name)
         if metric is None or (metric.panel is None and not any(name in run.summary for run in runs)):
             continue
@@ -85,6 +87,12 @@ def differing_settings(runs: Sequence[Run]) -> list[tuple[str, list[str]]]:
     names = dict.fromkeys(name for settings in flat for name in settings)
     found = [(name, [settings.get(name, "–") for settings in flat]) for name in names if name not in OF_THE_RUN_ALONE]
     return [(name, values) for name, values in found if len(set(values)) > 1]
+
+
+def _is_headline(name: str) -> bool:
+    return name.startswith(("eval/", "run/")) or name in {
+        panel.tile for part in layout.SECTIONS for panel in part.panels
+    }
 
 
 def _section(section: layout.Section, runs: Sequence[Run], names: Sequence[str]) -> Section:

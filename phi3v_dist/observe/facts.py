@@ -4,6 +4,7 @@ import re
 import statistics
 from collections import Counter
 from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Any, NamedTuple
 
@@ -28,7 +29,8 @@ class Planned(NamedTuple):
     difference: str
 
 
-class Reason(NamedTuple):
+@dataclass(frozen=True)
+class Reason:
     """Why samples were left out, and one of them."""
 
     reason: str

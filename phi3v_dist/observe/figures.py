@@ -95,7 +95,9 @@ def _line(axes: Axes, line: Line, colour: str, label: str | None, dashes: Any) -
     steps, values = line.series
     if line.sparse and len(steps) <= BUCKETS:
         size = 4 if len(steps) <= FEW else 2
-        axes.plot(steps, values, marker="o", color=colour, markersize=size, linewidth=1.2, linestyle=dashes, label=label)
+        axes.plot(
+            steps, values, marker="o", color=colour, markersize=size, linewidth=1.2, linestyle=dashes, label=label
+        )
         return
     places = drawing.buckets(len(steps), BUCKETS)
     centres = [float(steps[bucket].mean()) for bucket in places]
@@ -104,5 +106,3 @@ def _line(axes: Axes, line: Line, colour: str, label: str | None, dashes: Any) -
         axes.fill_between(centres, lows, highs, color=colour, alpha=0.18, linewidth=0)
     means = [float(values[bucket].mean()) for bucket in places]
     axes.plot(centres, means, color=colour, linestyle=dashes, label=label, marker="o" if len(means) == 1 else None)
-
-

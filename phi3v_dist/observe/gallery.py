@@ -64,7 +64,7 @@ def _badness(prediction: Mapping[str, Any]) -> Number:
 
 
 def picture_uri(folder: Path, name: str | None) -> str | None:
-    """A small picture of an evaluation's folder as a data URI; None where there is none, or it is not in that folder."""
+    """A small picture of an evaluation's folder as a data URI; None without one in that folder."""
     path = (folder / name).resolve() if name and "\0" not in name else None
     try:
         if path is None or not path.is_relative_to(folder.resolve()) or path.stat().st_size > MOST_BYTES:

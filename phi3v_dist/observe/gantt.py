@@ -7,7 +7,6 @@ as at most `CELLS`, each in the colour of what filled most of it.
 
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Protocol
 
 import numpy as np
 from markupsafe import Markup
@@ -21,6 +20,7 @@ from phi3v_dist.observe.metrics import format_seconds
 from phi3v_dist.observe.rank_record import RankRecord
 from phi3v_dist.observe.rank_record import Span as Lap
 from phi3v_dist.observe.sections import WORDS, Panel
+from phi3v_dist.survive.timeline import Span
 
 MOST_RANKS, SLOWEST = 32, 16
 MOST_ATTEMPTS = 24
@@ -32,19 +32,6 @@ COLOURS = dict(
     init=KINDS[6], restore=KINDS[7], replay=KINDS[3], down=MUTED, other=GRID,
 )  # fmt: skip
 COLOURS["eval"] = KINDS[8]
-
-
-class Span(Protocol):
-    """As `survive.goodput.timeline` gives them; unix seconds."""
-
-    @property
-    def attempt(self) -> int: ...
-    @property
-    def what(self) -> str: ...
-    @property
-    def begin_s(self) -> float: ...
-    @property
-    def end_s(self) -> float: ...
 
 
 def step_panel(record: RankRecord) -> Panel | None:

@@ -1,14 +1,15 @@
 """What every rank measured → maps of step × rank, and the ranks that hold the others up, by name.
 
-What comes in: a `RankRecord`. What goes out: three panels and a table of guilty ranks. Surprise: ten thousand windows of
-a thousand ranks are drawn as at most `COLUMNS` × `ROWS` cells, and each cell shows the worst that is in it, not the
+What comes in: a `RankRecord`. What goes out: three panels and a table of guilty ranks. Surprise: ten thousand windows
+of a thousand ranks are drawn as at most `COLUMNS` × `ROWS` cells, and each cell shows the worst that is in it, not the
 mean: a single slow rank among hundreds keeps its line. In the map of waiting the worst is the *least*, since all others
 wait for a slow rank.
 """
 
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from markupsafe import Markup
@@ -89,7 +90,7 @@ def guilty_ranks(record: RankRecord) -> list[Guilty]:
         own = slow[:, place]
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", RuntimeWarning)  # a part that nobody measured has no median
-            excess = {what: float(np.nanmean((table[own, place] - np.nanmedian(table[own], axis=1))))
+            excess = {what: float(np.nanmean(table[own, place] - np.nanmedian(table[own], axis=1)))
                       for what, table in parts.items()}  # fmt: skip
         rank, steps = int(record.ranks[place]), record.steps[own]
         found.append(
@@ -102,7 +103,7 @@ def guilty_ranks(record: RankRecord) -> list[Guilty]:
     return sorted(found, key=lambda guilty: -guilty.windows_frac * guilty.ratio)
 
 
-def downsampled(table: np.ndarray, steps: np.ndarray, worst: np.ufunc) -> tuple[np.ndarray, np.ndarray]:
+def downsampled(table: np.ndarray, steps: np.ndarray, worst: Callable[..., Any]) -> tuple[np.ndarray, np.ndarray]:
     """[windows, ranks] → ([ranks, windows] of at most ROWS × COLUMNS cells, their first steps)."""
     rows, columns = drawing.buckets(table.shape[1], ROWS), drawing.buckets(table.shape[0], COLUMNS)
     with warnings.catch_warnings():
@@ -140,7 +141,9 @@ def _draw(
         axes.yaxis.set_major_formatter(FuncFormatter(lambda place, _: _at(firsts, place)))
         axes.grid(visible=False)
         axes.tick_params(colors=INK)
-        handles = [Patch(color=colour, label=label) for colour, label in zip(colours, _ranges(limits, unit), strict=True)]
+        handles = [
+            Patch(color=colour, label=label) for colour, label in zip(colours, _ranges(limits, unit), strict=True)
+        ]
         axes.legend(handles=handles, ncols=len(handles), **drawing.LEGEND | {"columnspacing": 0.8}, handlelength=0.9,
                     fontsize=8.5)  # fmt: skip
 

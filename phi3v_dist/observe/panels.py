@@ -50,7 +50,9 @@ def result_panels(run: Run) -> Iterator[Panel]:
     label = run.label_field()
     if label and (labels := _label_pairs(run, label)):
         caption = "Samples per cell; on the diagonal the answer is right. “Other” holds unreadable answers too."
-        yield _panel(f"{capital(label)}: true against answered", caption, result_figures.confusion(labels, run.truths(label)))
+        yield _panel(
+            f"{capital(label)}: true against answered", caption, result_figures.confusion(labels, run.truths(label))
+        )
 
 
 def part_panels(run: Run) -> Iterator[Panel]:

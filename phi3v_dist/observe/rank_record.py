@@ -36,7 +36,6 @@ class RankRecord:
     hosts: Mapping[int, str]
     spans: Mapping[int, list[Span]]
     span_step: int
-    notes: list[str]
 
     def of(self, name: str) -> np.ndarray:
         """[windows, ranks]; all NaN where nobody measured it."""
@@ -54,10 +53,9 @@ class RankRecord:
         return self.data_s + self.of(COMPUTE)
 
 
-def read_ranks(run_folder: Path) -> RankRecord | None:
-    """None when no rank has written a window."""
+def read_ranks(run_folder: Path, notes: list[str]) -> RankRecord | None:
+    """None when no rank has written a window; what cannot be read is added to `notes`."""
     paths = sorted((run_folder / FOLDER).glob("*.jsonl"))
-    notes: list[str] = []
     windows = [window for path in paths for window in _windows(path, READ_BYTES // len(paths), notes)]
     first_steps: dict[int, int] = {}
     for window in windows:
@@ -73,9 +71,7 @@ def read_ranks(run_folder: Path) -> RankRecord | None:
     windows.sort(key=lambda window: (window[ATTEMPT], window[STEP]))
     steps = np.unique([window[STEP] for window in windows])
     ranks = np.unique(np.concatenate([window["ranks"] for window in windows]))
-    return RankRecord(
-        steps, ranks, _arrays(windows, steps, ranks), *_names_and_spans(windows, set(ranks.tolist())), notes
-    )
+    return RankRecord(steps, ranks, _arrays(windows, steps, ranks), *_names_and_spans(windows))
 
 
 def _arrays(windows: list[dict[str, Any]], steps: np.ndarray, ranks: np.ndarray) -> dict[str, np.ndarray]:
@@ -89,18 +85,16 @@ def _arrays(windows: list[dict[str, Any]], steps: np.ndarray, ranks: np.ndarray)
     return values
 
 
-def _names_and_spans(
-    windows: list[dict[str, Any]], ranks: set[int]
-) -> tuple[dict[int, str], dict[int, list[Span]], int]:
+def _names_and_spans(windows: list[dict[str, Any]]) -> tuple[dict[int, str], dict[int, list[Span]], int]:
     hosts = {rank: window["host"] for window in windows for rank in window["ranks"].tolist()}
     with_spans = [window for window in windows if window["spans"]]
-    last = max((window[STEP] for window in with_spans if window is not None), default=0)
+    last = max((window[STEP] for window in with_spans), default=0)
     spans = {
         rank: found
         for window in with_spans
         if window[STEP] == last
         for rank, found in zip(window["ranks"].tolist(), window["spans"], strict=False)
-        if rank in ranks and found
+        if found
     }
     return hosts, spans, int(last)
 

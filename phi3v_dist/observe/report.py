@@ -6,7 +6,6 @@ mailed, printed and opened in ten years. Text of samples goes through the templa
 """
 
 import logging
-from collections.abc import Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -22,12 +21,13 @@ from phi3v_dist.observe.rank_record import RankRecord, read_ranks
 from phi3v_dist.observe.run_folder import Run, read_run
 from phi3v_dist.observe.sections import Section, sections
 from phi3v_dist.observe.verdict import sentence, tiles
+from phi3v_dist.survive.timeline import timeline
 
 logger = logging.getLogger(__name__)
 
 FIRST = ("evaluation", "long")  # what a run is worth stands before how it went
 REPORT_NAME = "report.html"
-MOST_NOTES = 12
+MOST_NOTES = 20
 
 
 def write_report(run_folder: Path) -> Path:
@@ -37,7 +37,7 @@ def write_report(run_folder: Path) -> Path:
         ConfigError: not a run folder, or the page cannot be written there.
     """
     run = read_run(run_folder)
-    record = read_ranks(run.folder)
+    record = read_ranks(run.folder, run.notes)
     context = {
         "name": run.name,
         "status": _status(run),
@@ -55,7 +55,7 @@ def write_report(run_folder: Path) -> Path:
         "settings": facts.settings(run.config),
         "shown": hard_samples.shown,
     }
-    notes = [*_missing(run), *run.notes, *(record.notes if record else ())]
+    notes = [*_missing(run), *run.notes]
     for note in notes:
         logger.warning("%s: %s", run_folder, note)
     more = [f"… and {len(notes) - MOST_NOTES} more notes."] if len(notes) > MOST_NOTES else []
@@ -89,13 +89,9 @@ def _sections(run: Run, record: RankRecord | None) -> list[Section]:
     if record is not None:
         step = gantt.step_panel(record)
         found["cluster"].panels += [*heatmap.rank_panels(record), *([step] if step else [])]
-    if timeline := gantt.attempts_panel(_spans(run)):
-        found["survival"].panels.insert(0, timeline)
+    if attempts := gantt.attempts_panel(timeline(run.folder)):
+        found["survival"].panels.insert(0, attempts)
     return sorted(found.values(), key=lambda section: section.id not in FIRST)
-
-
-def _spans(run: Run) -> Sequence[gantt.Span]:
-    return []
 
 
 def _status(run: Run) -> str:

@@ -85,7 +85,13 @@ def confusion(pairs: Sequence[tuple[str, str]], labels: Sequence[str]) -> str:
             colour = PAGE if share > 0.5 else INK
             axes.text(column + 0.5, row + 0.5, str(counts[row, column]), ha="center", va="center", color=colour)
         axes.set(xlim=(0, len(columns)), ylim=(len(labels), 0), xlabel="answered", ylabel="true")
-        axes.set_xticks(np.arange(len(columns)) + 0.5, [shortened(name) for name in columns], rotation=35, ha="right", rotation_mode="anchor")
+        axes.set_xticks(
+            np.arange(len(columns)) + 0.5,
+            [shortened(name) for name in columns],
+            rotation=35,
+            ha="right",
+            rotation_mode="anchor",
+        )
         axes.set_yticks(np.arange(len(labels)) + 0.5, [shortened(name) for name in labels])
         axes.grid(visible=False)
 

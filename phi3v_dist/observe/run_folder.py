@@ -75,8 +75,10 @@ class Run:
     @property
     def takeovers(self) -> list[Number]:
         """Steps from which a later attempt took over."""
-        steps, attempts = self.series.get(ATTEMPT, Series(np.zeros(0), np.zeros(0)))
-        return list(steps[1:][np.diff(attempts) > 0])
+        if ATTEMPT not in self.series:
+            return []
+        found = self.series[ATTEMPT]
+        return [float(step) for step in found.steps[1:][np.diff(found.values) > 0]]
 
     @property
     def final(self) -> dict[str, Number]:
@@ -163,7 +165,8 @@ def _read_history(folder: Path, notes: list[str]) -> list[dict[str, Number]]:
 
 def read_lines(path: Path, fits: Callable[[Any], bool], notes: list[str], most: int | None = None) -> list[Any]:
     """The JSON lines of a file that are as they should be, the first `most` of them; notes says how many are not."""
-    found, num_damaged = [], 0
+    found: list[Any] = []
+    num_damaged = 0
     for line in _parse(path, str.splitlines, [], notes):
         if len(found) == most:
             break

@@ -13,7 +13,7 @@ from markupsafe import Markup
 
 from phi3v_dist.observe import figures, layout
 from phi3v_dist.observe.figures import Line
-from phi3v_dist.observe.metrics import PLACEHOLDER, REGISTRY, Metric, format_value, lookup
+from phi3v_dist.observe.metrics import PLACEHOLDER, REGISTRY, Metric, Number, format_value, lookup
 from phi3v_dist.observe.run_folder import Run
 
 MAX_LINES = 8  # in one figure; of sixty nodes those with the largest values are shown
@@ -26,6 +26,7 @@ WORDS = {
     "attn": "attention", "p50": "median", "p99": "99th percentile", "eval": "validation", "train": "training",
     "alloc": "tensors", "mae": "error", "init": "start-up", "mfu": "MFU",
 }  # fmt: skip
+UNITS = {"field": "the field's own unit", "frac": "%", "pct": "%", "s": "seconds"}
 _PLACES = {metric.name: place for place, metric in enumerate(REGISTRY)}
 
 
@@ -161,7 +162,9 @@ def _caption(
     if len(spoken) > 1 and len(family) == 1:  # lines that differ by a name of the data have one meaning
         spoken = [replace(family[0], help=PLACEHOLDER.sub(r"each \1", family[0].help))]
     stems = list(dict.fromkeys(metric.help.partition(";")[0] for metric in spoken))
-    unit = {"field": "the field's own unit", "frac": "%", "pct": "%", "s": "seconds"}.get(spoken[0].unit, spoken[0].unit)
+    unit = {"field": "the field's own unit", "frac": "%", "pct": "%", "s": "seconds"}.get(
+        spoken[0].unit, spoken[0].unit
+    )
     if len(stems) == 1:
         return f"{capital(stems[0])} ({unit}{better}).", []
     said = [(label, metric.help) for label, metric in zip(labels, metrics, strict=True) if metric in spoken]
@@ -175,11 +178,10 @@ def _is_sparse(panel: layout.Panel, metric: Metric) -> bool:
     return panel.kind == "points" or metric.cadence in ("checkpoint", "evaluation")
 
 
-def _reachable(run: Run, metrics: Sequence[Metric]) -> float | None:
+def _reachable(run: Run, metrics: Sequence[Metric]) -> Number | None:
     """The best value that the data's noise allows, if the run knows it."""
-    return next(
-        (value for metric in metrics if (value := run.final.get(metric.name.replace("eval/", "eval/best_", 1)))), None
-    )
+    best = [metric.name.replace("eval/", "eval/best_", 1) for metric in metrics if metric.name.startswith("eval/")]
+    return next((run.final[name] for name in best if name in run.final), None)
 
 
 def _whole(name: str) -> str:
@@ -187,11 +189,16 @@ def _whole(name: str) -> str:
     metric = lookup(name)
     if name.startswith("eval/"):
         return "model"
-    return "each step" if metric and metric.cadence == "step" else name.rpartition("/")[2].replace("_", " ")
+    return (
+        "each step"
+        if metric and metric.cadence == "step"
+        else WORDS.get(last := name.rpartition("/")[2], last.replace("_", " "))
+    )
 
 
 def _tile(run: Run, panel: layout.Panel) -> Figure:
     assert panel.tile is not None
     metric = lookup(panel.tile)
+    assert metric is not None, f"the tile {panel.tile} is not in the registry"
     said = format_value(panel.tile, run.last[panel.tile])
-    return Figure(panel.title, said, metric.unit if metric and metric.unit in SPOKEN else "", metric.help if metric else "")
+    return Figure(panel.title, said, metric.unit if metric.unit in SPOKEN else "", metric.help)

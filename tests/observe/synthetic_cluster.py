@@ -23,7 +23,8 @@ SOURCES = {"catalogue": 0.55, "web_pages": 0.3, "invoices": 0.15}
 HOSTILE = "<script>alert('a token')</script>"
 TYPICAL = {
     "perf/mfu": 0.41, "perf/mfu_causal": 0.33, "perf/tflops_text": 120.0, "perf/tflops_attn": 60.0,
-    "perf/tflops_vision": 35.0, "perf/attn_flops_frac": 0.28, "health/slowest_rank": SLOW_RANK, "health/slow_ranks": 1.0,
+    "perf/tflops_vision": 35.0, "perf/attn_flops_frac": 0.28, "health/slowest_rank": SLOW_RANK,
+    "health/slow_ranks": 1.0,
     "health/straggler_score_min": 0.7, "health/straggler_ratio": 1.4, "data/stall_pct": 3.0, "ckpt/gib": 4.2,
     "ckpt/gib_per_s": 1.1, "goodput/productive_pct": 88.0, "goodput/restarts": 1.0, "seq/len_p50": 700.0,
     "seq/len_p99": 1900.0, "seq/len_max": 2040.0,
@@ -52,7 +53,9 @@ def write_windows(folder: Path, num_nodes: int) -> None:
         if row["train/step"] % EVERY == 0 and "train/loss" in row:
             head = {name: row[name] for name in ("time", "run/attempt", "train/step")}
             window = _window(int(row["train/step"]), num_nodes)
-            whole.append(json.dumps({**head, **{name: value for name, value in window.items() if name not in row}}) + "\n")
+            whole.append(
+                json.dumps({**head, **{name: value for name, value in window.items() if name not in row}}) + "\n"
+            )
     (folder / "metrics.jsonl").write_text("".join(whole))
 
 
@@ -69,7 +72,9 @@ def _window(step: int, num_nodes: int) -> dict[str, float]:
         values[f"goodput/lost_{part}_s"] = (12, 4, 0.03 * step, 0.01 * step, 0.02 * step, 30, 24, 0.01 * step)[place]
     values |= {f"node/gpu_{node:02d}/own_s": 0.7 + 0.05 * node * chance.random() for node in range(num_nodes)}
     drift = 0.05 * math.sin(step / 90)
-    values |= {f"data/mix/{name}": share + (drift if name == "web_pages" else -drift / 2) for name, share in SOURCES.items()}
+    values |= {
+        f"data/mix/{name}": share + (drift if name == "web_pages" else -drift / 2) for name, share in SOURCES.items()
+    }
     values |= {f"data/mix_drift/{name}": 0.02 * chance.gauss(0, 1) / math.sqrt(step) for name in SOURCES}
     return {**values, "ckpt/age_steps": step % 100, "health/slowest_rank": SLOW_RANK}
 
@@ -124,8 +129,8 @@ def write_lists(folder: Path) -> None:
     (folder / "plan.json").write_text(json.dumps(plan))
     reasons = ["picture cannot be decoded: truncated JPEG", "no answer in the conversation", f"label {HOSTILE}"]
     bad = [
-        {"sample_id": n, "shard": "train-000003.tar", "key": f"{n:06d}", "reason": reasons[n % 7 % 3], "stage": "decode",
-         "first_step": 10 * n}
+        {"sample_id": n, "shard": "train-000003.tar", "key": f"{n:06d}", "reason": reasons[n % 7 % 3],
+         "stage": "decode", "first_step": 10 * n}
         for n in range(23)
     ]  # fmt: skip
     (folder / "quarantine.jsonl").write_text("".join(json.dumps(entry) + "\n" for entry in bad))
