@@ -94,10 +94,8 @@ def stack(drawn: Sequence[Line], unit: str, takeovers: Sequence[Number] = (), sh
 def _line(axes: Axes, line: Line, colour: str, label: str | None, dashes: Any) -> None:
     steps, values = line.series
     if line.sparse and len(steps) <= BUCKETS:
-        size = 4 if len(steps) <= FEW else 2
-        axes.plot(
-            steps, values, marker="o", color=colour, markersize=size, linewidth=1.2, linestyle=dashes, label=label
-        )
+        dots: dict[str, Any] = {"marker": "o", "markersize": 4 if len(steps) <= FEW else 2, "linewidth": 1.2}
+        axes.plot(steps, values, color=colour, linestyle=dashes, label=label, **dots)
         return
     places = drawing.buckets(len(steps), BUCKETS)
     centres = [float(steps[bucket].mean()) for bucket in places]

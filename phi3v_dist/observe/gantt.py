@@ -5,7 +5,7 @@ Surprise: of hundreds of ranks the slowest are drawn and some typical ones, and 
 as at most `CELLS`, each in the colour of what filled most of it.
 """
 
-from collections import Counter
+from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 
 import numpy as np
@@ -56,7 +56,7 @@ def attempts_panel(spans: Sequence[Span]) -> Panel | None:
     if not spans:
         return None
     began_s, ended_s = min(span.begin_s for span in spans), max(span.end_s for span in spans)
-    totals_s: Counter[str] = Counter()
+    totals_s: dict[str, float] = defaultdict(float)
     lines: dict[str, list[Lap]] = {}
     newest = sorted({span.attempt for span in spans})[-MOST_ATTEMPTS:]
     for span in spans:
@@ -91,15 +91,15 @@ def _chosen(record: RankRecord) -> list[int]:
 
 def _coarse(laps: Iterable[Lap], width_s: float) -> list[Lap]:
     """The same line in cells, each what filled most of it; neighbours alike are one."""
-    filled: dict[int, Counter[str]] = {}
+    filled: dict[int, dict[str, float]] = defaultdict(lambda: defaultdict(float))
     for what, begin, end in laps:
         for cell in range(int(begin / width_s), int(end / width_s) + 1):
             inside = min(end, (cell + 1) * width_s) - max(begin, cell * width_s)
             if inside > 0:
-                filled.setdefault(cell, Counter())[what] += inside
+                filled[cell][what] += inside
     merged: list[Lap] = []
     for cell in sorted(filled):
-        what, begin, end = filled[cell].most_common(1)[0][0], cell * width_s, (cell + 1) * width_s
+        what, begin, end = max(filled[cell], key=filled[cell].__getitem__), cell * width_s, (cell + 1) * width_s
         if merged and merged[-1][0] == what and abs(merged[-1][2] - begin) < width_s / 2:
             merged[-1] = (what, merged[-1][1], end)
         else:
