@@ -1,25 +1,48 @@
-"""Run folders → report.html in each.
+"""Run folders → report.html in each; of several also one page that compares them. Or one run, live in the terminal.
 
 python launch/report.py runs/quickstart
+python launch/report.py runs/first runs/second --out comparison.html
+python launch/report.py --watch runs/quickstart
+
+Default of --out: comparison.html beside the first run folder. --watch reads files alone, so it works on a login node;
+into a pipe it prints once and ends. The pages need no network and fetch nothing.
 """
 
 import argparse
 from pathlib import Path
 
-from phi3v_dist.cli import run_script
+from phi3v_dist.cli import plain_console, run_script
 from phi3v_dist.errors import ConfigError
+from phi3v_dist.observe.compare import write_comparison
+from phi3v_dist.observe.live import watch
 from phi3v_dist.observe.report import write_report
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="a run folder, e.g. runs/quickstart")
-    problems = []
-    for run in parser.parse_args().runs:
+    parser.add_argument("--out", type=Path, metavar="FILE", help="of the page that compares two or more runs")
+    parser.add_argument("--watch", action="store_true", help="show one run in the terminal until it ends")
+    parser.add_argument("--every", type=float, default=2.0, metavar="SECONDS", help="between looks of --watch (2)")
+    arguments = parser.parse_args()
+    if arguments.watch and (len(arguments.runs) > 1 or arguments.out):
+        parser.error("--watch shows one run, and writes no page")
+    if arguments.out and len(arguments.runs) < 2:
+        parser.error("--out is the page that compares runs: name two or more; a run's own page is RUN/report.html")
+    if not 0.1 <= arguments.every <= 3600:
+        parser.error(f"--every is {arguments.every}: 0.1 to 3600 seconds")
+    if arguments.watch:
+        watch(arguments.runs[0], plain_console(), arguments.every)
+        return
+    written, problems = [], []
+    for run in arguments.runs:
         try:
             print(write_report(run))
+            written.append(run)
         except ConfigError as error:  # the other folders get their page all the same
             problems += error.problems
+    if len(arguments.runs) > 1 and len(written) > 1:
+        print(write_comparison(written, arguments.out))
     if problems:
         raise ConfigError(problems)
 

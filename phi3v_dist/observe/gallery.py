@@ -14,6 +14,7 @@ from phi3v_dist.observe.metrics import Number
 from phi3v_dist.observe.run_folder import Evaluation
 
 PART_SIZE = 6  # cards in each part of the gallery
+MOST_BYTES = 1_000_000  # of a thumbnail, which has some ten thousand
 
 
 @dataclass(frozen=True)
@@ -62,8 +63,19 @@ def _badness(prediction: Mapping[str, Any]) -> Number:
     return total
 
 
+def picture_uri(folder: Path, name: str | None) -> str | None:
+    """A small picture of an evaluation's folder as a data URI; None without one in that folder."""
+    path = (folder / name).resolve() if name and "\0" not in name else None
+    try:
+        if path is None or not path.is_relative_to(folder.resolve()) or path.stat().st_size > MOST_BYTES:
+            return None
+        kind = {".png": "png", ".webp": "webp"}.get(path.suffix.lower(), "jpeg")
+        return f"data:image/{kind};base64,{base64.b64encode(path.read_bytes()).decode()}"
+    except OSError:
+        return None
+
+
 def _card(prediction: Mapping[str, Any], folder: Path) -> Card:
-    picture = folder / prediction["thumbnail"] if prediction["thumbnail"] else None
     blind = (prediction["blind"] or {}).get("fields", {})
     fields = [
         FieldLine(
@@ -75,12 +87,7 @@ def _card(prediction: Mapping[str, Any], folder: Path) -> Card:
         )
         for name, score in prediction["fields"].items()
     ]
-    return Card(_data_uri(picture) if picture and picture.is_file() else None, prediction, fields)
-
-
-def _data_uri(picture: Path) -> str:
-    kind = {".png": "png", ".webp": "webp"}.get(picture.suffix.lower(), "jpeg")
-    return f"data:image/{kind};base64,{base64.b64encode(picture.read_bytes()).decode()}"
+    return Card(picture_uri(folder, prediction["thumbnail"]), prediction, fields)
 
 
 def _text(value: str | Number | None) -> str:

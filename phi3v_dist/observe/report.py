@@ -1,73 +1,113 @@
 """A run folder → `report.html`: one page that needs nothing else, for whoever paid for the run.
 
-What comes in: `runs/<name>/`. What goes out: headline, figures, answers with their pictures, facts. Surprise: the page
-has no script and may fetch nothing (its own security policy says so), so it can be mailed, printed and opened in ten
-years. Text of samples goes through the template's escaping and can do nothing.
+What comes in: `runs/<name>/`. What goes out: headline, answers with their pictures, the layout's sections with their
+figures, facts. Surprise: the page has no script and may fetch nothing (its own security policy says so), so it can be
+mailed, printed and opened in ten years. Text of samples goes through the template's escaping and can do nothing.
 """
 
 import logging
-import re
-from collections.abc import Iterator, Mapping
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
+from phi3v_dist.errors import ConfigError
+from phi3v_dist.observe import facts, gantt, hard_samples, heatmap
 from phi3v_dist.observe.gallery import gallery
-from phi3v_dist.observe.metrics import STEP, Number, format_value, lookup
-from phi3v_dist.observe.panels import result_panels, speed_panels, training_panels
+from phi3v_dist.observe.metrics import STEP
+from phi3v_dist.observe.panels import part_panels, result_panels
+from phi3v_dist.observe.rank_record import RankRecord, read_ranks
 from phi3v_dist.observe.run_folder import Run, read_run
+from phi3v_dist.observe.sections import Section, sections
 from phi3v_dist.observe.verdict import sentence, tiles
-from phi3v_dist.planner.record import read_plan
+from phi3v_dist.survive.timeline import timeline
 
 logger = logging.getLogger(__name__)
 
-RAN_WITH = re.compile(r"(^|\.)(versions\.\w+|commit)$")  # settings that say what the run ran with
-COUNTS = ("train/samples", "train/tokens", "train/epoch", "run/world_size", "run/attempt", "data/quarantined")
+FIRST = ("evaluation", "long")  # what a run is worth stands before how it went
+REPORT_NAME = "report.html"
+MOST_NOTES = 20
 
 
 def write_report(run_folder: Path) -> Path:
-    """Make RUN/report.html out of what is in the folder; missing parts are named on the page."""
+    """Make RUN/report.html out of what is in the folder; what is missing or damaged is named on the page.
+
+    Raises:
+        ConfigError: not a run folder, or the page cannot be written there.
+    """
     run = read_run(run_folder)
-    missing = _missing(run)
-    for note in missing:
+    record = read_ranks(run.folder, run.notes)
+    context = {
+        "name": run.name,
+        "status": _status(run),
+        "sentence": sentence(run),
+        "tiles": tiles(run),
+        "gallery": gallery(run.answered) if run.answered else {},
+        "sections": _sections(run, record),
+        "guilty": heatmap.guilty_ranks(record)[: heatmap.NAMED] if record else None,
+        "evaluations": facts.evaluation_table(run),
+        "hard": hard_samples.hard_samples(run),
+        "hard_ranges": hard_samples.ranges(),
+        "quarantine": facts.quarantine_reasons(run),
+        "planned": facts.planned_and_measured(run),
+        "facts": facts.facts(run),
+        "settings": facts.settings(run.config),
+        "shown": hard_samples.shown,
+    }
+    notes = [*_missing(run), *run.notes]
+    for note in notes:
         logger.warning("%s: %s", run_folder, note)
+    more = [f"… and {len(notes) - MOST_NOTES} more notes."] if len(notes) > MOST_NOTES else []
+    path = run.folder / REPORT_NAME
+    return write_page("report.html.j2", path, {**context, "missing": [*notes[:MOST_NOTES], *more]})
+
+
+def write_page(template: str, path: Path, context: dict[str, Any]) -> Path:
+    """Fill a template of this folder; half surrogates, which a damaged file may hold, are spelled out.
+
+    Raises:
+        ConfigError: the page cannot be written.
+    """
     environment = Environment(
-        loader=FileSystemLoader(Path(__file__).parent), autoescape=True, undefined=StrictUndefined, trim_blocks=True
-    )
-    page = environment.get_template("report.html.j2").render(
-        name=run.folder.resolve().name,
-        status=_status(run),
-        missing=missing,
-        sentence=sentence(run),
-        tiles=tiles(run),
-        results=list(result_panels(run)),
-        training=list(training_panels(run)),
-        speed=list(speed_panels(run)),
-        gallery=gallery(run.answered) if run.answered else {},
-        evaluations=_evaluation_table(run),
-        facts=_facts(run),
-        settings=_settings(run.config),
-        written=f"{datetime.now(UTC):%Y-%m-%d %H:%M} UTC",
-    )
-    path = run.folder / "report.html"
-    path.write_text(page, encoding="utf-8")
+        loader=FileSystemLoader(Path(__file__).parent), autoescape=True, undefined=StrictUndefined, trim_blocks=True,
+        lstrip_blocks=True,
+    )  # fmt: skip
+    page = environment.get_template(template).render(written=f"{datetime.now(UTC):%Y-%m-%d %H:%M} UTC", **context)
+    try:
+        path.write_text(page, encoding="utf-8", errors="backslashreplace")
+    except OSError as error:
+        raise ConfigError(f"{path}: the page cannot be written: {error}") from error
     return path
 
 
+def _sections(run: Run, record: RankRecord | None) -> list[Section]:
+    """The layout's, with what only this page has: figures of answers, of ranks and of attempts."""
+    found = {section.id: section for section in sections(run)}
+    found["evaluation"].panels[:0] = result_panels(run)
+    found["long"].panels += part_panels(run)
+    if record is not None:
+        step = gantt.step_panel(record)
+        found["cluster"].panels += [*heatmap.rank_panels(record), *([step] if step else [])]
+    if attempts := gantt.attempts_panel(timeline(run.folder)):
+        found["survival"].panels.insert(0, attempts)
+    return sorted(found.values(), key=lambda section: section.id not in FIRST)
+
+
 def _status(run: Run) -> str:
-    planned = (run.config.get("train") or {}).get("steps")
+    train = run.config.get("train")
+    planned = train.get("steps") if isinstance(train, dict) else None
     if run.summary:
         return f"finished at step {run.summary.get(STEP, run.last_step):,.0f}"
     if not run.history:
         return "not started"
-    return f"not finished: last seen at step {run.last_step:,}" + (f" of {planned:,}" if planned else "")
+    said = f"not finished: last seen at step {run.last_step:,}"
+    return said + (f" of {planned:,}" if isinstance(planned, int) else "")
 
 
 def _missing(run: Run) -> list[str]:
     """What is not there, and how to get it."""
-    command = f"`deepspeed launch/train.py --config YOUR.yaml run.name={run.folder.resolve().name}`"
+    command = f"`deepspeed launch/train.py --config YOUR.yaml run.name={run.name}`"
     notes = []
     if not run.history:
         notes.append(f"Nothing was logged yet: metrics.jsonl is missing or empty. To train: {command}.")
@@ -80,73 +120,3 @@ def _missing(run: Run) -> list[str]:
     elif run.evaluations and not run.answered:
         notes.append("No predictions.jsonl was kept, so there are scores but no answers and no pictures.")
     return notes
-
-
-def _evaluation_table(run: Run) -> tuple[list[str], list[list[tuple[str, str]]]]:
-    """(column names, rows of (value, the blind control's value)); the first column is the step."""
-    names = list(dict.fromkeys(name for step in run.evaluations for name in step.scores))
-    apart = ("eval/blind/", "eval/by_")  # beside their own, and in their own figures
-    names = [name for name in names if name.startswith("eval/") and not name.startswith(apart)]
-    rows = []
-    for step in run.evaluations:
-        cells = [(f"{step.step:,}", "")]
-        for name in names:
-            blind = f"eval/blind/{name.removeprefix('eval/')}"
-            value, control = (
-                format_value(key, step.scores[key]) if key in step.scores else "" for key in (name, blind)
-            )
-            cells.append((value, control))
-        rows.append(cells)
-    return ["step", *(name.removeprefix("eval/") for name in names)], rows
-
-
-def _facts(run: Run) -> list[tuple[str, str]]:
-    """What someone asks first about a run that is not theirs."""
-    last: dict[str, Number] = {}
-    for row in run.history:
-        last.update(row)
-    facts = []
-    for what, ends in (("first step logged", run.history[:1]), ("last step logged", run.history[-1:])):
-        facts += [(what, f"{datetime.fromtimestamp(row['time'], UTC):%Y-%m-%d %H:%M} UTC") for row in ends]
-    for metric in filter(None, map(lookup, COUNTS)):
-        if metric.name in last:
-            facts.append((metric.help, format_value(metric.name, last[metric.name])))
-    facts += _planned_and_measured(run, last)
-    flat = dict(_flatten(run.config))
-    facts += [(name.rpartition(".")[2], value) for name, value in flat.items() if RAN_WITH.search(name)]
-    facts += [(name, value) for name, value in flat.items() if name.startswith("data.") and "shard" in name]
-    if (run.folder / "wandb-id").is_file():
-        facts.append(("W&B", f"wandb leet {run.folder}/wandb (in a terminal), or `wandb sync` to upload"))
-    return facts
-
-
-def _planned_and_measured(run: Run, last: Mapping[str, Number]) -> list[tuple[str, str]]:
-    """What the planner said of a rank's memory beside what the GPU's allocator counted."""
-    plan = read_plan(run.folder)
-    if "traced_bytes" not in plan:
-        return []
-    planned, measured = plan["traced_bytes"] / 2**30, last.get("mem/alloc_peak_gib/max")
-    said = "not measured (no GPU)" if measured is None else f"{measured:.2f} GiB ({planned / measured - 1:+.0%})"
-    return [("memory of a rank's tensors at their peak, planned and measured", f"{planned:.2f} GiB; {said}")]
-
-
-def _settings(config: Mapping[str, Any]) -> list[tuple[str, list[tuple[str, str]]]]:
-    """(section, its flat settings), the settings that stand alone first."""
-    alone = [(name, _text_of_setting(value)) for name, value in config.items() if not isinstance(value, Mapping)]
-    sections = [(name, list(_flatten(value))) for name, value in config.items() if isinstance(value, Mapping)]
-    return [("general", alone), *sections] if alone else sections
-
-
-def _flatten(value: Any, path: str = "") -> Iterator[tuple[str, str]]:
-    if isinstance(value, Mapping) and value:
-        for name, inner in value.items():
-            yield from _flatten(inner, f"{path}.{name}" if path else str(name))
-    elif isinstance(value, list) and any(isinstance(inner, Mapping) for inner in value):
-        for place, inner in enumerate(value):
-            yield from _flatten(inner, f"{path}.{place}")
-    else:
-        yield path, _text_of_setting(value)
-
-
-def _text_of_setting(value: Any) -> str:
-    return "" if value is None else str(value)

@@ -120,16 +120,18 @@ def read_rows(run_folder: Path) -> list[dict[str, Number]]:
     return list(_read_rows(run_folder / RECORD_NAME))
 
 
-def read_metrics(run_folder: Path) -> list[dict[str, Number]]:
+def read_metrics(run_folder: Path, notes: list[str] | None = None) -> list[dict[str, Number]]:
     """The surviving history: one row per step, in order; what a later attempt trained again replaces the earlier.
 
     An attempt that starts at step s makes everything after s that earlier attempts logged void, even steps that it has
     not reached again yet. Rows of one step (training, then evaluation) are merged. Numbers that were not finite come
     back as NaN. Each row keeps the columns `time` (unix seconds) and `run/attempt`.
+
+    notes: where damaged lines are spoken of; None: in the log.
     """
     history: dict[int, dict[str, Number]] = {}
     attempt = 0
-    for row in _read_rows(run_folder / RECORD_NAME):
+    for row in _read_rows(run_folder / RECORD_NAME, notes):
         step = int(row[STEP])
         if row[ATTEMPT] > attempt:
             attempt = int(row[ATTEMPT])
@@ -143,16 +145,31 @@ def last_attempt(run_folder: Path) -> int:
     return max((int(row[ATTEMPT]) for row in _read_rows(run_folder / RECORD_NAME)), default=0)
 
 
-def _read_rows(path: Path) -> Iterator[dict[str, Number]]:
+def parse_row(line: bytes) -> dict[str, Number]:
+    """One line of the record; null is NaN, and what is no number is left out. ValueError: it is not a row."""
+    tree = json.loads(line)
+    if not isinstance(tree, dict):
+        raise ValueError("not an object")
+    row = {name: math.nan if value is None else value for name, value in tree.items()}
+    row = {name: value for name, value in row.items() if isinstance(value, float) or type(value) is int}
+    if not all(abs(row.get(name, math.nan)) < 2**53 for name in (STEP, ATTEMPT, "time")):
+        raise ValueError(f"without {STEP}, {ATTEMPT} or time")
+    return row
+
+
+def _read_rows(path: Path, notes: list[str] | None = None) -> Iterator[dict[str, Number]]:
     """Every whole line of the record; a line that a kill left unfinished is not one."""
     if not path.exists():
         return
     for number, line in enumerate(path.read_bytes().split(b"\n")[:-1], start=1):
         try:
-            row = json.loads(line)
-            yield {name: math.nan if value is None else value for name, value in row.items()}
-        except (json.JSONDecodeError, UnicodeDecodeError, AttributeError):
-            logger.warning("%s line %d is damaged (%r…) and left out", path, number, line[:40])
+            yield parse_row(line)
+        except (ValueError, RecursionError):
+            said = f"{path} line {number} is damaged ({line[:40]!r}…) and left out"
+            if notes is None:
+                logger.warning("%s", said)
+            else:
+                notes.append(said)
 
 
 def _cut_torn_line(path: Path) -> None:

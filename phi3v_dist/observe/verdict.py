@@ -9,7 +9,7 @@ import statistics
 from dataclasses import dataclass
 
 from phi3v_dist.observe.metrics import Number, format_number, format_seconds, format_value, lookup
-from phi3v_dist.observe.run_folder import Run
+from phi3v_dist.observe.run_folder import Run, is_number
 
 THROUGHPUT = "perf/tokens_per_s_per_gpu"
 MIN_PAIRS = 20  # fewer say nothing about chance, and the normal interval would be wrong
@@ -44,7 +44,7 @@ def tiles(run: Run) -> list[Tile]:
     if "eval/stop_pct" in numbers:
         note = "end by themselves, within the length allowed"
         found.append(Tile("Finished answers", format_value("eval/stop_pct", numbers["eval/stop_pct"]), note))
-    if speeds := [row[THROUGHPUT] for row in run.history if THROUGHPUT in row]:
+    if speeds := run.series[THROUGHPUT].values.tolist() if THROUGHPUT in run.series else []:
         note = "per process, median over the steps"
         found.append(Tile("Speed", f"{format_number(statistics.median(speeds))} tokens/s", note))
     if run.history:
@@ -68,7 +68,7 @@ def sentence(run: Run) -> str:
         if f"eval/{field}_mae" in numbers:
             parts.append(f"On {field}, {who} is off by {_error(run, field)}.")
     if not parts:
-        loss = next((row["train/loss"] for row in reversed(run.history) if "train/loss" in row), math.nan)
+        loss = run.last.get("train/loss", math.nan)
         scored = "No field of the answers was scored." if run.evaluations else "No evaluation yet."
         return f"{scored} After {run.last_step:,} steps the training loss is {format_number(loss)}."
     return " ".join([*parts, _conclusion(run, label)]).strip()
@@ -89,7 +89,7 @@ def wall_seconds(run: Run) -> Number:
     """Wall time as the run states it; else the time from first to last row of each attempt."""
     if "run/wall_s" in run.summary:
         return run.summary["run/wall_s"]
-    if "run/wall_s" in run.history[-1]:
+    if is_number(run.history[-1].get("run/wall_s")):
         return run.history[-1]["run/wall_s"]
     times: dict[Number, list[Number]] = {}
     for row in run.history:
