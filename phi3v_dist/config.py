@@ -342,7 +342,11 @@ class EvalSettings(Section):
 
 class ObserveSettings(Section):
     log_every_steps: int = Field(10, ge=1)
-    """Steps between console lines; metrics.jsonl has every step."""
+    """Steps between console lines, and in a window whose numbers are gathered from all ranks; metrics.jsonl has every
+    step."""
+    peak_tflops: float | None = Field(None, gt=0)
+    """Dense bf16 peak of one process's device in TFLOP/s, for MFU; default: that of the GPU, where it is known. Without
+    one no MFU is logged."""
     wandb: Literal["offline", "online", "disabled"] = "offline"
     wandb_project: str = "phi3v-dist"
     wandb_entity: str | None = None

@@ -39,17 +39,20 @@ from phi3v_dist.evaluate.evaluator import Evaluator
 from phi3v_dist.model import build as model_build
 from phi3v_dist.model.flops import flops
 from phi3v_dist.model.official_config import read_config
+from phi3v_dist.observe.collect import Collector
 from phi3v_dist.observe.console import ConsoleTracker
+from phi3v_dist.observe.gather import Nodes
 from phi3v_dist.observe.health import SpikeWatch, StarvationWatch
 from phi3v_dist.observe.profiles import Profiles
 from phi3v_dist.observe.tensorboard_tracker import TensorBoardTracker, why_not
 from phi3v_dist.observe.tracker import AllOf, JsonlTracker, NoTracker, Tracker
 from phi3v_dist.observe.wandb_tracker import WandbTracker
+from phi3v_dist.observe.window import Whole
 from phi3v_dist.parallel import zero
 from phi3v_dist.parallel.topology import Topology
 from phi3v_dist.parallel.ulysses import SequenceGroup
-from phi3v_dist.parallel.waits import Stragglers
 from phi3v_dist.planner import at_start
+from phi3v_dist.planner.gpus import peak_flops
 from phi3v_dist.survive.checkpoint import Checkpoints
 from phi3v_dist.survive.durable import write_durably
 from phi3v_dist.survive.interval import Earlier, Interval
@@ -164,8 +167,7 @@ class Run:
         """What looks at each step."""
         watch, name = self.settings.watch, self.train.table.sample_name
         return Guards(
-            self.engine, self.topology, Stragglers(self.topology, self.settings.observe.log_every_steps),
-            SpikeWatch(name, is_main=self.topology.is_main),
+            self.engine, self.topology, SpikeWatch(name, is_main=self.topology.is_main),
             SkippedSteps(watch.bad_steps, name, self.saver.checkpoints.newest, self.topology.is_main),
             watch.compare_every_steps,
         )  # fmt: skip
@@ -173,6 +175,23 @@ class Run:
     def profiles(self) -> Profiles:
         """What records steps when a person asks for it."""
         return Profiles(self.folder, self.topology, self.requests, self.num_steps)
+
+    def collector(self, loader: Loader) -> Collector:
+        """What gathers every rank's numbers; made by all ranks together."""
+        settings, topology, device = self.settings, self.topology, self.topology.device
+        whole = None
+        if topology.is_main:
+            known = peak_flops(torch.cuda.get_device_name(device)) if device.type == "cuda" else None
+            asked = settings.observe.peak_tflops
+            whole = Whole(
+                flops(read_config(settings.model.path), settings.train.parts), topology.world_size,
+                asked * 1e12 if asked else known, self.train.lengths, self.train.table,
+                Order(self.train.table, settings.run.seed).shares, settings.train.grad_clip,
+            )  # fmt: skip
+        return Collector(
+            Nodes.meet(topology), device, self.tracker, self.folder, self.attempt.number,
+            settings.observe.log_every_steps, loader.meter, lambda: self.saver.committed_step, whole,
+        )  # fmt: skip
 
     def loader(self, state: dict[str, Any] | None) -> Loader:
         """Batches from where `state` says the run goes on; None: from the beginning."""

@@ -15,7 +15,7 @@ import logging
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 
 import torch
@@ -24,7 +24,7 @@ from phi3v_dist.data.batch import Batch, Crops, Example, Filling, Row, collate
 from phi3v_dist.data.crops import CropMode
 from phi3v_dist.data.fetch import Fetcher
 from phi3v_dist.data.plan import Lengths, PlannedRow, PlannedStep, RowCost, assign, by_tokens, num_vision_chunks
-from phi3v_dist.data.pool import DecodePool
+from phi3v_dist.data.pool import DecodePool, Meter
 from phi3v_dist.data.processor import Phi3VProcessor
 from phi3v_dist.data.samples import BadSample, Sample, decode_sample
 from phi3v_dist.data.shards import ShardTable
@@ -92,6 +92,7 @@ class Loader:
     vision_chunk_crops: most crops the vision tower takes in one call when it checkpoints; None: no limit.
     cost: what a row costs, by which ranks are balanced; the same on all of them.
     sequence: the ranks that share each row; together they are one consumer.
+    meter: told how the decoding goes.
     """
 
     steps: Iterable[PlannedStep]
@@ -105,10 +106,11 @@ class Loader:
     vision_chunk_crops: int | None = None
     cost: RowCost = by_tokens
     sequence: SequenceGroup = ALONE
+    meter: Meter = field(default_factory=Meter)
 
     def __iter__(self) -> Iterator[tuple[PlannedStep, Iterator[Batch]]]:
         steps, steps_ahead = itertools.tee(self.steps)
-        with DecodePool(self.num_workers, lambda sample_id: self.decoder.table.sample_name(sample_id)) as pool:
+        with DecodePool(self.num_workers, lambda id_: self.decoder.table.sample_name(id_), self.meter) as pool:
             batches = self._batches(steps_ahead, pool)
             for step in steps:
                 of_step = itertools.islice(batches, self.micro_steps)
@@ -124,9 +126,13 @@ class Loader:
             for micro_step in assign(step, self.num_consumers, self.micro_steps, self.cost)
         )
         ahead = deque(itertools.islice(rows, self.prefetch_rows))
+        self.meter.ahead.extend(row for _, row, _ in ahead)
         while ahead:
-            ahead.extend(itertools.islice(rows, 1))
+            for started in itertools.islice(rows, 1):
+                ahead.append(started)
+                self.meter.ahead.append(started[1])
             slot, row, lay_out = ahead.popleft()
+            self.meter.ahead.popleft()
             yield self._agreed(pool.result(row), lay_out)
             slots.give_back(slot)
 

@@ -6,18 +6,19 @@ and its own `ThreadPoolExecutor` waits for every thread before the process may e
 threads are daemons: they never hold up an exit.
 """
 
+import math
 import os
 import queue
 import sys
 import threading
 import time
 import traceback
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from functools import partial
 from pathlib import Path
-from typing import Generic, NamedTuple, TypeVar
+from typing import Any, Generic, NamedTuple, TypeVar
 
 import cv2
 import torch
@@ -64,15 +65,41 @@ class _Task(NamedTuple):
     run: Callable[[], None]
 
 
+class Meter:
+    """How far the decoding is ahead of training, for whoever looks on.
+
+    ahead: rows under way, the next one first; the training thread's own.
+    """
+
+    def __init__(self) -> None:
+        self.ahead: deque[Future[Any]] = deque()
+        self._slowest_s = math.nan
+
+    def queue_depth(self) -> int:
+        """Rows that are decoded and wait for training. From the training thread."""
+        return sum(row.done() for row in self.ahead)
+
+    def took(self, seconds: float) -> None:
+        """A sample has been decoded. Of two threads at one moment the slower may be overlooked."""
+        if not seconds <= self._slowest_s:
+            self._slowest_s = seconds
+
+    def take_slowest_s(self) -> float:
+        """The longest time that a sample took since it was last asked; NaN: there was none."""
+        slowest_s, self._slowest_s = self._slowest_s, math.nan
+        return slowest_s
+
+
 class DecodePool:
     """A context: its threads end with it.
 
-    name_of: sample id → `shard:key`, for the error.
+    name_of: sample id → `shard:key`, for the error. meter: told how long each sample takes.
     """
 
-    def __init__(self, num_workers: int, name_of: Callable[[int], str]):
+    def __init__(self, num_workers: int, name_of: Callable[[int], str], meter: Meter | None = None):
         os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # a sample's few texts are not worth more threads
         self._name_of = name_of
+        self._meter = meter or Meter()
         self._tasks: queue.SimpleQueue[_Task | None] = queue.SimpleQueue()
         self._running: dict[int, _Task] = {}  # by thread, oldest first
         self._num_done = 0  # about; threads do not wait for each other to count
@@ -154,7 +181,9 @@ class DecodePool:
         me = threading.get_ident()
         while (task := self._tasks.get()) is not None:
             self._running[me] = task
+            began = time.perf_counter()
             task.run()
+            self._meter.took(time.perf_counter() - began)
             del self._running[me], task
             self._num_done += 1
 

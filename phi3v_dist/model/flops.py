@@ -10,6 +10,7 @@ the backward pass for the gradient of the activations, and 2 for that of the wei
 rank 16 are under 2 %.
 """
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,6 +22,24 @@ from phi3v_dist.model.vision import clip_config
 
 PATCHES = PATCHES_PER_SIDE**2
 PATCH_PIXELS = (CROP_SIZE // PATCHES_PER_SIDE) ** 2
+
+
+@dataclass(frozen=True)
+class Work:
+    """Operations by part. attention: between tokens, the half that a causal mask leaves. vision: and projector."""
+
+    text: int
+    attention: int
+    vision: int
+
+    @property
+    def causal(self) -> int:
+        return self.text + self.attention + self.vision
+
+    @property
+    def full(self) -> int:
+        """By the convention of PaLM and many trainers since, as if every token saw its whole document."""
+        return self.causal + self.attention
 
 
 @dataclass(frozen=True)
@@ -39,6 +58,16 @@ class Flops:
             + self.per_label_token * row.label_tokens
             + self.per_squared_token * row.squared_tokens
             + self.per_crop * row.crops
+        )
+
+    def useful(self, rows: Iterable[PlannedRow]) -> Work:
+        """By the convention of MFU: the head counts for every token, as in 6 · N · tokens, although `Head` leaves out
+        those without a label; so figures can be compared with those of other trainers (OBSERVABILITY.md §3)."""
+        rows = list(rows)
+        return Work(
+            text=(self.per_token + self.per_label_token) * sum(row.tokens for row in rows),
+            attention=self.per_squared_token * sum(row.squared_tokens for row in rows),
+            vision=self.per_crop * sum(row.crops for row in rows),
         )
 
 

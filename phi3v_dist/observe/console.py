@@ -48,7 +48,7 @@ class ConsoleTracker(Tracker):
         names = [name for name in row if name.startswith("eval/") and not name.startswith(OF_PARTS)]
         if scores := [f"{name.removeprefix('eval/')}={_plain(row[name])}" for name in names]:
             logger.info(" ".join([f"eval step={step:.0f}/{self.total_steps}", *scores]))
-        if self._bar:
+        if self._bar and LOSS in row:  # other rows may be of steps long past
             self._bar.show(row, eta)
 
     def finish(self, summary: Row) -> None:

@@ -7,13 +7,12 @@ stranger; and numbers as a person reads them.
 import difflib
 import math
 import re
-import resource
 from collections.abc import Mapping
 from dataclasses import replace
 from functools import cache
 from typing import TYPE_CHECKING
 
-from phi3v_dist.observe.registry import ATTEMPT, FIELD, NAME_PATTERN, PLACEHOLDER, REGISTRY, STEP, Metric
+from phi3v_dist.observe.registry import ATTEMPT, FIELD, NAME_PATTERN, PLACEHOLDER, REGISTRY, STEP, Metric, Needs
 
 if TYPE_CHECKING:
     import phi3v_dist.train.step  # named in a string below: it loads torch, and a report needs the names alone
@@ -61,6 +60,18 @@ def check(row: Mapping[str, object]) -> None:
             raise AssertionError(f"metric {name!r} must be a plain number, got {type(value).__name__}: {value!r}")
 
 
+def entry_name(name: str) -> str | None:
+    """As the registry has it, `<field>` and the like unfilled; None for a stranger."""
+    if name in _EXACT:
+        return name
+    return next((metric.name for pattern, metric in _PATTERNS if pattern.fullmatch(name)), None)
+
+
+def expected_names(*needs: Needs) -> set[str]:
+    """Entries of the registry that a run logs which has what is named here; `entry_name` of what it logged."""
+    return {metric.name for metric in REGISTRY if not metric.needs or metric.needs in needs}
+
+
 def panel_metrics(panel: str) -> list[Metric]:
     """The metrics without a field in their name that share one chart, in the registry's order."""
     return [metric for metric in REGISTRY if metric.panel == panel and not PLACEHOLDER.search(metric.name)]
@@ -96,8 +107,6 @@ def format_seconds(seconds: Number) -> str:
 
 def step_row(result: "phi3v_dist.train.step.StepResult", row_length_tokens: int, world_size: int) -> dict[str, Number]:
     """The registered numbers of one optimizer step."""
-    import torch  # a report needs the names alone
-
     step_s = sum(result.seconds.values())
     return {
         STEP: result.step,
@@ -111,6 +120,4 @@ def step_row(result: "phi3v_dist.train.step.StepResult", row_length_tokens: int,
         **{f"time/{part}_s": seconds for part, seconds in result.seconds.items()},
         "data/stall_pct": min(100.0, 100 * result.data_wait_s / step_s),
         "data/pack_efficiency": result.tokens / (result.rows * row_length_tokens),
-        "mem/host_rss_gib/max": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20,
-        **({"mem/alloc_peak_gib/max": torch.cuda.max_memory_allocated() / 2**30} if torch.cuda.is_available() else {}),
     }

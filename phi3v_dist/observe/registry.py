@@ -23,7 +23,9 @@ PLACEHOLDER = re.compile("<([a-z]+)>")  # in names: `<field>` of the answers, `<
 
 Reduction = Literal["run", "sum", "min", "mean", "p50", "p99", "max"]
 Cadence = Literal["step", "window", "checkpoint", "evaluation"]
-Needs = Literal["", "gpu", "peak", "ranks", "images", "sources", "validation", "checkpoint"]
+Needs = Literal[
+    "", "gpu", "nvml", "peak", "ranks", "sources", "validation", "parts", "reference", "wandb", "checkpoint"
+]
 
 
 @dataclass(frozen=True)
@@ -37,7 +39,9 @@ class Metric:
         drawn.
     cadence: when it is logged: at each step, every `observe.log_every_steps`, at each checkpoint, at each evaluation.
     reduction: how the ranks' numbers become one; "run": it is one number by nature, the same wherever it is counted.
-    needs: what a run must have for it to be logged at all.
+    needs: what a run must have for it to be logged at all: a GPU ("nvml": and pynvml), a known peak, several ranks or
+        sources, validation data ("parts": `eval.by`; "reference": `eval.reference`, shown in the summary; "wandb":
+        tables that only W&B holds), a checkpoint that was committed.
     """
 
     name: str
@@ -95,12 +99,12 @@ _SPEED = (
     Metric("perf/images_per_s_per_gpu", "images/s", "up", "pictures trained per second, per process", "Images"),
     Metric("perf/mfu", "frac", "up", "useful work over the peak of the hardware, attention counted in full", "MFU",
            "window", needs="peak"),
-    Metric("perf/mfu_causal", "frac", "up", "the same, of attention only the half that a causal mask leaves", "MFU",
-           "window", needs="peak"),
+    Metric("perf/mfu_causal", "frac", "up", "the same, of attention only the half that a causal mask leaves; the parts "
+           "below add up to it", "MFU", "window", needs="peak"),
     Metric("perf/tflops_text", "TFLOP/s", None, "work of the language model's matrices, per process", "FLOPs by part",
            "window"),
-    Metric("perf/tflops_attn", "TFLOP/s", None, "work of attention between tokens, per process", "FLOPs by part",
-           "window"),
+    Metric("perf/tflops_attn", "TFLOP/s", None, "work of attention between tokens, the causal half, per process",
+           "FLOPs by part", "window"),
     Metric("perf/tflops_vision", "TFLOP/s", None, "work of vision tower and projector, per process", "FLOPs by part",
            "window"),
     Metric("perf/attn_flops_frac", "frac", None, "share of attention between tokens in all work", "Attention's share",
@@ -111,7 +115,7 @@ _SPEED = (
     Metric("time/bwd_s", "s", "down", "backward passes of the step, rank 0", None),
     Metric("time/opt_s", "s", "down", "optimizer update, rank 0", None),
     *_of_ranks("time/step_s", "s", "down", "wall time of a step, from its end to the next one's, evaluations left out",
-               "Step time", "min", "p50", "p99", "max"),
+               "Step time", "min", "mean", "p50", "p99", "max"),
     *_of_ranks("time/data_s", "s", "down", "of it, waiting for the loader", "Parts of a step", "mean"),
     *_of_ranks("time/fwd_s", "s", "down", "of it, forward passes", "Parts of a step", "mean"),
     *_of_ranks("time/bwd_s", "s", "down", "of it, backward passes", "Parts of a step", "mean"),
@@ -150,9 +154,9 @@ _CLUSTER = (
                "Allocator retries", "sum", needs="gpu"),
     *_of_ranks("mem/host_rss_gib", "GiB", "down", "resident memory of the process now", "Host memory", "max"),
     *_of_ranks("gpu/util_pct", "pct", "up", "share of time in which the GPU computed", "GPU use", "min", "mean",
-               needs="gpu"),
-    *_of_ranks("gpu/temp_c", "°C", "down", "temperature of the GPU", "GPU temperature", "max", needs="gpu"),
-    *_of_ranks("gpu/power_w", "W", None, "power that the GPU draws", "GPU power", "mean", needs="gpu"),
+               needs="nvml"),
+    *_of_ranks("gpu/temp_c", "°C", "down", "temperature of the GPU", "GPU temperature", "max", needs="nvml"),
+    *_of_ranks("gpu/power_w", "W", None, "power that the GPU draws", "GPU power", "mean", needs="nvml"),
 )  # fmt: skip
 
 _DATA = (
@@ -168,7 +172,7 @@ _DATA = (
            "window"),
     Metric("data/mix/<source>", "frac", None, "share of samples of <source> in the window", "Mix", "window",
            needs="sources"),
-    Metric("data/mix_drift/<source>", "frac", None, "that share since the run began minus the one asked for",
+    Metric("data/mix_drift/<source>", "frac", None, "that share since the attempt began minus the one asked for",
            "Mix drift", "window", needs="sources"),
     Metric("seq/len_p50", "tokens", None, "median length of the window's documents", "Document length", "window"),
     Metric("seq/len_p99", "tokens", None, "99th percentile of them", "Document length", "window"),
@@ -224,7 +228,8 @@ _EVALUATION = tuple(
 )
 
 _OF_PARTS = tuple(  # `eval.by`: each part is a bin of a field of the samples, or one of its values
-    replace(metric, name=f"by_<axis>/<part>/{metric.name}", help=f"{metric.help}; where <axis> is <part>", panel=panel)
+    replace(metric, name=f"by_<axis>/<part>/{metric.name}", help=f"{metric.help}; where <axis> is <part>", panel=panel,
+            needs="parts")
     for metric in _EVALUATION
     for name, panel in (
         ("loss", "Loss by part"), ("field_em/<field>", "Right by part"), ("samples", None), ("<field>_mae", None)
@@ -232,14 +237,24 @@ _OF_PARTS = tuple(  # `eval.by`: each part is a bin of a field of the samples, o
     if metric.name == name
 )  # fmt: skip
 
-_REFERENCE = (
-    Metric("eval/best_<field>_mae", "field", "down", "lowest error of <field> that the data's noise allows", None),
-    Metric("eval/best_<field>_median_ape_pct", "pct", "down", "the same as median percentage error", None),
-    Metric("eval/best_<field>_within_10pct", "frac", "up", "the same as share within 10 %", None),
-    Metric("eval/chance_<field>", "frac", None, "share whose <field> a guess would get right", None),
-    Metric("eval/predictions", "table", None, "questions, answers and truth of one evaluation (W&B only)", "Answers"),
-    Metric("eval/images", "images", None, "the pictures of that table (W&B only)", "Pictures of answers"),
+_REFERENCE = tuple(
+    replace(metric, cadence="evaluation", needs="reference")
+    for metric in (
+        Metric("eval/best_<field>_mae", "field", "down", "lowest error of <field> that the data's noise allows", None),
+        Metric("eval/best_<field>_median_ape_pct", "pct", "down", "the same as median percentage error", None),
+        Metric("eval/best_<field>_within_10pct", "frac", "up", "the same as share within 10 %", None),
+        Metric("eval/chance_<field>", "frac", None, "share whose <field> a guess would get right", None),
+    )
 )
+
+_TABLES = tuple(
+    replace(metric, cadence="evaluation", needs="wandb")
+    for metric in (
+        Metric("eval/predictions", "table", None, "questions, answers and truth of one evaluation (W&B only)",
+               "Answers"),
+        Metric("eval/images", "images", None, "the pictures of that table (W&B only)", "Pictures of answers"),
+    )
+)  # fmt: skip
 
 REGISTRY: tuple[Metric, ...] = (
     *_TRAINING,
@@ -247,7 +262,8 @@ REGISTRY: tuple[Metric, ...] = (
     *_CLUSTER,
     *_DATA,
     *_SURVIVAL,
-    *(replace(metric, cadence="evaluation", needs="validation") for metric in _REFERENCE),
+    *_REFERENCE,
+    *_TABLES,
     *(replace(metric, name=f"eval/{metric.name}") for metric in (*_EVALUATION, *_OF_PARTS)),
     *(
         replace(metric, name=f"eval/blind/{metric.name}", help=f"{metric.help}; blind control")

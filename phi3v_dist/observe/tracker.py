@@ -9,6 +9,7 @@ and training goes on.
 import json
 import logging
 import math
+import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -57,7 +58,7 @@ class JsonlTracker(Tracker):
 
     def start(self, config: Mapping[str, Any]) -> None:
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        _cut_torn_line(self.path)
+        cut_torn_line(self.path)
         self._file = self.path.open("a", encoding="utf-8")
 
     def log(self, row: Row) -> None:
@@ -76,30 +77,38 @@ class JsonlTracker(Tracker):
 
 
 class AllOf(Tracker):
-    """The record first, then every mirror, none of which can hurt the run or the other mirrors."""
+    """The record first, then every mirror, none of which can hurt the run or the other mirrors.
+
+    Rows come from the training thread and from the one that collects other ranks' numbers (`collect.py`): each reaches
+    every sink before the next one begins, so lines stay whole and all sinks see the same order.
+    """
 
     def __init__(self, record: JsonlTracker, mirrors: Sequence[Tracker]):
         self.record = record
         self.mirrors = mirrors
         self._warned: set[str] = set()
+        self._one_at_a_time = threading.Lock()
 
     def start(self, config: Mapping[str, Any]) -> None:
         self.record.start(config)
         self._mirror(lambda mirror: mirror.start(config))
 
     def log(self, row: Row) -> None:
-        self.record.log(row)
-        self._mirror(lambda mirror: mirror.log({ATTEMPT: self.record.attempt, **row}))
+        with self._one_at_a_time:
+            self.record.log(row)
+            self._mirror(lambda mirror: mirror.log({ATTEMPT: self.record.attempt, **row}))
 
     def media(self, step: int, predictions: Sequence[Prediction], folder: Path) -> None:
-        self._mirror(lambda mirror: mirror.media(step, predictions, folder))
+        with self._one_at_a_time:
+            self._mirror(lambda mirror: mirror.media(step, predictions, folder))
 
     def preempted(self) -> None:
         self._mirror(lambda mirror: mirror.preempted())
 
     def finish(self, summary: Row) -> None:
-        self.record.finish(summary)
-        self._mirror(lambda mirror: mirror.finish(summary))
+        with self._one_at_a_time:
+            self.record.finish(summary)
+            self._mirror(lambda mirror: mirror.finish(summary))
 
     def _mirror(self, tell: Callable[[Tracker], None]) -> None:
         for mirror in self.mirrors:
@@ -172,8 +181,8 @@ def _read_rows(path: Path, notes: list[str] | None = None) -> Iterator[dict[str,
                 notes.append(said)
 
 
-def _cut_torn_line(path: Path) -> None:
-    """Truncate the record to its last whole line, so that the next row does not continue a torn one."""
+def cut_torn_line(path: Path) -> None:
+    """Truncate a file of lines to its last whole one, so that the next does not continue a torn one."""
     if not path.exists():
         return
     content = path.read_bytes()

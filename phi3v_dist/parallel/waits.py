@@ -1,7 +1,7 @@
-"""DeepSpeed's collectives → how long this rank waited in them, and which rank all the others wait for.
+"""DeepSpeed's collectives → how long this rank waited in them.
 
-What comes in: the one object through which DeepSpeed communicates. What goes out: each step's own time (wall time
-without the waits), and every N steps a warning that names a rank much slower than the others.
+What comes in: the one object through which DeepSpeed communicates. What goes out: seconds, without which a step's time
+is this rank's own (`observe/stragglers.py` compares that).
 
 Surprise: in a job that moves in step every rank's step takes equally long, whoever is slow; only the time *not* waited
 differs. On a CPU the calls themselves block, so a clock around them is enough. On an accelerator they only make a
@@ -10,8 +10,6 @@ Waits that computing hides are counted there too, on all ranks alike. That half 
 """
 
 import functools
-import logging
-import statistics
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -27,12 +25,6 @@ COLLECTIVES = (
     "broadcast_object_list", "gather", "monitored_barrier", "recv", "reduce", "reduce_scatter", "reduce_scatter_tensor",
     "scatter",
 )  # fmt: skip
-SLOWER, SLOWER_S = 1.5, 0.05  # times the median rank's own time, and at least this much above it
-SHARE_OF_STEP = (
-    0.1  # the excess must also be this much of a step: a job that only communicates has no own time to compare
-)
-
-log = logging.getLogger(__name__)
 
 
 class Waits:
@@ -68,6 +60,11 @@ class Waits:
         began = time.perf_counter()
         yield
         self._waited_s += time.perf_counter() - began
+
+    @property
+    def blocked_s(self) -> float:
+        """Seconds that calls kept this process waiting, since `take_s`; not those of an accelerator's stream."""
+        return self._waited_s
 
     def take_s(self) -> float:
         """Seconds waited since it was last asked, of waits that are over."""
@@ -121,41 +118,3 @@ class _TimedWork:
 
 
 WAITS = Waits()  # like logging, a property of the process
-
-
-class Stragglers:
-    """Finds the rank that the others wait for. Collective every `every_n_steps` steps; with one rank there is none."""
-
-    def __init__(self, topology: Topology, every_n_steps: int):
-        self.topology, self.every_n_steps = topology, every_n_steps
-        self._own_s: list[float] = []
-        self._step_s: list[float] = []
-        self._named: set[int] = set()
-
-    def look(self, step: int, own_s: float, step_s: float) -> dict[str, float]:
-        """A step's time without waits, and in all, both of this rank; returns what is to be logged, if anything.
-
-        A rank is named once for each stretch of intervals in which it is slow.
-        """
-        self._own_s.append(own_s)
-        self._step_s.append(step_s)
-        if self.topology.world_size == 1 or len(self._own_s) < self.every_n_steps:
-            return {}
-        mine = (self.topology.host, statistics.median(self._own_s), statistics.median(self._step_s))
-        everyone = self.topology.gather(mine)
-        self._own_s, self._step_s = [], []
-        typical_s = statistics.median_low(own_s for _, own_s, _ in everyone)  # of two ranks: the faster one
-        step_s = statistics.median(step_s for _, _, step_s in everyone)
-        allowed_s = max(SLOWER * typical_s, typical_s + max(SLOWER_S, SHARE_OF_STEP * step_s))
-        slow = {rank for rank, (_, own_s, _) in enumerate(everyone) if own_s > allowed_s}
-        if self.topology.is_main:
-            for rank in sorted(slow - self._named):
-                host, slow_s, _ = everyone[rank]
-                log.warning(
-                    "rank %d on %s is slow: of a step (%.2f s) it works %.2f s, the median rank %.2f s, and the others "
-                    "wait for it (steps %d to %d). Look at that node: other programs, heat, a weak link, a slow disk",
-                    *(rank, host, step_s, slow_s, typical_s, step - self.every_n_steps + 1, step),
-                )
-        self._named = slow
-        slowest_s = max(own_s for _, own_s, _ in everyone)
-        return {"health/straggler_ratio": slowest_s / max(typical_s, 1e-9)}

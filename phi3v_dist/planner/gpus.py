@@ -9,6 +9,7 @@ reference designs; NVLink from the data sheets, in one direction.
 """
 
 import difflib
+import re
 from dataclasses import dataclass
 
 from phi3v_dist.errors import ConfigError
@@ -53,3 +54,19 @@ def gpu_named(name: str) -> Gpu:
     near = difflib.get_close_matches(name.lower(), GPUS, n=1, cutoff=0.3)
     hint = f"; did you mean {near[0]}?" if near else ""
     raise ConfigError(f"--gpu is {name!r}, which is not in the planner's table{hint or '.'} It has {', '.join(GPUS)}")
+
+
+# Words of device names as the driver gives them → figures above. Other boards of the same chip (PCIe, NVL) are slower,
+# and a part of a GPU (MIG) has a part of them.
+DEVICES = {
+    ("A100", "40GB"): "a100-40", ("A100", "80GB"): "a100-80", ("L40S",): "l40s-48", ("H100", "HBM3"): "h100-80",
+    ("H200",): "h200-141", ("B200",): "b200-180",
+}  # fmt: skip
+
+
+def peak_flops(device_name: str) -> float | None:
+    """Dense bf16 operations a second of a device (`torch.cuda.get_device_name`); None for one that is not known."""
+    words = set(re.split(r"[\s-]+", device_name))
+    if words & {"MIG", "NVL"}:
+        return None
+    return next((GPUS[name].flops for wanted, name in DEVICES.items() if words.issuperset(wanted)), None)

@@ -161,7 +161,8 @@ def costs_of(run_folder: Path) -> Costs:
     """
     rows, steps, owners = _rows(run_folder), _steps(run_folder), _owners(run_folder)
     saves = [row for row in rows if "ckpt/blocked_s" in row]
-    paused = {row[STEP] for row in rows if STEP_S not in row}  # after these steps a save or an evaluation came
+    pauses = ("ckpt/blocked_s", "time/eval_s")  # after steps with one of them came a save or an evaluation
+    paused = {row[STEP] for row in rows if any(name in row for name in pauses)}
     between = [
         after["time"] - after[STEP_S] - before["time"]
         for before, after in itertools.pairwise(steps)

@@ -19,6 +19,7 @@ from phi3v_dist.run import Run
 from phi3v_dist.survive.checkpoint import Position
 from phi3v_dist.survive.durable import write_durably
 from phi3v_dist.train.accounts import Accounts, plan_state
+from phi3v_dist.train.laps import Laps
 from phi3v_dist.train.optim import learning_rates
 from phi3v_dist.train.step import StepResult, train_step
 from phi3v_dist.watch import heartbeat
@@ -32,36 +33,46 @@ def fit(run: Run) -> dict[str, float] | None:
     clock = Clock(totals.wall_s)
     guards, profiles = run.guards(), run.profiles()
     gradients = LocalGradients(run.engine.module, run.engine.device)
+    loader = run.loader(state)
     run.requests.training_begins()
-    if run.requests.agreed(run.topology).stop:
+    asked = run.requests.agreed(run.topology)
+    if asked.stop:
         _leave(run, totals)
         return None
     if _evaluation_was_missed(run, totals.step):
         _evaluate(run, totals.step, run.settings.eval.samples)
-    for plan, batches in run.loader(state) if totals.step < run.num_steps else ():
-        rates = learning_rates(totals.step + 1, run.num_steps, run.settings.train)
-        with profiles.around(plan.number):
-            result = train_step(run.engine, plan, batches, rates, run.topology, gradients)
-        totals.add(result)
-        totals.wall_s = clock.read_s()
-        accounts.record(plan, result.unused, result.quarantined, updated=result.skipped is None)
-        row = step_row(result, run.settings.data.row_length_tokens, run.topology.world_size)
-        run.tracker.log(row | totals.row(run) | guards.row(result))
-        guards.look(result)
-        accounts.require_few_bad(totals.quarantined, totals.samples)
-        asked = run.saver.edge(totals.step)
-        if totals.step == run.num_steps:
-            run.saver.save(run.engine, _position(run, totals, accounts.state(plan)))
-            break
-        if asked.save:
-            position = _position(run, totals, accounts.state(plan))
-            run.saver.begin(run.engine, position, must_last=asked.stop or asked.by_hand)
-        if not asked.stop and _evaluation_is_due(run, totals.step):
-            _evaluate(run, totals.step, run.settings.eval.samples)
+    with run.collector(loader) as collector:
+        laps = Laps(run.topology.device)
+        for plan, batches in loader if totals.step < run.num_steps else ():
+            rates = learning_rates(totals.step + 1, run.num_steps, run.settings.train)
+            with profiles.around(plan.number):
+                result = train_step(run.engine, plan, batches, rates, run.topology, gradients, laps)
+            collector.add(plan, result, laps.take())
+            totals.add(result)
+            totals.wall_s = clock.read_s()
+            accounts.record(plan, result.unused, result.quarantined, updated=result.skipped is None)
+            row = step_row(result, run.settings.data.row_length_tokens, run.topology.world_size)
+            run.tracker.log(row | totals.row(run) | guards.row(result))
+            guards.look(result)
+            accounts.require_few_bad(totals.quarantined, totals.samples)
             asked = run.saver.edge(totals.step)
-        if asked.stop:
-            _stop(run, totals, accounts, plan)
-            return None
+            if totals.step == run.num_steps:
+                run.saver.save(run.engine, _position(run, totals, accounts.state(plan)))
+                break
+            laps.end("log")
+            if asked.save:
+                position = _position(run, totals, accounts.state(plan))
+                run.saver.begin(run.engine, position, must_last=asked.stop or asked.by_hand)
+                laps.end("ckpt")
+            if not asked.stop and _evaluation_is_due(run, totals.step):
+                _evaluate(run, totals.step, run.settings.eval.samples)
+                asked = run.saver.edge(totals.step)
+                laps.skip()
+            if asked.stop:
+                break
+    if asked.stop and totals.step < run.num_steps:
+        _stop(run, totals, accounts, plan)
+        return None
     accounts.require_few_bad(totals.quarantined, totals.samples, at_end=run.planner.end is not None)
     accounts.close()
     totals.wall_s = clock.read_s()

@@ -11,7 +11,6 @@ together, and weights, moments and counts of updates stay as they were, to the b
 """
 
 import math
-import time
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
@@ -26,10 +25,22 @@ from phi3v_dist.parallel import partitions
 from phi3v_dist.parallel.local_gradients import LocalGradients
 from phi3v_dist.parallel.topology import Topology
 from phi3v_dist.parallel.waits import WAITS
+from phi3v_dist.train.laps import OF_STEP, Laps
 from phi3v_dist.watch import heartbeat
 
 GIB = 2**30
 NO_LABELS = "it has no label token"
+
+
+@dataclass(frozen=True)
+class RankStep:
+    """What one rank alone did of a step. Its times leave out waiting for other ranks, so no other rank's pace hides
+    them; seconds. loss: mean over its own label tokens, NaN when it has none."""
+
+    data_s: float = 0.0
+    compute_s: float = 0.0
+    wait_s: float = 0.0
+    loss: float = math.nan
 
 
 @dataclass(frozen=True)
@@ -42,10 +53,11 @@ class StepResult:
     tokens: of all rows, without filling. padding_frac: share of the rows' capacity left empty.
     seconds: by part of the step (data, fwd, bwd, opt), this rank's clock.
     data_wait_s: what training waited for data, mean over ranks.
+    image_tokens: of `tokens`, those that stand for pictures.
     left_out: the quarantined samples, of this rank only.
     skipped: why the step made no update; None: it made one.
     not_finite_on: the ranks on which a loss or gradient that is not finite began; empty while all are finite.
-    own_s: the step's time without waiting for other ranks, this rank's clock.
+    own: what this rank alone did.
     """
 
     step: int
@@ -64,7 +76,8 @@ class StepResult:
     left_out: tuple[Filling, ...] = ()
     skipped: str | None = None
     not_finite_on: tuple[str, ...] = ()
-    own_s: float = 0.0
+    image_tokens: int = 0
+    own: RankStep = RankStep()
 
     @property
     def unused(self) -> list[tuple[int, str]]:
@@ -74,12 +87,13 @@ class StepResult:
 
 def train_step(
     engine: Any, plan: PlannedStep, batches: Iterable[Batch], rates: dict[str, float], topology: Topology,
-    gradients: LocalGradients | None = None,
+    gradients: LocalGradients | None = None, laps: Laps | None = None,
 ) -> StepResult:  # fmt: skip
     """Forward and backward of each Batch as it comes, then one update, or none by all ranks.
 
     Args:
         gradients: says of a gradient that is not finite on which ranks it began; None: that is not known.
+        laps: where the step's time is written down; None: nobody asks for more than the result.
 
     Raises:
         OutOfMemoryError: the accelerator's memory is full.
@@ -89,17 +103,17 @@ def train_step(
         group["lr"] = rates[group["part"]]
     if gradients:
         gradients.begin()
+    laps = laps or Laps(engine.device)
     own = _Own(torch.zeros((), dtype=torch.float64, device=engine.device))
     WAITS.take_s()
     try:
-        _micro_steps(engine, plan, batches, topology, own)
-        began = time.perf_counter()
+        _micro_steps(engine, plan, batches, topology, own, laps)
         heartbeat.enter("optimizer", plan.number)
         own_loss = own.loss_sum.item()
         with WAITS.waiting():
-            loss, labels, pictures, quarantined, waited_s, numbers, squares = topology.sum(
-                [own_loss, float(own.label_tokens), float(own.images), float(len(own.left_out)), own.seconds["data"],
-                 float(plan.number), float(plan.number**2)]
+            loss, labels, pictures, image_tokens, quarantined, waited_s, numbers, squares = topology.sum(
+                [own_loss, float(own.label_tokens), float(own.images), float(own.image_tokens),
+                 float(len(own.left_out)), laps.seconds()["data"], float(plan.number), float(plan.number**2)]
             )  # fmt: skip
         if (numbers, squares) != (plan.number * topology.world_size, plan.number**2 * topology.world_size):
             raise OutOfStepError(_steps_differ(topology, plan.number))
@@ -111,61 +125,73 @@ def train_step(
         is_finite = math.isfinite(own_loss) and (gradients is None or gradients.were_finite())
         not_finite_on = _began_on(topology, is_finite)
     grad_norm = 0.0 if skipped == NO_LABELS else float(engine.get_global_grad_norm())
-    own.seconds["opt"] = time.perf_counter() - began
+    laps.end("opt")
+    laps.settle()
+    seconds = laps.seconds()
+    wait_s = WAITS.take_s()
     return StepResult(
         step=plan.number, loss=loss / labels if labels else math.nan, grad_norm=grad_norm, learning_rates=rates,
         label_tokens=int(labels), tokens=plan.tokens, images=int(pictures), samples=len(plan.sample_ids),
-        quarantined=int(quarantined), sample_ids=plan.sample_ids, rows=len(plan.rows), seconds=own.seconds,
-        data_wait_s=waited_s / topology.world_size, left_out=tuple(own.left_out), skipped=skipped,
-        not_finite_on=not_finite_on, own_s=sum(own.seconds.values()) - WAITS.take_s(),
+        quarantined=int(quarantined), sample_ids=plan.sample_ids, rows=len(plan.rows),
+        seconds={part: seconds[part] for part in OF_STEP}, data_wait_s=waited_s / topology.world_size,
+        left_out=tuple(own.left_out), skipped=skipped, not_finite_on=not_finite_on, image_tokens=int(image_tokens),
+        own=RankStep(
+            data_s=seconds["data"] - own.waited_for_data_s,
+            compute_s=sum(seconds[part] for part in OF_STEP[1:]) - (wait_s - own.waited_for_data_s),
+            wait_s=wait_s, loss=own_loss / own.label_tokens if own.label_tokens else math.nan,
+        ),
     )  # fmt: skip
 
 
 @dataclass
 class _Own:
-    """What this rank alone has done of a step so far. loss_sum: fp64, on the device; read once, at the end."""
+    """What this rank alone has done of a step so far. loss_sum: fp64, on the device; read once, at the end.
+    waited_for_data_s: for other ranks, that share its rows, while it asked for data."""
 
     loss_sum: Tensor
     label_tokens: int = 0
     images: int = 0
+    image_tokens: int = 0
     left_out: list[Filling] = field(default_factory=list)
     batch: Batch | None = None
-    seconds: dict[str, float] = field(default_factory=lambda: {"data": 0.0, "fwd": 0.0, "bwd": 0.0, "opt": 0.0})
+    waited_for_data_s: float = 0.0
 
 
-def _micro_steps(engine: Any, plan: PlannedStep, batches: Iterable[Batch], topology: Topology, own: _Own) -> None:
+def _micro_steps(
+    engine: Any, plan: PlannedStep, batches: Iterable[Batch], topology: Topology, own: _Own, laps: Laps
+) -> None:
     """Forward and backward of each Batch. Raises OutOfStepError, before the others wait, when there are too few."""
     iterator, micro_steps = iter(batches), engine.gradient_accumulation_steps()
     for number in range(1, micro_steps + 1):
         where = f"micro-step {number} of {micro_steps}"
-        began = time.perf_counter()
         heartbeat.enter("data", plan.number, where)
+        waited_s = WAITS.blocked_s
         own.batch = batch = next(iterator, None)
+        own.waited_for_data_s += WAITS.blocked_s - waited_s
         if batch is None:
             raise OutOfStepError(
                 f"rank {topology.rank} on {topology.host} has {number - 1} of the {micro_steps} batches of step "
                 f"{plan.number}, and all other ranks wait for it. This is a fault of the loader; started again, the "
                 "run goes on from its last checkpoint"
             )
-        loaded = time.perf_counter()
+        laps.end("data", queued=True)
         asked = heartbeat.enter("forward", plan.number, where)
         losses = engine(**batch.inputs(engine.device)).token_losses.sum()
         if asked == "nan":
             losses = losses * math.nan
-        forward = time.perf_counter()
+        laps.end("fwd", queued=True)
         if heartbeat.enter("backward", plan.number, where) == "nan":
             losses.register_hook(lambda gradient: gradient * math.nan)
         engine.backward(losses * (topology.world_size / plan.label_tokens), scale_wrt_gas=False)
         own.loss_sum += losses.detach()
-        own.seconds["data"] += loaded - began
-        own.seconds["fwd"] += forward - loaded
-        own.seconds["bwd"] += time.perf_counter() - forward
         own.label_tokens += batch.label_tokens
+        own.image_tokens += len(batch.placement.positions)
         if batch.sequence.rank == 0:  # of the ranks that share a row one counts it
             own.images += len(batch.image_sizes)
             own.left_out += batch.quarantined
         if number < micro_steps:
             engine.step()
+        laps.end("bwd", queued=True)
 
 
 def _update(engine: Any, plan: PlannedStep, loss_sum: float, label_tokens: int) -> str | None:

@@ -2,7 +2,8 @@
 
 What comes in: the phase that a rank is about to enter (`heartbeat.enter` asks). What goes out: nothing, a dead or stuck
 process, an exception, or the name of an action that the caller carries out itself (`nan`). Several faults are separated
-by commas; `*` as rank or step means every one, `5+` every step from 5 on.
+by commas; `*` as rank or step means every one, `5+` every step from 5 on. `slow` waits half a second, `slow=0.06` so
+many.
 
     PHI3V_FAULT=1:forward:5:kill9 torchrun --nproc_per_node 2 launch/train.py --config …
 
@@ -30,6 +31,7 @@ SLOW_S = 0.5
 FOREVER_S = 10**6
 BY_CALLER = ("nan",)  # the loss (phase forward) or the gradients (phase backward) become NaN
 SIGNALS = {"kill9": signal.SIGKILL, "term": signal.SIGTERM, "usr1": signal.SIGUSR1, "stop": signal.SIGSTOP}
+SLOW = re.compile(r"slow=(\d+(?:\.\d+)?)")  # seconds
 ACTIONS = (*SIGNALS, "hang", "slow", "raise", "enospc", "eio", *BY_CALLER)
 
 log = logging.getLogger(__name__)
@@ -55,7 +57,7 @@ class Fault:
             (not re.fullmatch(r"\d+|\*", rank), f"rank {rank!r}: a number, or * for every one"),
             (phase not in KNOWN_PHASES, f"phase {phase!r}: one of {', '.join(KNOWN_PHASES)}"),
             (not re.fullmatch(r"\d+\+?|\*", step), f"step {step!r}: a number, one with + for all from there on, or *"),
-            (action not in ACTIONS, f"action {action!r}: one of {', '.join(ACTIONS)}"),
+            (action not in ACTIONS and not SLOW.fullmatch(action), f"action {action!r}: one of {', '.join(ACTIONS)}"),
         ]
         if wrong := [f"{VARIABLE} has {text!r}, {message}" for is_wrong, message in found if is_wrong]:
             raise ConfigError(wrong)
@@ -97,6 +99,8 @@ def _carry_out(fault: Fault, phase: str, step: int | None) -> None:
         os.kill(os.getpid(), SIGNALS[fault.action])
     elif fault.action in ("hang", "slow"):
         time.sleep(FOREVER_S if fault.action == "hang" else SLOW_S)
+    elif seconds := SLOW.fullmatch(fault.action):
+        time.sleep(float(seconds[1]))
     elif fault.action == "raise":
         raise RuntimeError(f"injected into phase {phase} of step {step} by {VARIABLE}")
     elif fault.action in ("enospc", "eio"):

@@ -69,8 +69,14 @@ def waits_for_others(threads: Threads, thread: int) -> bool:
     """Whether a thread is in a collective operation, in which a rank waits until all others have come."""
     frames = threads.get(thread, [])
     if frames and AUTOGRAD in frames[0].file:
-        return any(_in_collective(other) for number, other in threads.items() if number != thread)
+        others = [frames for number, frames in threads.items() if number != thread and not _collects(frames)]
+        return any(map(_in_collective, others))
     return _in_collective(frames)
+
+
+def _collects(frames: list[Frame]) -> bool:
+    """The thread that gathers metrics waits for other ranks whatever training does."""
+    return any(frame.file.endswith("/observe/collect.py") for frame in frames)
 
 
 def _in_collective(frames: list[Frame]) -> bool:

@@ -22,6 +22,7 @@ import cv2
 import loaders
 import long_rows
 import many_shards
+import observing
 import packing
 import torch
 from figures import Figure, compare
@@ -126,6 +127,7 @@ SECTIONS: dict[str, Callable[[Path], list[Figure]]] = {
     "many_shards": many_shards.figures,
     "checkpoints": checkpoints.figures,
     "long_rows": long_rows.figures,
+    "observing": observing.figures,
 }
 
 

@@ -19,6 +19,7 @@ import time
 from itertools import islice
 from pathlib import Path
 
+import numpy as np
 import torch
 import torch.multiprocessing as mp
 
@@ -32,6 +33,7 @@ from phi3v_dist.data.samples import BadSample
 from phi3v_dist.errors import CorruptedError, Phi3VError
 from phi3v_dist.model.build import partitioned_model, proven_backend
 from phi3v_dist.model.tiny import write_tiny
+from phi3v_dist.observe import stragglers
 from phi3v_dist.parallel import replicas, waits, zero
 from phi3v_dist.parallel.local_gradients import LocalGradients
 from phi3v_dist.parallel.partitions import Partitions
@@ -199,11 +201,11 @@ def compared_error(engine, topology: Topology) -> str:
 
 def run_waits(folder: Path, topology: Topology, dtype: str) -> dict:
     """Rank 1 is slow: by sleeping in its forward passes, then because it is stopped most of the time."""
-    num_steps = 4
+    num_steps, num_windows = 4, 2
     rows = Rows([(collective_ranks.TEXT, True)], topology.world_size)
     engine = build(folder, topology, rows, dtype)
     said: list[str] = []
-    waits.log.warning = lambda text, *values: said.append(text % values)
+    stragglers.log.warning = lambda text, *values: said.append(text % values)
     steps = iter(rows.loader(topology.rank, topology.world_size, 3 * num_steps))
     notes: dict = {}
     slow_pid = topology.gather(os.getpid())[1]
@@ -216,18 +218,26 @@ def run_waits(folder: Path, topology: Topology, dtype: str) -> dict:
         is_over = threading.Event()
         if what == "is stopped" and topology.is_main:
             threading.Thread(target=hold_back, args=(slow_pid, is_over), daemon=True).start()
-        stragglers = waits.Stragglers(topology, num_steps)
-        rows_logged, own_s = [], []
-        for _ in range(num_steps):
-            result = next_step(engine, steps, topology)
-            own_s.append(result.own_s)
-            rows_logged.append(stragglers.look(result.step, result.own_s, sum(result.seconds.values())))
+        hosts = topology.gather(topology.host)
+        watch = stragglers.Stragglers(hosts, hosts)
+        rows_logged = []
+        for _ in range(num_windows):
+            done = [next_step(engine, steps, topology) for _ in range(num_steps // num_windows)]
+            rows_logged.append(looked(watch, done, topology))
         is_over.set()
         waits.WAITS.stop()
-        notes[what] = {"said": list(said), "rows": rows_logged, "own_s": own_s}
+        notes[what] = {"said": list(said), "rows": rows_logged}
         said.clear()
     assert not any(name in vars(comm.cdb) for name in waits.COLLECTIVES), "the backend is not as it was"
     return notes
+
+
+def looked(watch: stragglers.Stragglers, results: list, topology: Topology) -> dict:
+    """What rank 0 makes of a window; the others keep quiet."""
+    mine = [(each.own.data_s, each.own.compute_s, sum(each.seconds.values())) for each in results]
+    data_s, compute_s, step_s = np.array(topology.gather(np.mean(mine, axis=0))).T
+    last = results[-1].step
+    return watch.look((results[0].step, last), data_s, compute_s, step_s.mean()) if topology.is_main else {}
 
 
 def next_step(engine, steps, topology: Topology):
