@@ -39,14 +39,12 @@ from phi3v_dist.evaluate.evaluator import Evaluator
 from phi3v_dist.model import build as model_build
 from phi3v_dist.model.flops import flops
 from phi3v_dist.model.official_config import read_config
+from phi3v_dist.observe import sinks
 from phi3v_dist.observe.collect import Collector
-from phi3v_dist.observe.console import ConsoleTracker
 from phi3v_dist.observe.gather import Nodes
-from phi3v_dist.observe.health import SpikeWatch, StarvationWatch
+from phi3v_dist.observe.health import SpikeWatch
 from phi3v_dist.observe.profiles import Profiles
-from phi3v_dist.observe.tensorboard_tracker import TensorBoardTracker, why_not
-from phi3v_dist.observe.tracker import AllOf, JsonlTracker, NoTracker, Tracker
-from phi3v_dist.observe.wandb_tracker import WandbTracker
+from phi3v_dist.observe.tracker import NoTracker, Tracker
 from phi3v_dist.observe.window import Whole
 from phi3v_dist.parallel import zero
 from phi3v_dist.parallel.topology import Topology
@@ -56,7 +54,6 @@ from phi3v_dist.planner.gpus import peak_flops
 from phi3v_dist.survive.checkpoint import Checkpoints
 from phi3v_dist.survive.durable import write_durably
 from phi3v_dist.survive.interval import Earlier, Interval
-from phi3v_dist.survive.live_goodput import GoodputTracker
 from phi3v_dist.survive.saver import Saver
 from phi3v_dist.train.accounts import Accounts
 from phi3v_dist.train.guards import Guards
@@ -213,11 +210,9 @@ def problems(settings: Settings, world_size: int) -> list[str]:
     for sources in filter(None, (settings.data.train, settings.data.validation)):
         found += _shard_problems(sources)
     found += model_build.problems(settings, Topology.from_environment().device)
-    found += environment.links_out(settings.run.folder) + continuing.problems(settings)
+    found += environment.links_out(settings.run.folder) + continuing.problems(settings) + sinks.problems(settings)
     for line in continuing.warnings(settings):
         log.warning("%s", line)
-    if settings.observe.tensorboard and (why := why_not()):
-        found.append(f"`observe.tensorboard` is true, but {why}")
     try:
         _reference(settings.eval.reference)
     except (OSError, ValueError, TypeError, AttributeError) as error:
@@ -274,18 +269,7 @@ def build(settings: Settings, topology: Topology, attempt: Attempt, requests: Re
         validation = Data.open_together(settings.data.validation, settings, topology)
         sample_ids = fixed_order(validation.lengths, settings.data.row_length_tokens)
         evaluator = Evaluator(validation.decoder, validation.lengths, sample_ids, settings.eval, topology)
-    tracker: Tracker = NoTracker()
-    if topology.is_main:
-        mirrors: list[Tracker] = [ConsoleTracker(num_steps, settings.observe.log_every_steps)]
-        data = settings.data
-        mirrors.append(StarvationWatch(settings.observe.log_every_steps, data.num_workers, data.prefetch_rows))
-        if settings.observe.wandb != "disabled":
-            watch = settings.observe
-            mirrors.append(WandbTracker(settings.run.folder, watch.wandb, watch.wandb_project, watch.wandb_entity))
-        if settings.observe.tensorboard:
-            mirrors.append(TensorBoardTracker(settings.run.folder))
-        sinks = AllOf(JsonlTracker(settings.run.folder, attempt.number), mirrors)
-        tracker = GoodputTracker(sinks, settings.run.folder, attempt, settings.observe.log_every_steps)
+    tracker = sinks.build(settings, attempt, num_steps) if topology.is_main else NoTracker()
     run_id = topology.broadcast(_run_id(settings.run.folder) if topology.is_main else "")
     run = Run(
         settings=settings, topology=topology, attempt=attempt, requests=requests,
