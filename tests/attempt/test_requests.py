@@ -195,4 +195,4 @@ def test_files_are_looked_for_at_most_once_a_second(requests, tmp_path, monkeypa
     monkeypatch.setattr("pathlib.Path.exists", lambda path: looks.append(path) or False)
     for _ in range(100):
         requests.heard()
-    assert len(looks) == 2
+    assert len(looks) == 3
