@@ -16,6 +16,7 @@ TOGETHER = {
     "tests/train/test_profiled_run.py": "the reference",
     "tests/train/test_recovery.py": "the reference",
     "tests/train/test_stopping.py": "the reference",
+    "tests/train/test_wandb_record.py": "the reference",
 }
 
 

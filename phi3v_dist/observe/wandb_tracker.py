@@ -219,6 +219,8 @@ class WandbTracker(Tracker):
             return
         self._run = None
         self._recent.clear()
+        if self._left_behind.is_set():
+            return
         raise ConnectionError(f"W&B is given up for this attempt: {self._lost}") from self._lost
 
     def _join(self) -> None:

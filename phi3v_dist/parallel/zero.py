@@ -37,7 +37,9 @@ REFUSED = {
     "scheduler": "warmup and decay are in `train`",
     "fp16": "use bf16 or fp32 (`model.dtype`)",
     "wandb": "`observe.wandb`",
-    "tensorboard": "`observe`",
+    "tensorboard": "`observe.tensorboard`",
+    "comet": "DeepSpeed's own monitor would open a second run; `observe` says who is told",
+    "csv_monitor": "metrics.jsonl in the run folder has all numbers",
 }
 KNOWN = {  # top-level keys of DeepSpeed 0.19 that may stand beside ours; it ignores all others without a word
     *(key.partition(".")[0] for key in HOMES), *REFUSED,
@@ -46,7 +48,7 @@ KNOWN = {  # top-level keys of DeepSpeed 0.19 that may stand beside ours; it ign
     "torch_autocast", "activation_checkpointing", "aio", "compile", "checkpoint", "comms_logger", "flops_profiler",
     "steps_per_print", "wall_clock_breakdown", "memory_breakdown", "dump_state", "timers", "elasticity",
     "disable_python_gc", "managed_gradient_accumulation", "log_level", "seq_parallel_communication_data_type",
-    "sparse_gradients", "sequence_parallel_size", "csv_monitor", "comet", "dataloader_drop_last",
+    "sparse_gradients", "sequence_parallel_size", "dataloader_drop_last",
 }  # fmt: skip
 
 

@@ -121,7 +121,8 @@ class Totals:
 
 def _start(run: Run) -> tuple[Totals, dict[str, Any] | None, Accounts]:
     """Open the sinks and go back to the newest checkpoint: what was done, where the data goes on, and the books."""
-    run.tracker.start(run.record)
+    if run.topology.is_main:  # the others watch nothing
+        run.tracker.start(run.record)
     run.saver.checkpoints.prepare(run.engine)
     resumed = run.saver.checkpoints.resume(run.engine)
     accounts = run.accounts(resumed[1].loader or None if resumed else None)  # an imported one has no data behind it

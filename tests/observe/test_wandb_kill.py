@@ -122,8 +122,8 @@ def test_a_disk_that_fills_up_stops_wandb_and_nothing_else(
     assert len(read_metrics(small_disk)) == 52, "the record is complete"
     said = warnings(caplog)
     assert len([line for line in said if "No space" in line or "no room for W&B's own files" in line]) == 1
-    first, last = offline_runs(small_disk)
-    assert rows_of(first)[0]["train/step"] == 1 and rows_of(last)[-1]["train/step"] == 52, "room again: it goes on"
+    _, again = offline_runs(small_disk)
+    assert rows_of(again)[-1]["train/step"] == 52, "room again: it goes on"
     assert not any("Traceback" in line for line in said)
 
 

@@ -59,7 +59,7 @@ def test_one_damaged_of_three_attempts_is_named_and_the_others_arrive_row_for_ro
     (file,) = second.glob("*.wandb")
     whole = file.read_bytes()
     file.write_bytes(whole[:20])
-    stub.faults["UpsertBucket"] = [answer(429), answer(500)]
+    stub.faults["UpsertBucket"] = [answer(429)]
     stub.faults["file_stream"] = [answer(500)]
     problems = dashboard(monkeypatch, "--sync", run)
     (kept,) = stub.runs.values()

@@ -83,6 +83,8 @@ def test_values_that_have_no_home_elsewhere_are_kept(settings):
             "`optimizer` does not belong here: learning rates",
         ),
         ({"scheduler": {"type": "WarmupLR"}}, "`scheduler` does not belong here"),
+        ({"csv_monitor": {"enabled": True}}, "`csv_monitor` does not belong here: metrics.jsonl"),
+        ({"comet": {"enabled": True}}, "`comet` does not belong here: DeepSpeed's own monitor would open"),
         ({"fp16": {"enabled": "auto"}}, "`fp16` does not belong here: use bf16 or fp32"),
         ({"zero_optimization": {"stage": 2}}, "`zero_optimization.stage` is 2; this harness shards weights, and its"),
         ({"zero_optimization": {}}, "`zero_optimization.stage` is None"),
