@@ -87,7 +87,7 @@ def write_ranks(folder: Path, num_ranks: int, num_nodes: int, steps: range) -> N
         host, ranks = f"gpu-{node:02d}", list(range(node * each, (node + 1) * each))
         with (folder / "ranks" / f"{host}.jsonl").open("w") as file:
             for step in steps:
-                file.write(json.dumps(rank_window(step, host, ranks)) + "\n")
+                file.write(json.dumps(rank_window(step, host, ranks), separators=(",", ":")) + "\n")
 
 
 def rank_window(step: int, host: str, ranks: list[int]) -> dict[str, Any]:
