@@ -29,6 +29,7 @@ SLOWER = (1.05, 1.0 / 0.85, 1.0 / 0.7, 2.0)  # times the median rank; 0.85 and 0
 SLOW = SLOWER[1]
 SHARES = (0.02, 0.05, 0.1, 0.25)  # of a step; a loader that takes a tenth of it is worth a warning
 WAITS = (0.05, 0.15, 0.3, 0.5)
+EXCESS_S, EXCESS_OF_STEP = 0.05, 0.1  # a slow rank is at least so much above the median, in seconds and of a step
 IN_A_ROW = 3  # windows for which a rank must be slow before it is called so
 NAMED = 8
 
@@ -50,15 +51,12 @@ class Guilty:
 
 def rank_panels(record: RankRecord) -> Iterator[Panel]:
     """Own time, data time and waiting; a map that nobody measured is left out."""
-    step_s = record.of("time/step_s")
-    if not np.isfinite(step_s).any():
-        step_s = record.own_s + np.nan_to_num(record.of(WAIT))
     maps = (
         ("Own time: step × rank", relative_own(record), SLOWER, "×", np.nanmax,
          "Own time, data and computing without waits, as a multiple of the median rank's in the same window."),
-        ("Time in the loader: step × rank", record.data_s / step_s, SHARES, "%", np.nanmax,
+        ("Time in the loader: step × rank", record.data_s / record.step_s, SHARES, "%", np.nanmax,
          "Share of a step in which a rank waited for its own loader."),
-        ("Waiting: step × rank", record.of(WAIT) / step_s, WAITS, "%", np.nanmin,
+        ("Waiting: step × rank", record.of(WAIT) / record.step_s, WAITS, "%", np.nanmin,
          "Share of a step spent waiting in collectives. A pale line among dark ones is the rank they wait for."),
     )  # fmt: skip
     for title, table, limits, unit, worst, caption in maps:
@@ -81,7 +79,10 @@ def guilty_ranks(record: RankRecord) -> list[Guilty]:
     ratio = relative_own(record)
     if ratio.shape[1] < 2:
         return []
-    slow = np.nan_to_num(ratio, nan=0.0) > SLOW  # [windows, ranks]
+    with np.errstate(invalid="ignore"):
+        above_s = record.own_s * (1 - 1 / ratio)  # [windows, ranks]
+        slow = (ratio > SLOW) & (above_s > np.fmax(EXCESS_S, EXCESS_OF_STEP * record.step_s))
+    slow[0] = False  # in the first window ranks set up what later steps use
     needed = min(IN_A_ROW, len(slow))
     runs = np.lib.stride_tricks.sliding_window_view(slow, needed, axis=0).all(axis=-1).any(axis=0)  # [ranks]
     parts = {"loader": record.data_s, "computing": record.of(COMPUTE)}

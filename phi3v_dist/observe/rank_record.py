@@ -52,6 +52,12 @@ class RankRecord:
         """Seconds of a step that no other rank's pace hides: data and computing, without waits."""
         return self.data_s + self.of(COMPUTE)
 
+    @property
+    def step_s(self) -> np.ndarray:
+        """Seconds of a whole step."""
+        whole = self.of("time/step_s")
+        return whole if np.isfinite(whole).any() else self.own_s + np.nan_to_num(self.of(WAIT))
+
 
 def read_ranks(run_folder: Path, notes: list[str]) -> RankRecord | None:
     """None when no rank has written a window; what cannot be read is added to `notes`."""
@@ -104,7 +110,7 @@ def _windows(path: Path, most_bytes: int, notes: list[str]) -> Iterator[dict[str
     lines = _lines(path, most_bytes, notes)
     num_damaged = 0
     for place, line in enumerate(lines):
-        if place < len(lines) - 1 and (cut := line.rfind(b', "spans": ')) > 0:
+        if place < len(lines) - 1 and (cut := line.rfind(b',"spans":')) > 0:
             line = line[:cut] + b"}"  # half the bytes, and only the newest are drawn
         try:
             yield _window(json.loads(line), path.stem)

@@ -87,7 +87,7 @@ def write_ranks(folder: Path, num_ranks: int, num_nodes: int, steps: range) -> N
         host, ranks = f"gpu-{node:02d}", list(range(node * each, (node + 1) * each))
         with (folder / "ranks" / f"{host}.jsonl").open("w") as file:
             for step in steps:
-                file.write(json.dumps(rank_window(step, host, ranks)) + "\n")
+                file.write(json.dumps(rank_window(step, host, ranks), separators=(",", ":")) + "\n")
 
 
 def rank_window(step: int, host: str, ranks: list[int]) -> dict[str, Any]:
@@ -116,7 +116,9 @@ def rank_window(step: int, host: str, ranks: list[int]) -> dict[str, Any]:
         for what, part_s in (("data", data_s), ("fwd", 0.35 * compute_s), ("bwd", 0.65 * compute_s)):
             laps.append([what, at_s, at_s + part_s])
             at_s += part_s
-        spans.append([*laps, ["opt", at_s, max(at_s, end_s - 0.02)], ["log", max(at_s, end_s - 0.02), end_s + 0.01]])
+        spans.append(
+            [*laps, ["opt", at_s, max(at_s, end_s - 0.02)], ["log", max(at_s, end_s - 0.02), max(at_s, end_s) + 0.01]]
+        )
     return {
         "time": end_s, "train/step": step, "run/attempt": attempt, "host": host, "ranks": ranks, "values": values,
         "spans": spans,

@@ -71,7 +71,8 @@ def browse(page: Path, width: int, height: int, *options: str) -> str:
     """What headless Chromium prints."""
     command = [
         str(CHROMIUM), "--headless=new", "--no-sandbox", "--disable-gpu", "--hide-scrollbars",
-        "--virtual-time-budget=5000", f"--user-data-dir={page.parent / 'chromium'}", f"--window-size={width},{height}", *options, page.as_uri(),
+        "--virtual-time-budget=5000", f"--user-data-dir={page.parent / 'chromium'}",
+        f"--window-size={width},{height}", *options, page.as_uri(),
     ]  # fmt: skip
     done = subprocess.run(command, capture_output=True, text=True, timeout=180)
     assert done.returncode == 0, done.stderr
