@@ -68,7 +68,7 @@ def reduction() -> Figure:
     from phi3v_dist.observe import columns
     from phi3v_dist.observe.stragglers import Stragglers
 
-    table = np.random.default_rng(0).lognormal(size=(RANKS_SIMULATED, len(columns.COLUMNS)))
+    table = np.random.default_rng(0).lognormal(0, 0.01, size=(RANKS_SIMULATED, len(columns.COLUMNS)))
     hosts = [f"node{rank // 8:04d}" for rank in range(RANKS_SIMULATED)]
     stragglers = Stragglers(hosts, hosts)
     seconds = []
