@@ -91,7 +91,7 @@ class Collector:
                 self._end_window()
             self._windows.put(None)
             self._thread.join(FINISH_S)
-            if self._thread.is_alive():
+            if self._thread.is_alive() and self.nodes.topology.is_main:
                 log.warning("the last window of steps is left out: not all ranks came with theirs in %.0f s", FINISH_S)
         with self._open:
             self._closed = True

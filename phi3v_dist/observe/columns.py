@@ -15,15 +15,15 @@ MEASURED: tuple[Metric, ...] = tuple(metric for metric in REGISTRY if metric.red
 COLUMNS: tuple[str, ...] = tuple(dict.fromkeys(metric.base for metric in MEASURED))
 _PLACE = {name: place for place, name in enumerate(COLUMNS)}
 
-Sorted = np.ndarray  # one column, ascending, without NaN, at least one number
+Values = np.ndarray  # one column without NaN, at least one number
 
-STATISTICS: Mapping[str, Callable[[Sorted], float]] = {
-    "sum": lambda column: float(column.sum()),
-    "min": lambda column: float(column[0]),
-    "mean": lambda column: float(column.mean()),
-    "p50": lambda column: _quantile(column, 0.5),
-    "p99": lambda column: _quantile(column, 0.99),
-    "max": lambda column: float(column[-1]),
+STATISTICS: Mapping[str, Callable[[Values], float]] = {
+    "sum": lambda values: float(values.sum()),
+    "min": lambda values: float(values.min()),
+    "mean": lambda values: float(values.mean()),
+    "p50": lambda values: _quantile(values, 0.5),
+    "p99": lambda values: _quantile(values, 0.99),
+    "max": lambda values: float(values.max()),
 }
 
 
@@ -40,18 +40,17 @@ def column(table: np.ndarray, name: str) -> np.ndarray:
 
 def reduce(table: np.ndarray) -> dict[str, float]:
     """[ranks, columns] → the statistics that the registry wants."""
-    ordered = np.sort(np.ascontiguousarray(table.T), axis=1)  # NaN comes last
-    counts = np.count_nonzero(~np.isnan(ordered), axis=1).tolist()
+    columns = np.ascontiguousarray(table.T)
+    known = {name: values[~np.isnan(values)] for name, values in zip(COLUMNS, columns, strict=True)}
     return {
-        metric.name: STATISTICS[metric.reduction](ordered[place, : counts[place]])
-        for metric in MEASURED
-        if counts[place := _PLACE[metric.base]]
+        metric.name: STATISTICS[metric.reduction](known[metric.base]) for metric in MEASURED if len(known[metric.base])
     }
 
 
-def _quantile(column: Sorted, share: float) -> float:
+def _quantile(values: Values, share: float) -> float:
     """Between the two nearest ranks, as numpy's default."""
-    place = share * (len(column) - 1)
+    place = share * (len(values) - 1)
     low = int(place)
-    high = min(low + 1, len(column) - 1)
-    return float(column[low] + (place - low) * (column[high] - column[low]))
+    high = min(low + 1, len(values) - 1)
+    nearest = np.partition(values, (low, high))
+    return float(nearest[low] + (place - low) * (nearest[high] - nearest[low]))

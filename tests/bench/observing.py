@@ -19,7 +19,7 @@ import numpy as np
 from figures import Figure
 
 RANKS_SIMULATED = 16_384
-STEPS = 240  # a multiple of 4
+STEPS = 160  # a multiple of 4 x 10
 WARM_UP = 8
 WINDOW = 10  # of the steps that are observed, as `observe.log_every_steps` has it
 KEYS = 60
@@ -29,8 +29,10 @@ def figures(folder: Path) -> list[Figure]:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = int(probe.getsockname()[1])
-    environment = os.environ | {"DS_ACCELERATOR": "cpu", "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2",
-                                "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}  # fmt: skip
+    environment = os.environ | {
+        "DS_ACCELERATOR": "cpu", "PYTHONWARNINGS": "ignore", "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2",
+        "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port),
+    }  # fmt: skip
     write_model(folder / "model")
     ranks = [
         subprocess.Popen(
@@ -45,15 +47,19 @@ def figures(folder: Path) -> list[Figure]:
 
 
 def overhead(seen: dict) -> list[Figure]:
-    """By wall time, and by processor time of both ranks with all their threads."""
+    """By wall time, and by processor time of both ranks with all their threads. Fours of steps in which a window ends
+    are apart: one in five, and dearer."""
+    ends = np.array(seen["ends a window"])
+    weights = ((~ends, 1 - 2 / WINDOW), (ends, 2 / WINDOW))
     found = []
     for clock, name in (("wall_s", "wall"), ("cpu_s", "processor")):
         on, first_off, second_off = (np.array(seen[clock][kind]) for kind in ("on", "first off", "second off"))
         off = (first_off + second_off) / 2  # of the same four steps
         base = median(off)
+        more_s = sum(weight * median((on - off)[which]) for which, weight in weights)
         found.append(
             Figure(
-                f"all metrics on against off, {name} time", f"{100 * median(on - off) / base:+.2f} %", "≤ 0.5 %",
+                f"all metrics on against off, {name} time", f"{100 * more_s / base:+.2f} %", "≤ 0.5 %",
                 f"step {1e3 * base:.0f} ms, {len(on)} fours of steps; off against off "
                 f"{100 * median(second_off - first_off) / base:+.2f} %, goal within 1 %",
             )
@@ -68,7 +74,7 @@ def reduction() -> Figure:
     from phi3v_dist.observe import columns
     from phi3v_dist.observe.stragglers import Stragglers
 
-    table = np.random.default_rng(0).lognormal(size=(RANKS_SIMULATED, len(columns.COLUMNS)))
+    table = np.random.default_rng(0).lognormal(0, 0.01, size=(RANKS_SIMULATED, len(columns.COLUMNS)))
     hosts = [f"node{rank // 8:04d}" for rank in range(RANKS_SIMULATED)]
     stragglers = Stragglers(hosts, hosts)
     seconds = []
@@ -106,9 +112,7 @@ def logging_cost(folder: Path) -> Figure:
 def write_model(folder: Path) -> None:
     from phi3v_dist.model.tiny import write_tiny
 
-    decoder = {"hidden_size": 256, "intermediate_size": 512, "num_hidden_layers": 4, "num_attention_heads": 4,
-               "num_key_value_heads": 4}  # fmt: skip
-    write_tiny(folder, ["A red coat costs 12."], decoder=decoder)
+    write_tiny(folder, ["A red coat costs 12."])
 
 
 def run(folder: Path) -> dict:
@@ -139,7 +143,7 @@ def run(folder: Path) -> dict:
     topology.start(120.0)
     torch.set_num_threads(1)
     WAITS.watch(topology)
-    rows = collective_ranks.Mix([(collective_ranks.SEVERAL, True)], topology.world_size)
+    rows = collective_ranks.Mix([(collective_ranks.ONE, True)], topology.world_size)
     engine = numbers_ranks.build(folder / "model", topology, rows, "fp32")
     loader = rows.loader(topology.rank, topology.world_size, STEPS + WARM_UP)
     tracker = NoTracker()
@@ -152,7 +156,7 @@ def run(folder: Path) -> dict:
     )  # fmt: skip
     whole = Whole(flops(config, PartsSettings()), topology.world_size, 1e12, loader.lengths, table, [1], 1.0)
     seen: dict = {clock: {kind: [] for kind in ("on", "first off", "second off")} for clock in ("wall_s", "cpu_s")}
-    seen["observing_s"] = []
+    seen |= {"observing_s": [], "ends a window": []}
     nodes = Nodes.meet(topology)
     collector = Collector(
         nodes, topology.device, tracker, folder, 1, WINDOW, loader.meter, lambda: 0, whole if topology.is_main else None
@@ -180,6 +184,7 @@ def run(folder: Path) -> dict:
                 continue
             four[kind] = wall_s, cpu_s
             if place == 3:
+                seen["ends a window"].append(len(seen["observing_s"]) % WINDOW == 0)
                 for at, clock in enumerate(("wall_s", "cpu_s")):
                     seen[clock]["on"].append((four["on"][at] + four["on2"][at]) / 2)
                     for each in ("first off", "second off"):

@@ -19,6 +19,16 @@ def test_a_fault_fires_on_its_rank_in_its_phase_from_its_step_on(monkeypatch):
     assert full.value.errno == errno.ENOSPC
 
 
+def test_a_rank_is_slowed_by_as_much_as_was_asked_for(monkeypatch):
+    slept: list[float] = []
+    monkeypatch.setattr(faults.time, "sleep", slept.append)
+    monkeypatch.setenv(faults.VARIABLE, "0:data:3:slow=0.06,0:data:*:slow")
+    monkeypatch.setenv("RANK", "0")
+    faults.fire("data", 2)
+    faults.fire("data", 3)
+    assert slept == [faults.SLOW_S, 0.06, faults.SLOW_S]
+
+
 @pytest.mark.parametrize(
     ("asked", "message"),
     [
@@ -27,6 +37,7 @@ def test_a_fault_fires_on_its_rank_in_its_phase_from_its_step_on(monkeypatch):
         ("1:forwards:5:nan", "phase 'forwards': one of start, load, data, forward"),
         ("1:forward:x+:nan", r"step 'x\+': a number"),
         ("1:forward:5:kill", "action 'kill': one of kill9"),
+        ("1:forward:5:slow=-1", "action 'slow=-1': one of kill9"),
     ],
 )
 def test_a_typo_is_refused_with_what_there_is(monkeypatch, asked, message):
