@@ -30,7 +30,7 @@ from phi3v_dist.printable import printable
 LOSS, STEP_S = "train/loss", "time/step_s"
 PARTS = ("data", "fwd", "bwd", "opt", "ckpt", "log")
 BARS = "▁▂▃▄▅▆▇█"
-SPARKS, BAR_WIDTH = 56, 30
+SPARKS, BAR_WIDTH = 56, 16
 KEPT_ROWS = 4000  # losses in the sparkline
 RECENT = 50  # steps from which the pace is taken
 WARNINGS = 4
@@ -226,7 +226,7 @@ def _parts(latest: dict[str, Number]) -> str:
     if not any(name in latest for name in names.values()):
         names = {part: f"time/{part}_s" for part in PARTS}
     seconds = {part: latest[name] for part, name in names.items() if name in latest}
-    total_s = latest.get(STEP_S, sum(seconds.values()))
+    total_s = sum(seconds.values()) or latest.get(STEP_S, 0.0)
     shares = ", ".join(f"{part} {100 * s / total_s:.0f} %" for part, s in seconds.items()) if total_s > 0 else ""
     return f"{format_seconds(total_s)}{f': {shares}' if shares else ''}" if total_s else ""
 

@@ -42,7 +42,7 @@ def test_the_page_has_every_figure_and_a_gallery(full: tuple[Path, Page]) -> Non
     ]
     titles += ["Loss", "Learning rate", "Gradient norm", "Step time", "Throughput", "Packing", "Exact match"]
     assert [title for title in titles if title not in page.text] == []
-    assert page.tags.count("svg") == page.tags.count("figure") == 22
+    assert page.tags.count("svg") == page.tags.count("figure") == 23
     assert sum(address.startswith("data:image/jpeg;base64,") for address in page.addresses) == 18
     assert page.tags.count("article") == 18
 
