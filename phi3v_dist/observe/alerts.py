@@ -13,11 +13,11 @@ from pathlib import Path
 from typing import Literal
 
 from phi3v_dist.observe.metrics import STEP, Number
+from phi3v_dist.observe.stragglers import VERY_SLOW
 
 EVERY_S = 3600.0  # between two alerts of one kind
 DISK_LOOK_S = 60.0
 LEAST_ROOM_GIB = 1.0  # where no checkpoint has said how much the next one takes
-SLOW_SCORE = 0.7  # OBSERVABILITY.md §3: flagged below 0.85, spoken of below this
 
 Rule = Callable[[float, float], bool]  # (now, before): whether this is worth an alert; before is NaN at first
 
@@ -48,7 +48,7 @@ def below(limit: float) -> Rule:
 ALERTS = (
     Alert("Step skipped", "train/skipped_steps", rises, "WARN", "{train/skipped_steps} steps so far made no update"),
     Alert("Loss spike", "train/spike", is_set, "WARN", "the loss is {train/loss}, far above its last steps"),
-    Alert("Slow rank", "health/straggler_score_min", below(SLOW_SCORE), "WARN",
+    Alert("Slow rank", "health/straggler_score_min", below(VERY_SLOW), "WARN",
           "rank {health/slowest_rank} holds the others up: score {health/straggler_score_min}, the median's is 1"),
     Alert("Bad samples", "data/quarantined", rises, "INFO", "{data/quarantined} bad samples were left out so far"),
     Alert("Another start", "goodput/restarts", rises, "INFO", "start {run/attempt} of the run"),

@@ -22,15 +22,13 @@ from phi3v_dist.observe import drawing
 from phi3v_dist.observe.drawing import INK, TINTS
 from phi3v_dist.observe.rank_record import COMPUTE, WAIT, RankRecord
 from phi3v_dist.observe.sections import Panel
+from phi3v_dist.observe.stragglers import EXCESS_OF_STEP, EXCESS_S, PATIENCE, SLOW, VERY_SLOW
 
 COLUMNS, ROWS = 90, 64
 ROW_IN, FEWEST_IN = 0.055, 1.9  # inches: of one row of cells, of the whole figure
-SLOWER = (1.05, 1.0 / 0.85, 1.0 / 0.7, 2.0)  # times the median rank; 0.85 and 0.7 are the scores of health/slow_ranks
-SLOW = SLOWER[1]
+SLOWER = (1.05, 1.0 / SLOW, 1.0 / VERY_SLOW, 2.0)  # times the median rank
 SHARES = (0.02, 0.05, 0.1, 0.25)  # of a step; a loader that takes a tenth of it is worth a warning
 WAITS = (0.05, 0.15, 0.3, 0.5)
-EXCESS_S, EXCESS_OF_STEP = 0.05, 0.1  # a slow rank is at least so much above the median, in seconds and of a step
-IN_A_ROW = 3  # windows for which a rank must be slow before it is called so
 NAMED = 8
 
 
@@ -81,9 +79,9 @@ def guilty_ranks(record: RankRecord) -> list[Guilty]:
         return []
     with np.errstate(invalid="ignore"):
         above_s = record.own_s * (1 - 1 / ratio)  # [windows, ranks]
-        slow = (ratio > SLOW) & (above_s > np.fmax(EXCESS_S, EXCESS_OF_STEP * record.step_s))
+        slow = (ratio > 1.0 / SLOW) & (above_s > np.fmax(EXCESS_S, EXCESS_OF_STEP * record.step_s))
     slow[0] = False  # in the first window ranks set up what later steps use
-    needed = min(IN_A_ROW, len(slow))
+    needed = min(PATIENCE, len(slow))
     runs = np.lib.stride_tricks.sliding_window_view(slow, needed, axis=0).all(axis=-1).any(axis=0)  # [ranks]
     parts = {"loader": record.data_s, "computing": record.of(COMPUTE)}
     found = []

@@ -72,11 +72,6 @@ def expected_names(*needs: Needs) -> set[str]:
     return {metric.name for metric in REGISTRY if not metric.needs or metric.needs in needs}
 
 
-def panel_metrics(panel: str) -> list[Metric]:
-    """The metrics without a field in their name that share one chart, in the registry's order."""
-    return [metric for metric in REGISTRY if metric.panel == panel and not PLACEHOLDER.search(metric.name)]
-
-
 def format_value(name: str, value: Number) -> str:
     """A registered number as a person reads it: seconds as a duration, fractions as percent."""
     metric = lookup(name)

@@ -24,7 +24,7 @@ PLACEHOLDER = re.compile("<([a-z]+)>")  # in names: `<field>` of the answers, `<
 Reduction = Literal["run", "sum", "min", "mean", "p50", "p99", "max"]
 Cadence = Literal["step", "window", "checkpoint", "evaluation"]
 Needs = Literal[
-    "", "gpu", "nvml", "peak", "ranks", "sources", "validation", "parts", "reference", "wandb", "checkpoint"
+    "", "gpu", "nvml", "peak", "ranks", "sources", "validation", "numbers", "parts", "reference", "wandb", "checkpoint"
 ]
 
 

@@ -113,6 +113,7 @@ class Saver:
                 {
                     "train/step": outcome.step, "ckpt/save_s": save_s, "ckpt/blocked_s": outcome.blocked_s,
                     "ckpt/gib": outcome.size_bytes / 2**30,
+                    "ckpt/gib_per_s": outcome.size_bytes / 2**30 / max(outcome.write_s, 1e-9),
                 }
             )  # fmt: skip
         elif outcome is not None and self.topology.is_main:

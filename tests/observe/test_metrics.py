@@ -8,7 +8,6 @@ from phi3v_dist.observe.metrics import (
     check,
     format_value,
     lookup,
-    panel_metrics,
     step_row,
 )
 from phi3v_dist.train.step import StepResult
@@ -77,14 +76,6 @@ def test_a_step_logs_registered_numbers_that_add_up() -> None:
     assert row["data/pack_efficiency"] == 0.9
     assert row["data/stall_pct"] == pytest.approx(7.5)
     assert row["train/label_token_frac"] == 0.1
-
-
-def test_metrics_that_share_a_panel_are_found_together() -> None:
-    assert [metric.name for metric in panel_metrics("Learning rate")] == [
-        "train/lr/text",
-        "train/lr/vision",
-        "train/lr/projector",
-    ]
 
 
 @pytest.mark.parametrize(

@@ -7,7 +7,7 @@ import pytest
 import yaml
 from wandb_world import DUMMY_KEY, offline_runs, records
 
-from phi3v_dist.observe.metrics import ATTEMPT, STEP, lookup
+from phi3v_dist.observe.metrics import ATTEMPT, STEP, entry_name, expected_names, lookup
 from phi3v_dist.observe.tracker import read_rows
 
 MEDIA = {"eval/predictions", "eval/images"}
@@ -47,6 +47,8 @@ def test_wandb_holds_every_row_of_the_record_and_nothing_else(reference, rows):
 def test_every_name_is_registered_and_the_x_axis_is_the_trained_step(written, rows):
     shown = set().union(*map(names, rows))
     assert [name for name in shown if lookup(name) is None] == []
+    entries = {entry_name(name) for name in shown}
+    assert entries == expected_names("ranks", "validation", "checkpoint", "wandb")
     axes = [record["metric"] for record in written if record["type"] == "metric"]
     assert {axis.get("step_metric", STEP) for axis in axes} == {STEP}
     assert {"name": STEP, "hidden": True}.items() <= {**axes[0], **axes[0]["options"]}.items()
