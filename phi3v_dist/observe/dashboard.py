@@ -24,7 +24,7 @@ COMPARE = "Compare runs"
 COMPARED = ("train.learning_rate.text", "train.rows_per_step", "data.row_length_tokens")  # settings, against results
 RESULTS = ("train/loss", "perf/tokens_per_s_per_gpu", "goodput/productive_pct")
 AGAINST = (("perf/tokens_per_s_per_gpu", "train/loss"), ("train/tokens", "train/loss"))
-FORMS = {"area": "stacked-area", "share": "pct-area"}
+FORMS: dict[str, Any] = {"area": "stacked-area", "share": "pct-area"}
 
 
 def require_package() -> None:
@@ -152,7 +152,7 @@ def _panel(panel: Panel) -> Any:
     metrics = metrics_of(panel)
     if panel.kind == "media":
         return wr.MediaBrowser(title=panel.title, media_keys=[metric.name for metric in metrics], num_columns=4)
-    exact = [metric.name for metric in metrics if not PLACEHOLDER.search(metric.name)]
+    exact: list[Any] = [metric.name for metric in metrics if not PLACEHOLDER.search(metric.name)]
     patterns = [metric for metric in metrics if PLACEHOLDER.search(metric.name)]
     return wr.LinePlot(
         title=panel.title, x=STEP, y=exact if not patterns else [], title_y=_unit(metrics), log_y=panel.log_y or None,

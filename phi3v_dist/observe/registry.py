@@ -40,8 +40,8 @@ class Metric:
     cadence: when it is logged: at each step, every `observe.log_every_steps`, at each checkpoint, at each evaluation.
     reduction: how the ranks' numbers become one; "run": it is one number by nature, the same wherever it is counted.
     needs: what a run must have for it to be logged at all: a GPU ("nvml": and pynvml), a known peak, several ranks or
-        sources, validation data ("parts": `eval.by`; "reference": `eval.reference`, shown in the summary; "wandb":
-        tables that only W&B holds), a checkpoint that was committed.
+        sources, validation data ("numbers": answers in which one was read; "parts": `eval.by`; "reference":
+        `eval.reference`, shown in the summary; "wandb": tables that only W&B holds), a checkpoint that was committed.
     """
 
     name: str
@@ -210,13 +210,32 @@ _SURVIVAL = (
 )  # fmt: skip
 
 _EVALUATION = tuple(
-    replace(metric, cadence="evaluation", needs="validation")
+    replace(metric, cadence="evaluation", needs=metric.needs or "validation")
     for metric in (
         Metric("loss", "nats", "down", "mean loss of the label tokens of the validation samples", "Loss"),
-        Metric("<field>_mae", "field", "down", "mean absolute error of <field>, over parsed answers", "Field error"),
-        Metric("<field>_median_ape_pct", "pct", "down", "median percentage error of <field>", "Field error, %"),
         Metric(
-            "<field>_within_10pct", "frac", "up", "share of parsed answers whose <field> is within 10 %", "Within 10 %"
+            "<field>_mae",
+            "field",
+            "down",
+            "mean absolute error of <field>, over parsed answers",
+            "Field error",
+            needs="numbers",
+        ),
+        Metric(
+            "<field>_median_ape_pct",
+            "pct",
+            "down",
+            "median percentage error of <field>",
+            "Field error, %",
+            needs="numbers",
+        ),
+        Metric(
+            "<field>_within_10pct",
+            "frac",
+            "up",
+            "share of parsed answers whose <field> is within 10 %",
+            "Within 10 %",
+            needs="numbers",
         ),
         Metric("field_em/<field>", "frac", "up", "share of samples whose <field> is exactly right", "Exact match"),
         Metric("parse_fail_pct", "pct", "down", "answers from which the fields cannot be read", "Answer form"),
@@ -226,6 +245,8 @@ _EVALUATION = tuple(
         Metric("gen_tokens/mean", "tokens", None, "mean length of the generated answers", "Answer length"),
     )
 )
+
+PLAIN_ONLY = ("loss", "skipped")  # the control is asked for answers alone, of the same samples
 
 _OF_PARTS = tuple(  # `eval.by`: each part is a bin of a field of the samples, or one of its values
     replace(metric, name=f"by_<axis>/<part>/{metric.name}", help=f"{metric.help}; where <axis> is <part>", panel=panel,
@@ -268,5 +289,6 @@ REGISTRY: tuple[Metric, ...] = (
     *(
         replace(metric, name=f"eval/blind/{metric.name}", help=f"{metric.help}; blind control")
         for metric in (*_EVALUATION, *_OF_PARTS)
+        if not metric.name.endswith(PLAIN_ONLY)
     ),
 )

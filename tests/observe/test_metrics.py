@@ -26,9 +26,10 @@ def test_no_name_is_registered_twice() -> None:
 
 def test_every_evaluation_metric_has_its_blind_control() -> None:
     blind = {metric.name for metric in REGISTRY if metric.name.startswith("eval/blind/")}
-    for name in ("loss", "<field>_mae", "field_em/<field>", "parse_fail_pct", "stop_pct", "gen_tokens/mean"):
+    for name in ("samples", "<field>_mae", "field_em/<field>", "parse_fail_pct", "stop_pct", "gen_tokens/mean"):
         assert lookup(f"eval/{name.replace(FIELD, 'price')}") is not None
         assert f"eval/blind/{name}" in blind
+    assert "eval/blind/loss" not in blind, "the control is asked for answers alone"
 
 
 def test_a_name_with_a_field_gets_that_field_in_its_meaning() -> None:

@@ -40,7 +40,8 @@ def test_wandb_holds_every_row_of_the_record_and_nothing_else(reference, rows):
             assert math.isfinite(sent[name]) and sent[name] == pytest.approx(kept[name], rel=1e-12), name
     for name in set().union(*map(names, rows)) - {STEP, ATTEMPT}:  # a save's row comes when it is written, steps later
         steps = [row[STEP] for row in rows if name in names(row)]
-        assert all(earlier < later for earlier, later in pairwise(steps)), f"{name} at steps {steps}"
+        last = steps[-2:] if name.startswith("goodput/") else []  # said once more when the run ends, of the same step
+        assert all(earlier < later or [earlier, later] == last for earlier, later in pairwise(steps)), (name, steps)
     assert max(row[STEP] for row in rows) == 10
 
 
