@@ -62,6 +62,9 @@ class GoodputTracker(Tracker):
     def media(self, step: int, predictions: Sequence[Prediction], folder: Path) -> None:
         self.sinks.media(step, predictions, folder)
 
+    def preempted(self) -> None:
+        self.sinks.preempted()
+
     def finish(self, summary: Row) -> None:
         heartbeat.forget(self._entered)
         self._begin(None)

@@ -38,6 +38,17 @@ def tracker(tmp_path: Path) -> Iterator[GoodputTracker]:
     heartbeat.forget(tracker._entered)
 
 
+def test_every_verb_of_a_tracker_reaches_the_sinks(tracker: GoodputTracker, monkeypatch) -> None:
+    verbs = [name for name in vars(Tracker) if not name.startswith("_")]
+    heard = []
+    for verb in verbs:
+        monkeypatch.setattr(Kept, verb, lambda *_, verb=verb: heard.append(verb))
+    words = {"start": ({},), "log": ({"train/step": 1},), "media": (1, [], Path()), "preempted": (), "finish": ({},)}
+    for verb in verbs:
+        getattr(tracker, verb)(*words[verb])
+    assert heard == verbs
+
+
 def step(number: int) -> dict:
     for phase in ("data", "forward", "backward", "optimizer"):
         heartbeat.enter(phase, number)
