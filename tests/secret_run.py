@@ -16,15 +16,15 @@ from phi3v_dist.train import loop
 trained = loop.train_step
 
 
-def crashing_step(engine, plan, batches, rates, topology, gradients):
+def crashing_step(engine, plan, batches, rates, topology, *more):
     if engine.global_steps + 1 == int(os.environ["CRASH_STEP"]) and topology.rank == 1:
         words = f"refused: {os.environ['ADDRESS']} with {os.environ['AWS_SECRET_ACCESS_KEY']}"
-        print("asking with", os.environ["HF_TOKEN"], flush=True)
+        print(f"asking with {os.environ['HF_TOKEN']}", flush=True)  # one piece: the other rank prints there, too
         thread = threading.Thread(target=lambda: 1 / len(os.environ["AWS_SESSION_TOKEN"] and []), name=words)
         thread.start()
         thread.join()
         raise RuntimeError(words) from ValueError(f"https://user:{os.environ['WANDB_API_KEY']}@example.org/x")
-    return trained(engine, plan, batches, rates, topology, gradients)
+    return trained(engine, plan, batches, rates, topology, *more)
 
 
 if __name__ == "__main__":
