@@ -50,7 +50,7 @@ from phi3v_dist.parallel import zero
 from phi3v_dist.parallel.topology import Topology
 from phi3v_dist.parallel.ulysses import SequenceGroup
 from phi3v_dist.planner import at_start
-from phi3v_dist.planner.gpus import peak_flops
+from phi3v_dist.planner.gpus import gpu_of
 from phi3v_dist.survive.checkpoint import Checkpoints
 from phi3v_dist.survive.durable import write_durably
 from phi3v_dist.survive.interval import Earlier, Interval
@@ -178,11 +178,11 @@ class Run:
         settings, topology, device = self.settings, self.topology, self.topology.device
         whole = None
         if topology.is_main:
-            known = peak_flops(torch.cuda.get_device_name(device)) if device.type == "cuda" else None
+            gpu = gpu_of(torch.cuda.get_device_name(device)) if device.type == "cuda" else None
             asked = settings.observe.peak_tflops
             whole = Whole(
                 flops(read_config(settings.model.path), settings.train.parts), topology.world_size,
-                asked * 1e12 if asked else known, self.train.lengths, self.train.table,
+                asked * 1e12 if asked else gpu.flops if gpu else None, self.train.lengths, self.train.table,
                 Order(self.train.table, settings.run.seed).shares, settings.train.grad_clip,
             )  # fmt: skip
         return Collector(

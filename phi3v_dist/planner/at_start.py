@@ -21,7 +21,7 @@ from phi3v_dist.model.official_config import read_config
 from phi3v_dist.parallel import zero
 from phi3v_dist.planner.record import keep_plan, read_plan
 
-FORMAT = 1
+FORMAT = 2  # 2: with what a step costs
 GIB = 2**30
 log = logging.getLogger(__name__)
 
@@ -54,6 +54,8 @@ def _compute(
     settings: Settings, world_size: int, device: torch.device, dtype: torch.dtype, config: dict[str, Any],
     ds_config: dict[str, Any], rows: Sequence[PlannedRow],
 ) -> dict[str, Any]:  # fmt: skip
+    from phi3v_dist.planner.cost import Cluster, cost
+    from phi3v_dist.planner.gpus import gpu_of
     from phi3v_dist.planner.memory import memory, owners, unseen_terms  # a second of imports, only where it is needed
     from phi3v_dist.planner.row import shape_of, timeline
     from phi3v_dist.planner.zero_share import zero_share
@@ -64,7 +66,16 @@ def _compute(
     share = zero_share([w for own in held_by.values() for w in own], ds_config, world_size, dtype.itemsize)
     unseen = unseen_terms(config, -(-row.tokens // sequence)) if device.type == "cuda" else {}
     found = memory(timeline(config, settings.model, settings.train, row, dtype, sequence), held_by, share, unseen)
-    return {
+    costs = {}
+    if gpu := gpu_of(torch.cuda.get_device_name(device)) if device.type == "cuda" else None:
+        here = min(world_size, torch.cuda.device_count())
+        expected = cost(
+            settings, config, Cluster(world_size // here, here, gpu), row, itemsize=dtype.itemsize,
+            trained=sum(w.elements for own in held_by.values() for w in own if w.trained),
+            gathered_elements=found.gathered_elements,
+        )  # fmt: skip
+        costs = {"cost": {"step_s": expected.step_s, "tokens_per_s": expected.tokens_per_s}}
+    return costs | {
         "peak_bytes": found.total, "traced_bytes": found.traced, "causes": found.causes, "when": found.when,
         "row_tokens": row.tokens, "row_crops": row.crops, "seconds": time.perf_counter() - began,
     }  # fmt: skip

@@ -64,9 +64,9 @@ DEVICES = {
 }  # fmt: skip
 
 
-def peak_flops(device_name: str) -> float | None:
-    """Dense bf16 operations a second of a device (`torch.cuda.get_device_name`); None for one that is not known."""
+def gpu_of(device_name: str) -> Gpu | None:
+    """A device by the name that the driver gives it (`torch.cuda.get_device_name`); None for one that is not known."""
     words = set(re.split(r"[\s-]+", device_name))
     if words & {"MIG", "NVL"}:
         return None
-    return next((GPUS[name].flops for wanted, name in DEVICES.items() if words.issuperset(wanted)), None)
+    return next((GPUS[name] for wanted, name in DEVICES.items() if words.issuperset(wanted)), None)

@@ -8,7 +8,7 @@ from phi3v_dist.data.plan import Lengths, PlannedRow, PlannedStep
 from phi3v_dist.data.shards import ShardTable
 from phi3v_dist.model.flops import flops
 from phi3v_dist.observe.window import Step, Whole, label
-from phi3v_dist.planner.gpus import peak_flops
+from phi3v_dist.planner.gpus import gpu_of
 from phi3v_dist.train.laps import Lapped
 from phi3v_dist.train.step import StepResult
 
@@ -92,7 +92,8 @@ def test_without_a_peak_there_is_no_mfu_but_work_by_part():
     ],
 )  # fmt: skip
 def test_the_peak_is_that_of_the_board_and_not_of_its_cousins(name, peak):
-    assert peak_flops(name) == peak
+    gpu = gpu_of(name)
+    assert (gpu and gpu.flops) == peak
 
 
 def test_lengths_are_those_of_documents_and_clipped_steps_are_counted():

@@ -186,6 +186,18 @@ def test_a_row_longer_than_the_context_is_refused(folder: Path) -> None:
         ask(folder, "--nodes", "1")
 
 
+def test_on_a_gpu_that_is_known_the_plan_of_a_run_has_the_time_of_a_step_too(folder: Path, monkeypatch) -> None:
+    settings = settings_file.load(folder / "run.yaml", [f"run.root={folder}", "run.name=timed", "model.dtype=bf16"])
+    settings.run.folder.mkdir()
+    rows = [PlannedRow((0, 1), tokens=1500, squared_tokens=1500**2, label_tokens=900, crops=4)]
+    of_torch = {"get_device_name": "NVIDIA H100 80GB HBM3", "device_count": 2, "mem_get_info": (1 << 36, 1 << 36)}
+    for name, answer in of_torch.items():
+        monkeypatch.setattr(f"torch.cuda.{name}", lambda *_, answer=answer: answer)
+    at_start.write_plan(settings, 4, torch.device("cuda"), rows)
+    cost = record.read_plan(settings.run.folder)["cost"]
+    assert cost["tokens_per_s"] == pytest.approx(settings.train.rows_per_step * 1500 / cost["step_s"])
+
+
 def test_a_run_keeps_its_plan_and_makes_one_that_is_damaged_again(folder: Path, caplog) -> None:
     settings = settings_file.load(folder / "run.yaml", [f"run.root={folder}", "run.name=own"])
     settings.run.folder.mkdir()
