@@ -18,7 +18,7 @@ RANKS = Path(__file__).parent / "collective_ranks.py"
 SAME_GRADIENT = {"one": 2e-6, "every": 4e-6}
 # A picture on one rank and text on all others; or every mix of text only, one picture, two pictures in three chunks,
 # two that cannot be decoded, and an empty row. Ranks, mix, vision tower, steps of two micro-steps.
-SHORT = ["2:every:trained:4", "2:every:frozen:2", "4:every:trained:2", "4:one:trained:3", "4:one:frozen:2"]
+SHORT = ["2:every:trained:4", "2:every:frozen:2", "4:every:trained:2", "4:one:trained:3"]
 LONG = ["4:one:trained:100", "4:one:frozen:100"]
 
 
