@@ -283,8 +283,8 @@ class FieldSettings(Section):
     key: str | None = Field(None, min_length=1)
     """Instead: the value's name in the first JSON object of the answer; dots lead inwards (`price.amount`)."""
     kind: Literal["exact", "number", "fuzzy", "relaxed"] = "exact"
-    """`exact` compares text (spaces trimmed); `number` gives absolute and percentage errors; `fuzzy` also says how alike
-    texts are (ANLS); `relaxed` is right within 5 %, as text where the truth is no number (charts)."""
+    """`exact` compares text (spaces trimmed); `number` gives absolute and percentage errors; `fuzzy` also says how
+    alike texts are (ANLS); `relaxed` is right within 5 %, as text where the truth is no number (charts)."""
     decimal: Literal[".", ","] = "."
     """What one separator before exactly three digits means: with `,` 1.234 is more than a thousand."""
 

@@ -53,8 +53,8 @@ class Metric:
     reduction: how the ranks' numbers become one; "run": it is one number by nature, the same wherever it is counted.
     needs: what a run must have for it to be logged at all: a GPU ("nvml": and pynvml), a known peak, several ranks or
         sources, validation data ("numbers": answers in which one was read; "kinds": fuzzy or relaxed fields; "parts":
-        `eval.by`; "reference": `eval.reference`, shown in the summary; "wandb": tables that only W&B holds), a checkpoint
-        that was committed.
+        `eval.by`; "reference": `eval.reference`, shown in the summary; "wandb": tables that only W&B holds), a
+        checkpoint that was committed.
     """
 
     name: str
