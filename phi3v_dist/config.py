@@ -23,6 +23,7 @@ from pydantic import (
     ValidationError,
     WrapValidator,
     field_validator,
+    model_validator,
 )
 from pydantic_core import PydanticCustomError
 
@@ -277,14 +278,27 @@ class WatchSettings(Section):
 class FieldSettings(Section):
     """One thing to read out of an answer."""
 
-    pattern: str
+    pattern: str | None = None
     """Regular expression; its first group is the value. Applied to the true answer and to the prediction alike."""
-    kind: Literal["exact", "number"] = "exact"
-    """`exact` compares text (spaces trimmed); `number` gives absolute and percentage errors."""
+    key: str | None = Field(None, min_length=1)
+    """Instead: the value's name in the first JSON object of the answer; dots lead inwards (`price.amount`)."""
+    kind: Literal["exact", "number", "fuzzy", "relaxed"] = "exact"
+    """`exact` compares text (spaces trimmed); `number` gives absolute and percentage errors; `fuzzy` also says how
+    alike texts are (ANLS); `relaxed` is right within 5 %, as text where the truth is no number (charts)."""
+    decimal: Literal[".", ","] = "."
+    """What one separator before exactly three digits means: with `,` 1.234 is more than a thousand."""
+
+    @model_validator(mode="after")
+    def _is_found_in_one_way(self) -> "FieldSettings":
+        if (self.pattern is None) == (self.key is None):
+            raise PydanticCustomError("way", "a field is read by a `pattern` or by a `key` of JSON: give one of them")
+        return self
 
     @field_validator("pattern")
     @classmethod
-    def _has_a_group(cls, pattern: str) -> str:
+    def _has_a_group(cls, pattern: str | None) -> str | None:
+        if pattern is None:
+            return None
         try:
             num_groups = re.compile(pattern).groups
         except re.error as error:

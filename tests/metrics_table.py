@@ -16,7 +16,8 @@ PAGE = Path(__file__).parents[1] / "docs" / "metrics.md"
 LEFT_OUT = ("eval/blind/", "eval/by_")
 NEEDS = {
     "": "", "gpu": "GPU", "nvml": "GPU and pynvml", "peak": "a known peak", "ranks": "several ranks",
-    "sources": "several sources", "validation": "validation data", "numbers": "readable numbers", "parts": "`eval.by`",
+    "sources": "several sources", "validation": "validation data", "numbers": "readable numbers",
+    "kinds": "fuzzy or relaxed fields", "parts": "`eval.by`",
     "reference": "`eval.reference`", "wandb": "W&B", "checkpoint": "a checkpoint",
 }  # fmt: skip
 HEAD = """# Metrics

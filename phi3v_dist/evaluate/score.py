@@ -5,15 +5,18 @@ metrics of the registry. Surprise: an answer that cannot be read is neither an e
 it counts in `parse_fail_pct` and nowhere else. Exact match does count it, as not matching.
 """
 
-import math
+import json
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from statistics import fmean, median
 
 from phi3v_dist.config import FieldSettings
+from phi3v_dist.evaluate.numbers import read_number
 
 WITHIN_FRAC = 0.10 * (1 + 1e-9)  # 21.89 for 19.90 is within 10 %, though not in binary fractions
+RELAXED_FRAC = 0.05 * (1 + 1e-9)  # ChartQA, arXiv 2203.10244
+LEAST_ALIKE = 0.5
 
 
 @dataclass(frozen=True)
@@ -38,18 +41,50 @@ class AnswerScore:
 
 
 def read_field(text: str, field: FieldSettings) -> str | float | None:
-    """The field's value in a text; None when the pattern is not found or the number is none."""
-    match = re.search(field.pattern, text, re.DOTALL)
-    if not match or match.group(1) is None:  # the group may be optional
+    """The field's value in a text; None when it is not found or the number is none."""
+    value = _by_pattern(text, field.pattern) if field.pattern is not None else _by_key(text, str(field.key))
+    if value is None:
         return None
-    value = match.group(1).strip()
-    if field.kind == "exact":
-        return value
-    try:
-        number = float(value.rstrip(".,").replace(",", ""))  # "1,299.50." ends a sentence
-    except ValueError:
-        return None
-    return number if math.isfinite(number) else None
+    number = read_number(value, field.decimal) if field.kind in ("number", "relaxed") else None
+    return value if number is None and field.kind != "number" else number
+
+
+def _by_pattern(text: str, pattern: str) -> str | None:
+    match = re.search(pattern, text, re.DOTALL)
+    return match.group(1).strip() if match and match.group(1) is not None else None  # the group may be optional
+
+
+def _by_key(text: str, key: str) -> str | None:
+    """A text, number or truth value under this name in the first JSON object of a text."""
+    for found in re.finditer("{", text):
+        try:
+            value, _ = json.JSONDecoder().raw_decode(text, found.start())
+        except (ValueError, RecursionError):
+            continue
+        for name in key.split("."):
+            value = value.get(name) if isinstance(value, dict) else None
+        return value.strip() if isinstance(value, str) else None if value is None else json.dumps(value)
+    return None
+
+
+def likeness(found: str, truth: str) -> float:
+    """1 - edits / length of the longer text, letters of either case alike; 0 below a half (ANLS, arXiv 1907.00490)."""
+    one, other = (" ".join(text.casefold().split()) for text in (found, truth))
+    row = list(range(len(other) + 1))
+    for i, letter in enumerate(one, start=1):
+        above, row[0] = row[0], i
+        for j, wanted in enumerate(other, start=1):
+            above, row[j] = row[j], min(row[j] + 1, row[j - 1] + 1, above + (letter != wanted))
+    alike = 1 - row[-1] / max(len(one), len(other), 1)
+    return alike if alike >= LEAST_ALIKE else 0.0
+
+
+def _is_right(found: str | float | None, truth: str | float, kind: str) -> bool:
+    if kind == "relaxed" and isinstance(truth, float):
+        return isinstance(found, float) and abs(found - truth) <= RELAXED_FRAC * abs(truth)
+    if kind == "relaxed" and isinstance(found, str) and isinstance(truth, str):
+        return found.casefold() == truth.casefold()
+    return found == truth
 
 
 def score_answer(
@@ -63,7 +98,7 @@ def score_answer(
             continue
         found = read_field(text, field)
         error = abs(found - truth) if isinstance(found, float) and isinstance(truth, float) else None
-        scores[name] = FieldScore(field.kind, truth, found, found == truth, error)
+        scores[name] = FieldScore(field.kind, truth, found, _is_right(found, truth, field.kind), error)
     return AnswerScore(scores, all(s.prediction is not None for s in scores.values()), stopped, num_tokens)
 
 
@@ -80,7 +115,8 @@ def summarize(scores: Sequence[AnswerScore], prefix: str = "eval") -> dict[str, 
     for name in sorted({name for score in scores for name in score.fields}):
         asked = [score.fields[name] for score in scores if name in score.fields]
         metrics[f"field_em/{name}"] = fmean(field.correct for field in asked)
-        read = [(field.error, float(field.target)) for field in asked if field.error is not None]
+        metrics |= _of_kind(name, asked)
+        read = [(f.error, float(f.target)) for f in asked if f.kind == "number" and f.error is not None]
         if read:
             metrics[f"{name}_mae"] = fmean(error for error, _ in read)
             metrics[f"{name}_within_10pct"] = fmean(error <= WITHIN_FRAC * abs(truth) for error, truth in read)
@@ -88,3 +124,13 @@ def summarize(scores: Sequence[AnswerScore], prefix: str = "eval") -> dict[str, 
         if shares:
             metrics[f"{name}_median_ape_pct"] = median(shares)
     return {f"{prefix}/{name}": value for name, value in metrics.items()}
+
+
+def _of_kind(name: str, asked: Sequence[FieldScore]) -> dict[str, float]:
+    """What only fuzzy and relaxed fields have."""
+    if asked[0].kind == "fuzzy":
+        alike = [likeness(str(one.prediction), str(one.target)) if one.prediction is not None else 0.0 for one in asked]
+        return {f"anls/{name}": fmean(alike)}
+    if asked[0].kind == "relaxed":
+        return {f"relaxed_accuracy/{name}": fmean(one.correct for one in asked)}
+    return {}

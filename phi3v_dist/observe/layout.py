@@ -83,7 +83,8 @@ SECTIONS = (
     Section(
         "evaluation", "Evaluation", "Are the answers right, against the blind control that cannot see?",
         (
-            Panel("Exact match", "points"), Panel("Field error", "points"), Panel("Field error, %", "points"),
+            Panel("Exact match", "points"), Panel("Alike", "points"), Panel("Field error", "points"),
+            Panel("Field error, %", "points"),
             Panel("Within 10 %", "points"), Panel("Answer form", "points"), Panel("Answer length", "points"),
             Panel("Answers", "media"), Panel("Pictures of answers", "media"),
         ),

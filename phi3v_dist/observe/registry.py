@@ -24,7 +24,19 @@ PLACEHOLDER = re.compile("<([a-z]+)>")  # in names: `<field>` of the answers, `<
 Reduction = Literal["run", "sum", "min", "mean", "p50", "p99", "max"]
 Cadence = Literal["step", "window", "checkpoint", "evaluation"]
 Needs = Literal[
-    "", "gpu", "nvml", "peak", "ranks", "sources", "validation", "numbers", "parts", "reference", "wandb", "checkpoint"
+    "",
+    "gpu",
+    "nvml",
+    "peak",
+    "ranks",
+    "sources",
+    "validation",
+    "numbers",
+    "kinds",
+    "parts",
+    "reference",
+    "wandb",
+    "checkpoint",
 ]
 
 
@@ -40,8 +52,9 @@ class Metric:
     cadence: when it is logged: at each step, every `observe.log_every_steps`, at each checkpoint, at each evaluation.
     reduction: how the ranks' numbers become one; "run": it is one number by nature, the same wherever it is counted.
     needs: what a run must have for it to be logged at all: a GPU ("nvml": and pynvml), a known peak, several ranks or
-        sources, validation data ("numbers": answers in which one was read; "parts": `eval.by`; "reference":
-        `eval.reference`, shown in the summary; "wandb": tables that only W&B holds), a checkpoint that was committed.
+        sources, validation data ("numbers": answers in which one was read; "kinds": fuzzy or relaxed fields; "parts":
+        `eval.by`; "reference": `eval.reference`, shown in the summary; "wandb": tables that only W&B holds), a
+        checkpoint that was committed.
     """
 
     name: str
@@ -238,6 +251,17 @@ _EVALUATION = tuple(
             needs="numbers",
         ),
         Metric("field_em/<field>", "frac", "up", "share of samples whose <field> is exactly right", "Exact match"),
+        Metric(
+            "anls/<field>", "frac", "up", "how alike <field> and its truth are, 0 below a half", "Alike", needs="kinds"
+        ),
+        Metric(
+            "relaxed_accuracy/<field>",
+            "frac",
+            "up",
+            "share of samples whose <field> is right within 5 %",
+            "Alike",
+            needs="kinds",
+        ),
         Metric("parse_fail_pct", "pct", "down", "answers from which the fields cannot be read", "Answer form"),
         Metric("stop_pct", "pct", "up", "answers that end by themselves", "Answer form"),
         Metric("samples", "samples", None, "validation samples answered", None),

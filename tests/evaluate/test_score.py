@@ -137,3 +137,106 @@ def test_when_nothing_can_be_read_there_is_no_error_of_zero():
 
 def test_over_no_answers_there_are_no_metrics():
     assert summarize([]) == {}
+
+
+AWKWARD = [  # answer, title right, category right, price read, of the truth "Red Coat", "COATS", 1299
+    ("Product: Red Coat, Category: COATS, Full Price: 1299", 1, 1, 1299),
+    ("Product: Red Coat, Category: COATS, Full Price: 1,299", 1, 1, 1299),
+    ("Product: Red Coat, Category: COATS, Full Price: $1,299", 1, 1, 1299),
+    ("Product: Red Coat, Category: COATS, Full Price: 1.299,00", 1, 1, 1299),
+    ("Product: Red Coat, Category: COATS, Full Price: 1.234,50", 1, 1, 1234.5),
+    ("Product: Red Coat, Category: COATS, Full Price: 1 299 €", 1, 1, 1299),
+    ("Product: Red Coat, Category: COATS, Full Price: USD 1299.00.", 1, 1, 1299),
+    ("Product: Red Coat, Category: COATS, Full Price: ١٢٩٩", 1, 1, 1299),
+    ("Product: Red Coat, Category: COATS, Full Price: १,२९९", 1, 1, 1299),
+    ("Product: Red Coat, Category: COATS, Full Price: １２９９", 1, 1, 1299),
+    ("Product: Red Coat, Category: COATS, Full Price: 1299 or 1399", 1, 1, None),
+    ("Product: Red Coat, Category: COATS, Full Price: 1299-1399", 1, 1, None),
+    ("Product: Red Coat, Category: COATS, Full Price: twelve hundred", 1, 1, None),
+    ("Product: Red Coat, Category: COATS, Full Price: ", 1, 1, None),
+    ("Product: Red Coat, Category: COATS, Full Price: 1,29,9", 1, 1, None),
+    ("Product: Red Coat, Category: COATS, Full Price: -1299", 1, 1, -1299),
+    ("Product: Red Coat, Category: COATS, Full Price: 0", 1, 1, 0),
+    ("Product: Red Coat, Category: COATS, Full Price: 1.299e3", 1, 1, 1299),
+    ("Product: Red Coat, Category: COATS, Full Price: nan", 1, 1, None),
+    ("Product: Red Coat, Category: COATS, Full", 1, 0, None),  # unfinished: what follows the category is not there
+    ("Product: Red Coat, Category: COA", 1, 0, None),
+    ("Product: Red Co", 0, 0, None),
+    ("", 0, 0, None),
+    ("1299", 0, 0, None),
+    ("Full Price: 1299, Category: COATS, Product: Red Coat", 0, 0, None),  # the order of fields is wrong
+    ("product: Red Coat, category: COATS, full price: 1299", 0, 0, None),
+    ("Product:  Red Coat , Category: COATS , Full Price: 1299 ", 1, 1, 1299),
+    ("Product: red coat, Category: Coats, Full Price: 1300", 0, 0, 1300),
+    ("Product: Red Coat, Category: COATS, Full Price: 1299\nProduct: Hat, Category: HATS, Full Price: 5", 1, 1, None),
+    ("Well! Product: Red Coat, Category: COATS, Full Price: 1169.1", 1, 1, 1169.1),
+]
+
+
+def test_scores_of_awkward_answers_are_those_computed_by_hand():
+    fields = {
+        "title": FieldSettings(pattern="Product: (.*?), Category:"),
+        "category": FieldSettings(pattern="Category: (.*?), Full Price:"),
+        "price": FieldSettings(pattern="Full Price: (.*)", kind="number"),
+    }
+    truth = "Product: Red Coat, Category: COATS, Full Price: 1299"
+    scores = [score(text, truth, fields) for text, *_ in AWKWARD]
+    for (text, title, category, price), one in zip(AWKWARD, scores, strict=True):
+        right = one.fields["title"].correct, one.fields["category"].correct, one.fields["price"].prediction
+        assert right == (bool(title), bool(category), price), text
+    metrics = summarize(scores)
+    errors = [abs(price - 1299) for *_, price in AWKWARD if price is not None]
+    assert len(AWKWARD) == 30 and len(errors) == 16
+    assert metrics["eval/price_mae"] == pytest.approx((64.5 + 2598 + 1299 + 1 + 129.9) / 16)
+    assert metrics["eval/price_within_10pct"] == 14 / 16 and metrics["eval/price_median_ape_pct"] == 0.0
+    assert metrics["eval/field_em/title"] == 24 / 30 and metrics["eval/field_em/category"] == 22 / 30
+    assert metrics["eval/field_em/price"] == 11 / 30 and metrics["eval/parse_fail_pct"] == pytest.approx(1400 / 30)
+
+
+def test_a_field_of_json_is_found_wherever_the_object_stands():
+    price = FieldSettings(key="price.amount", kind="number")
+    colour = FieldSettings(key="colour")
+    text = 'I see {this}: {"colour": " red ", "price": {"amount": 1299.5, "currency": "EUR"}} – done'
+    assert (read_field(text, price), read_field(text, colour)) == (1299.5, "red")
+    assert read_field('{"price": {"amount": "1,299"}}', price) == 1299.0
+    for other in (
+        '{"price": 5}',
+        '{"price": {"amount": null}}',
+        '{"price": {"amount": [1]}}',
+        '{"price": {"amount"',
+        "[]",
+    ):
+        assert read_field(other, price) is None
+    assert read_field('{"colour": true}', colour) == "true"
+
+
+def test_fuzzy_fields_say_how_alike_texts_are():
+    name = {"name": FieldSettings(pattern="(.*)", kind="fuzzy")}
+    scores = [score(text, "Burberry Check", name) for text in ("burberry  check", "Burbery Check", "Chair", "")]
+    metrics = summarize(scores)
+    assert metrics["eval/anls/name"] == pytest.approx((1 + 13 / 14 + 0 + 0) / 4)
+    assert metrics["eval/field_em/name"] == 0.0, "exactly is another question"
+    check(metrics)
+
+
+def test_relaxed_fields_are_right_within_five_percent_and_as_text_where_the_truth_is_one():
+    answer = {"answer": FieldSettings(pattern="(.+)", kind="relaxed")}
+    cases = [
+        ("105", "100", 1),
+        ("94.9", "100", 0),
+        ("Yes", "yes", 1),
+        ("no", "yes", 0),
+        ("100", "many", 0),
+        ("?", "7", 0),
+    ]
+    scores = [score(text, truth, answer) for text, truth, _ in cases]
+    assert [one.fields["answer"].correct for one in scores] == [bool(right) for *_, right in cases]
+    metrics = summarize(scores)
+    assert metrics["eval/relaxed_accuracy/answer"] == 2 / 6 and "eval/answer_mae" not in metrics
+    check(metrics)
+
+
+@pytest.mark.parametrize("words", [{}, {"pattern": "(a)", "key": "a"}, {"key": ""}])
+def test_a_field_is_read_in_one_way(words):
+    with pytest.raises(ValueError, match="pattern|at least 1"):
+        FieldSettings(**words)
