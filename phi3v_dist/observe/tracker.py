@@ -6,9 +6,11 @@ stop a run, since training that leaves no trace is worth little; a mirror never 
 and training goes on.
 """
 
+import contextlib
 import json
 import logging
 import math
+import os
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -20,6 +22,9 @@ from phi3v_dist.observe.metrics import ATTEMPT, STEP, Number, check
 logger = logging.getLogger(__name__)
 
 RECORD_NAME = "metrics.jsonl"
+
+JSON_NUMBERS = (float, int, type(None))  # true and false are none
+LOOK_BACK_BYTES = 1 << 20
 
 Row = Mapping[str, Number]
 Prediction = Mapping[str, Any]  # one line of eval/step-XXXXXX/predictions.jsonl
@@ -150,8 +155,17 @@ def read_metrics(run_folder: Path, notes: list[str] | None = None) -> list[dict[
 
 
 def last_attempt(run_folder: Path) -> int:
-    """The latest attempt in the record, 0 if there is none."""
-    return max((int(row[ATTEMPT]) for row in _read_rows(run_folder / RECORD_NAME)), default=0)
+    """The latest attempt in the record, 0 if there is none. Only the end is read: an attempt that was taken over writes
+    no more than a step's rows after the one that took over."""
+    path, latest = run_folder / RECORD_NAME, 0
+    if not path.exists():
+        return latest
+    with path.open("rb") as file:
+        file.seek(max(0, file.seek(0, os.SEEK_END) - LOOK_BACK_BYTES))
+        for line in file.read().split(b"\n")[:-1]:
+            with contextlib.suppress(ValueError, RecursionError):  # torn, damaged, or cut by where reading began
+                latest = max(latest, int(parse_row(line)[ATTEMPT]))
+    return latest
 
 
 def parse_row(line: bytes) -> dict[str, Number]:
@@ -159,8 +173,7 @@ def parse_row(line: bytes) -> dict[str, Number]:
     tree = json.loads(line)
     if not isinstance(tree, dict):
         raise ValueError("not an object")
-    row = {name: math.nan if value is None else value for name, value in tree.items()}
-    row = {name: value for name, value in row.items() if isinstance(value, float) or type(value) is int}
+    row = {name: math.nan if value is None else value for name, value in tree.items() if type(value) in JSON_NUMBERS}
     if not all(abs(row.get(name, math.nan)) < 2**53 for name in (STEP, ATTEMPT, "time")):
         raise ValueError(f"without {STEP}, {ATTEMPT} or time")
     return row
