@@ -27,7 +27,7 @@ JSON_NUMBERS = (float, int, type(None))  # true and false are none
 LOOK_BACK_BYTES = 1 << 20
 
 Row = Mapping[str, Number]
-Prediction = Mapping[str, Any]  # one line of eval/step-XXXXXX/predictions.jsonl
+Prediction = Mapping[str, Any]  # one line of eval/step-NNNNNN/predictions.jsonl
 
 
 class Tracker:
