@@ -140,6 +140,13 @@ def test_metrics_are_those_of_a_hand_computation(make, model, asked, tmp_path):
         "eval/blind/price_mae": (50 + 60 + 20 + 170 + 169) / 5,
         "eval/blind/price_within_10pct": 0,
         "eval/blind/price_median_ape_pct": 85.0,  # 16.7, 50, 85, 100, 545 %
+        # the same five: errors 0, 10, 0, 0, 1, so 0, 16.7, 0, 0, 3.2 %
+        "eval/minus_blind/parse_fail_pct": 0, "eval/minus_blind/stop_pct": 0,
+        "eval/minus_blind/gen_tokens/mean": metrics["eval/minus_blind/gen_tokens/mean"],
+        "eval/minus_blind/field_em/price": 3 / 5,
+        "eval/minus_blind/price_mae": (10 + 1 - 50 - 60 - 20 - 170 - 169) / 5,
+        "eval/minus_blind/price_within_10pct": 4 / 5,
+        "eval/minus_blind/price_median_ape_pct": -85.0,
     })  # fmt: skip
     assert [row["prediction"] for row in read_rows(tmp_path / "eval")] == [
         "Price: 100", "Price: 50", "Price: 200", "hello", "Price: 120", "Price: 30", "Price: 70", "Price: 10",
@@ -219,8 +226,8 @@ class OneOfSeveral(Topology):
         self.given["gather"].append(copy.deepcopy(value))  # as a message between processes would be
         return copy.deepcopy(self.given["gather"])
 
-    def barrier(self):
-        pass
+    def broadcast(self, value):
+        return value
 
 
 def test_ranks_together_give_the_rows_and_metrics_of_one_process(make, model, tmp_path):
