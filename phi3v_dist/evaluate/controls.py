@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from phi3v_dist.evaluate.breakdown import Judged
-from phi3v_dist.evaluate.columns import Column
+from phi3v_dist.evaluate.intervals import Column
 from phi3v_dist.evaluate.records import PREDICTIONS_NAME
 from phi3v_dist.evaluate.score import AnswerScore, FieldScore, columns
 

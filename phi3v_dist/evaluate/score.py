@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from phi3v_dist.config import FieldSettings
-from phi3v_dist.evaluate.columns import Column, Statistic
+from phi3v_dist.evaluate.intervals import Column, Statistic
 from phi3v_dist.evaluate.numbers import read_number
 
 WITHIN_FRAC = 0.10 * (1 + 1e-9)  # 21.89 for 19.90 is within 10 %, though not in binary fractions

@@ -5,7 +5,7 @@ import tracemalloc
 import numpy as np
 import pytest
 
-from phi3v_dist.evaluate.columns import MIN_SAMPLES, Column
+from phi3v_dist.evaluate.intervals import MIN_SAMPLES, Column
 
 NAN = float("nan")
 
