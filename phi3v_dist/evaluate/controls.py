@@ -39,11 +39,15 @@ def read_judged(folder: Path) -> dict[Place, Judged]:
     return found
 
 
-def _judged(row: Mapping[str, Any]) -> Judged:
+def answer_score(row: Mapping[str, Any]) -> AnswerScore:
+    """As a line of the records says it; also of what it has under `blind`."""
     fields = {name: FieldScore(**field) for name, field in row["fields"].items()}
-    score = AnswerScore(fields, bool(row["parsed"]), bool(row["stopped"]), int(row["num_tokens"]))
+    return AnswerScore(fields, bool(row["parsed"]), bool(row["stopped"]), int(row["num_tokens"]))
+
+
+def _judged(row: Mapping[str, Any]) -> Judged:
     num_labels = int(row["label_tokens"])
-    return Judged(score, None, {}, float(row["loss"] or 0) * num_labels, num_labels, {})
+    return Judged(answer_score(row), None, {}, float(row["loss"] or 0) * num_labels, num_labels, {})
 
 
 def with_controls(judged: Sequence[Judged], base: Sequence[Judged | None]) -> dict[str, float]:
