@@ -27,7 +27,7 @@ from torch.utils.data import default_collate, random_split
 from phi3v_dist import config
 from phi3v_dist.data.batch import Example, Row, collate
 from phi3v_dist.data.processor import Phi3VProcessor
-from phi3v_dist.data.samples import Sample
+from phi3v_dist.data.samples import Message, Sample
 from phi3v_dist.model.phi3v import Phi3VForCausalLM
 from phi3v_dist.observe.tracker import read_metrics
 from phi3v_dist.run import Data
@@ -37,6 +37,7 @@ ASKED = "<|user|>\n<|image_1|>What is shown in this image?<|end|><|assistant|>\n
 TAG = "<|image_1|>"
 LENGTH_TOKENS = 512
 PRODUCTS, TRAIN_FRAC, ACCUMULATION, LEARNING_RATE = 3040, 0.9, 64, 5e-5
+NUM_STEPS = int(TRAIN_FRAC * PRODUCTS) // ACCUMULATION  # of its one epoch
 ROWS, WARMUP_STEPS, PEAK = 16, 20, 2e-3  # of --retrain: products a step and the rates of the quickstart
 MAX_NEW_TOKENS = 48
 
@@ -50,16 +51,13 @@ def price_of(words: str) -> float:
     return 0.0
 
 
-def written(product: Mapping[str, Any]) -> str:
-    answer = "Product: {title}, Category: {category3_code}, Full Price: {full_price}<|end|>"
-    return ASKED + answer.format_map(product)
+def answer_to(product: Mapping[str, Any]) -> str:
+    return "Product: {title}, Category: {category3_code}, Full Price: {full_price}<|end|>".format_map(product)
 
 
-def padded(tokenizer: Any, product: Mapping[str, Any]) -> tuple[list[int], int]:
-    """Ids of one product as the original trains it, and how many of them, on the left, are padding."""
-    tokenizer.padding_side = "left"
-    encoded = tokenizer(written(product), truncation=True, padding="max_length", max_length=LENGTH_TOKENS)
-    return encoded.input_ids, LENGTH_TOKENS - sum(encoded.attention_mask)
+def text_of(tokenizer: Any, product: Mapping[str, Any]) -> list[int]:
+    """Ids of one product as the original trains it, without the padding that fills its row up."""
+    return list(tokenizer(ASKED + answer_to(product), truncation=True, max_length=LENGTH_TOKENS).input_ids)
 
 
 def tag_points(processor: Phi3VProcessor, sample: Sample) -> Figures:
@@ -78,50 +76,61 @@ def tag_points(processor: Phi3VProcessor, sample: Sample) -> Figures:
     }
 
 
-def loss_points(tokenizer: Any, processor: Phi3VProcessor, samples: Sequence[Sample]) -> Figures:
+def loss_points(processor: Phi3VProcessor, products: Sequence[Mapping[str, Any]]) -> Figures:
     """What the mean loss is a mean of, over the original's targets: all ids but the first."""
-    opening = tokenizer.convert_tokens_to_ids("<|assistant|>")
-    padding, answers, lengths, learned = [], [], [], []
-    for sample in samples:
-        ids, num_padding = padded(tokenizer, sample.fields)
-        padding.append(max(0, num_padding - 1))
-        answers.append(len(ids) - 1 - ids.index(opening))
-        lengths.append(len(ids) - num_padding)
-        sizes = [(image.shape[1], image.shape[0]) for image in sample.images]
-        learned.append(processor.count(sample.messages, sizes).label_tokens)
+    opening = processor.tokenizer.convert_tokens_to_ids("<|assistant|>")
     targets = LENGTH_TOKENS - 1
+    texts = [text_of(processor.tokenizer, product) for product in products]
+    length = fmean(map(len, texts))
+    answer = fmean(len(ids) - 1 - ids.index(opening) for ids in texts)
+    turns = [(Message("assistant", (answer_to(product).removesuffix("<|end|>"),)),) for product in products]
     return {
-        "row, tokens of text": fmean(lengths),
-        "loss, share of padding": fmean(padding) / targets,
-        "loss, share of the prompt": 1 - (fmean(padding) + fmean(answers)) / targets,
-        "loss, share of the answer": fmean(answers) / targets,
-        "loss, tokens of the answer: original": fmean(answers),
-        "loss, tokens of the answer: here": fmean(learned),
+        "row, tokens of text": length,
+        "loss, share of padding": (LENGTH_TOKENS - length) / targets,
+        "loss, share of the prompt": (length - 1 - answer) / targets,
+        "loss, share of the answer": answer / targets,
+        "loss, tokens of the answer: original": answer,
+        "loss, tokens of the answer: here": fmean(processor.count(turn, []).label_tokens for turn in turns),
     }
 
 
-def gradient_points(model: Phi3VForCausalLM, tokenizer: Any, processor: Phi3VProcessor, sample: Sample) -> Figures:
-    """Which share of the tower and the projector a step would move, and which words a picture changes."""
-    ids, num_padding = padded(tokenizer, sample.fields)
+def gradient_points(model: Phi3VForCausalLM, processor: Phi3VProcessor, example: Example, text: list[int]) -> Figures:
+    """Which share of the tower and the projector a step would move."""
     figures: Figures = {}
+    pad_id = processor.tokenizer.pad_token_id
+    inputs = collate(Row((example,)), pad_id).inputs(torch.device("cpu"))
+    losses = {
+        "original": lambda: original_loss(model, [text], pad_id)[0],
+        "here": lambda: model(**inputs).token_losses.sum(),
+    }
     model.requires_grad_(True)
-    batch = collate(Row((processor.encode(sample),)), tokenizer.pad_token_id)
-    inputs = {"original": original_inputs([ids], [num_padding]), "here": batch.inputs(torch.device("cpu"))}
-    for name, given in inputs.items():
+    for name, loss in losses.items():
         model.zero_grad(set_to_none=True)
-        model(**given).token_losses.sum().backward()
+        loss().backward()
         sees = [p for n, p in model.named_parameters() if "vision_embed_tokens" in n]
         moved = sum(p.numel() for p in sees if p.grad is not None and bool(p.grad.any()))
         figures[f"vision, share with a gradient: {name}"] = moved / sum(p.numel() for p in sees)
     model.zero_grad(set_to_none=True)
+    model.requires_grad_(False)
     return figures
 
 
-def original_inputs(ids: Sequence[Sequence[int]], num_padding: Sequence[int]) -> dict[str, torch.Tensor]:
-    """Every id a label, padding hidden from the text: a document of its own, as its attention mask does."""
-    places = [[*range(pad), *range(LENGTH_TOKENS - pad)] for pad in num_padding]
-    input_ids = torch.tensor(ids)
-    return {"input_ids": input_ids, "position_ids": torch.tensor(places), "labels": input_ids}
+def original_loss(
+    model: Phi3VForCausalLM, texts: Sequence[Sequence[int]], pad_id: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The mean over all targets of rows filled up on the left, every id a label; and the losses of the texts' own.
+
+    The attention mask hides the padding from the text, so it is a document of its own; of several rows' the longest is
+    computed once and counts as often as rows have it, since what a causal model says of its beginning is the same.
+    """
+    num_padding = [LENGTH_TOKENS - len(text) for text in texts]
+    documents = [[pad_id] * max(num_padding), *texts]
+    ids = torch.tensor([[i for document in documents for i in document]])
+    places = torch.tensor([[i for document in documents for i in range(len(document))]])
+    losses = model(ids, position_ids=places, labels=ids).token_losses
+    of_padding, of_texts = losses.split([max(num_padding) - 1, len(losses) - max(num_padding) + 1])
+    times = (torch.arange(max(num_padding) - 1)[:, None] < torch.tensor(num_padding) - 1).sum(1)
+    return ((of_padding * times).sum() + of_texts.sum()) / (len(texts) * (LENGTH_TOKENS - 1)), of_texts
 
 
 @torch.inference_mode()
@@ -151,14 +160,17 @@ def forced_points(model: Phi3VForCausalLM, processor: Phi3VProcessor, samples: S
 def retrained(folder: Path, products: Sequence[Mapping[str, Any]], steps: int, tokenizer: Any) -> Phi3VForCausalLM:
     """A model trained the original's way on as many products a step, at the rates of the quickstart."""
     torch.manual_seed(0)
-    model = Phi3VForCausalLM.from_pretrained(folder).train().requires_grad_(True)
+    model = Phi3VForCausalLM.from_pretrained(folder).train()
+    # The tiny model's row for padding is 0 and stays so: no layer could learn anything there. The real model's is not.
+    torch.nn.init.normal_(model.model.embed_tokens.weight.data[tokenizer.pad_token_id], std=0.02)
+    model.requires_grad_(True)
     optimizer = torch.optim.AdamW(model.parameters(), lr=PEAK, betas=(0.9, 0.95), weight_decay=0.05)
     rate = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: _rate(step, steps))
-    rows = [padded(tokenizer, product) for product in products]
+    rows = [text_of(tokenizer, product) for product in products]
     order = _shuffled(len(rows), steps * ROWS)
     for step in range(steps):
         chosen = [rows[i] for i in order[step * ROWS : (step + 1) * ROWS]]
-        loss = model(**original_inputs(*map(list, zip(*chosen, strict=True)))).loss
+        loss, _ = original_loss(model, chosen, tokenizer.pad_token_id)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
@@ -182,19 +194,17 @@ def _shuffled(num_rows: int, wanted: int) -> list[int]:
 @torch.inference_mode()
 def retrained_points(model: Phi3VForCausalLM, products: Sequence[Mapping[str, Any]], tokenizer: Any) -> Figures:
     """What the original would report of that model, and what the model says when it is asked."""
+    opening = tokenizer.convert_tokens_to_ids("<|assistant|>")
     answer = price_of(said := greedy(model, tokenizer))
-    shown: list[tuple[float, bool, float, float, float]] = []
+    shown = []
     for product in products:
-        ids, num_padding = padded(tokenizer, product)
-        inputs = original_inputs([ids], [num_padding])
-        logits = model(inputs["input_ids"], position_ids=inputs["position_ids"]).logits[0]
-        words = tokenizer.decode(logits.argmax(-1), skip_special_tokens=True)
-        losses = torch.nn.functional.cross_entropy(logits[:-1], inputs["input_ids"][0, 1:], reduction="none")
-        of_answer = losses[ids.index(tokenizer.convert_tokens_to_ids("<|assistant|>")) :]
-        price = float(product["full_price"])
-        found = price_of(words)
-        shown.append((abs(found - price), found == 0.0, abs(answer - price), losses.mean(), of_answer.mean()))
-    forced, unread, generated, loss, loss_of_answer = (fmean(map(float, part)) for part in zip(*shown, strict=True))
+        ids = text_of(tokenizer, product)
+        loss, of_text = original_loss(model, [ids], tokenizer.pad_token_id)
+        words = tokenizer.decode(model(torch.tensor([ids])).logits[0].argmax(-1), skip_special_tokens=True)
+        price, found = float(product["full_price"]), price_of(words)
+        of_answer = of_text[ids.index(opening) :].mean()
+        shown.append((abs(found - price), found == 0, abs(answer - price), float(loss), float(of_answer)))
+    forced, unread, generated, loss, loss_of_answer = (fmean(part) for part in zip(*shown, strict=True))
     return {
         "retrained, price error it reports": forced,
         "retrained, share of prices read as 0": unread,
@@ -216,16 +226,20 @@ def greedy(model: Phi3VForCausalLM, tokenizer: Any) -> str:
     return str(tokenizer.decode(ids[len(begun) :], skip_special_tokens=True)).strip()
 
 
-def bf16_points() -> Figures:
-    """AdamW on bf16 weights without an fp32 copy, the first step: which of them stay as they were."""
-    torch.manual_seed(0)
+def precision_points() -> Figures:
+    """AdamW on bf16 weights without an fp32 copy, and with one: which are what they were, after the epoch's steps."""
     figures: Figures = {}
-    for name, start in {"matrices": torch.randn(1_000_000) * 0.02, "norms": torch.ones(1_000_000)}.items():
-        weight = torch.nn.Parameter(start.bfloat16())
-        weight.grad = torch.randn_like(weight)
-        before = weight.detach().clone()
-        torch.optim.AdamW([weight], lr=LEARNING_RATE).step()
-        figures[f"bf16 weights, share that no step moves: {name}"] = (weight == before).float().mean().item()
+    for name, start in {"matrices": torch.randn(100_000) * 0.02, "norms": torch.ones(100_000)}.items():
+        for where, dtype in {"original": torch.bfloat16, "here": torch.float32}.items():
+            torch.manual_seed(0)
+            weight = torch.nn.Parameter(start.to(dtype))
+            optimizer = torch.optim.AdamW([weight], lr=LEARNING_RATE)
+            for _ in range(NUM_STEPS):
+                weight.grad = torch.randn_like(weight)
+                optimizer.step()
+            figures[f"weights that {NUM_STEPS} steps never moved, {name}: {where}"] = (
+                (weight.detach() == start.to(dtype)).float().mean().item()
+            )
     return figures
 
 
@@ -267,7 +281,7 @@ def count_points() -> Figures:
     train, validation = random_split(range(PRODUCTS), [num_train, PRODUCTS - num_train])
     seen = {i // 2 for i in train}
     return {
-        "epoch, optimizer steps": num_train // ACCUMULATION,
+        "epoch, optimizer steps": NUM_STEPS,
         "epoch, products whose gradient is dropped": num_train % ACCUMULATION,
         "split by row, share of twins seen in training": fmean(i // 2 in seen for i in validation),
     }
@@ -302,12 +316,13 @@ def points(settings: config.Settings, tokenizer_folder: Path, steps: int) -> Ite
     own = Phi3VProcessor.from_pretrained(folder / "export", settings.data.num_crops)
     model = Phi3VForCausalLM.from_pretrained(folder / "export")
     yield tag_points(official, validation[0])
-    yield loss_points(official.tokenizer, official, train)
-    yield gradient_points(model, own.tokenizer, own, validation[0])
+    yield loss_points(official, [sample.fields for sample in train])
+    first = validation[0]
+    yield gradient_points(model, own, own.encode(first), text_of(own.tokenizer, first.fields))
     yield run_points(folder)
     yield constant_points(train, validation)
     yield forced_points(model, own, validation)
-    yield bf16_points()
+    yield precision_points()
     yield download_points([sample.images[0] for sample in validation[:20]])
     yield count_points()
     if steps:
