@@ -86,8 +86,8 @@ def loss_points(processor: Phi3VProcessor, products: Sequence[Mapping[str, Any]]
     turns = [(Message("assistant", (answer_to(product).removesuffix("<|end|>"),)),) for product in products]
     return {
         "row, tokens of text": length,
-        "loss, share of padding": (LENGTH_TOKENS - length) / targets,
-        "loss, share of the prompt": (length - 1 - answer) / targets,
+        "loss, share of padding": (targets - length) / targets,
+        "loss, share of the prompt": (length - answer) / targets,
         "loss, share of the answer": answer / targets,
         "loss, tokens of the answer: original": answer,
         "loss, tokens of the answer: here": fmean(processor.count(turn, []).label_tokens for turn in turns),
@@ -229,17 +229,17 @@ def greedy(model: Phi3VForCausalLM, tokenizer: Any) -> str:
 def precision_points() -> Figures:
     """AdamW on bf16 weights without an fp32 copy, and with one: which are what they were, after the epoch's steps."""
     figures: Figures = {}
+    torch.manual_seed(0)
     for name, start in {"matrices": torch.randn(100_000) * 0.02, "norms": torch.ones(100_000)}.items():
         for where, dtype in {"original": torch.bfloat16, "here": torch.float32}.items():
-            torch.manual_seed(0)
-            weight = torch.nn.Parameter(start.to(dtype))
+            before = start.to(dtype)
+            weight = torch.nn.Parameter(before.clone())
             optimizer = torch.optim.AdamW([weight], lr=LEARNING_RATE)
             for _ in range(NUM_STEPS):
                 weight.grad = torch.randn_like(weight)
                 optimizer.step()
-            figures[f"weights that {NUM_STEPS} steps never moved, {name}: {where}"] = (
-                (weight.detach() == start.to(dtype)).float().mean().item()
-            )
+            stayed = (weight.detach() == before).float().mean().item()
+            figures[f"weights that {NUM_STEPS} steps never moved, {name}: {where}"] = stayed
     return figures
 
 
