@@ -113,7 +113,7 @@ def test_the_recipe_takes_the_drawn_products_as_they_are(
     for name in ("launch", "ds_configs"):
         (tmp_path / name).symlink_to(REPOSITORY / name)
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(sys, "argv", ["prepare.py", "sample", "--out", "data/products", "num_products=80"])
+    monkeypatch.setattr(sys, "argv", ["prepare.py", "sample", "--out", "data/products", "num_products=16"])
     prepare.main()
     (tmp_path / "data/tiny-phi3v").symlink_to(tiny_model)
     command = ["check.py", "--config", "launch/configs/products.yaml", "--show-labels", "1", *TINY]
