@@ -298,37 +298,36 @@ def run_points(folder: Path) -> Figures:
     }
 
 
-def constant_points(train: Sequence[Sample], validation: Sequence[Sample]) -> Figures:
+def constant_points(train: Sequence[Mapping[str, Any]], validation: Sequence[Mapping[str, Any]]) -> Figures:
     """The least that not looking can miss: always the median price."""
-    prices = [[float(sample.fields["full_price"]) for sample in part] for part in (train, validation)]
-    return {"price error of one price for all": fmean(abs(price - median(prices[0])) for price in prices[1])}
+    usual = median(float(product["full_price"]) for product in train)
+    return {"price error of one price for all": fmean(abs(float(one["full_price"]) - usual) for one in validation)}
 
 
-def read(data: Data) -> list[Sample]:
-    return [data.decoder.sample(i) for i in range(len(data.table))]
+def read(data: Data) -> Iterator[Sample]:
+    return (data.decoder.sample(i) for i in range(len(data.table)))
 
 
 def points(settings: config.Settings, tokenizer_folder: Path, steps: int) -> Iterator[Figures]:
     """All figures, a few at a time."""
     official = Phi3VProcessor.from_pretrained(tokenizer_folder)
     folder = settings.run.folder
-    train, validation = (read(Data.open(part, settings)) for part in (settings.data.train, settings.data.validation))
+    train = [sample.fields for sample in read(Data.open(settings.data.train, settings))]
+    validation = list(read(Data.open(settings.data.validation, settings)))
+    asked, first = [sample.fields for sample in validation], validation[0]
     own = Phi3VProcessor.from_pretrained(folder / "export", settings.data.num_crops)
     model = Phi3VForCausalLM.from_pretrained(folder / "export")
-    yield tag_points(official, validation[0])
-    yield loss_points(official, [sample.fields for sample in train])
-    first = validation[0]
+    yield tag_points(official, first)
+    yield loss_points(official, train)
     yield gradient_points(model, own, own.encode(first), text_of(own.tokenizer, first.fields))
     yield run_points(folder)
-    yield constant_points(train, validation)
+    yield constant_points(train, asked)
     yield forced_points(model, own, validation)
     yield precision_points()
     yield download_points([sample.images[0] for sample in validation[:20]])
     yield count_points()
     if steps:
-        products = [sample.fields for sample in train]
-        blind = retrained(settings.model.path, products, steps, own.tokenizer)
-        yield retrained_points(blind, [sample.fields for sample in validation], own.tokenizer)
+        yield retrained_points(retrained(settings.model.path, train, steps, own.tokenizer), asked, own.tokenizer)
 
 
 def main() -> None:

@@ -1,28 +1,30 @@
 """The figures of docs/original.md: those that need no trained model are measured again, and must be on the page."""
 
+import re
 from dataclasses import replace
 from pathlib import Path
 
 import original_points as original
 import pytest
 import torch
-from conftest import REPOSITORY
+from conftest import REPOSITORY, TESTS
 
 from phi3v_dist import config
 from phi3v_dist.config import Settings
-from phi3v_dist.data.importers.sample import CatalogueSettings, plan_products
+from phi3v_dist.data.importers.sample import CatalogueSettings, plan_products, vocabulary_text
 from phi3v_dist.data.processor import Phi3VProcessor
 from phi3v_dist.data.samples import Sample
 from phi3v_dist.model.phi3v import Phi3VForCausalLM
+from phi3v_dist.model.tiny import write_tiny
 from phi3v_dist.run import Data
 
 PAGE = (REPOSITORY / "docs/original.md").read_text().replace(r"\|", "|")
 PRODUCT = {"title": "Red Hat", "category3_code": "HATS", "full_price": 75}
 
 
-def catalogue() -> list[dict[str, str | int]]:
+def catalogue(split: str) -> list[dict[str, str | int]]:
     """The products of `make train`, undrawn."""
-    planned = [product for product in plan_products(CatalogueSettings()) if product.split == "train"]
+    planned = [product for product in plan_products(CatalogueSettings()) if product.split == split]
     return [
         {"title": one.look.title, "category3_code": one.look.category, "full_price": one.full_price} for one in planned
     ]
@@ -54,7 +56,7 @@ def test_the_image_tag_is_seven_pieces_of_text_and_no_place_for_a_picture(
 
 
 def test_the_originals_loss_is_a_mean_over_padding(official: Phi3VProcessor) -> None:
-    figures = original.loss_points(official, catalogue())
+    figures = original.loss_points(official, catalogue("train"))
     shares = [figures[f"loss, share of {name}"] for name in ("padding", "the prompt", "the answer")]
     assert sum(shares) == pytest.approx(1)
     assert [share for share in map(percent, shares) if share not in PAGE] == []
@@ -109,6 +111,21 @@ def test_its_way_of_training_ends_in_one_answer_for_all(tiny_model: Path) -> Non
     assert figures["retrained, validation loss it reports"] < figures["retrained, loss of the answers' tokens"]
 
 
+@pytest.mark.slow
+def test_it_reports_a_small_price_error_and_misses_by_as_much_as_one_price_for_all(tmp_path: Path) -> None:
+    """The tiny model of `make train` and its products, fewer steps."""
+    write_tiny(tmp_path, vocabulary_text())
+    tokenizer = Phi3VProcessor.from_pretrained(tmp_path).tokenizer
+    train, validation = catalogue("train"), catalogue("validation")
+    model = original.retrained(tmp_path, train, 150, tokenizer)
+    figures = original.retrained_points(model, validation, tokenizer)
+    (least,) = original.constant_points(train, validation).values()
+    reported, true = (figures[f"retrained, price error {name}"] for name in ("it reports", "of its answers"))
+    print(figures, f"one price for all: {least}")
+    assert true > 0.95 * least > 4 * reported
+    assert figures["retrained, loss of the answers' tokens"] > 10 * figures["retrained, validation loss it reports"]
+
+
 def test_bf16_weights_without_an_fp32_copy_stay_where_they_are() -> None:
     figures = original.precision_points()
     for name in ("matrices", "norms"):
@@ -142,3 +159,9 @@ def test_the_commands_settings_are_those_of_the_quickstart() -> None:
     settings = config.load(REPOSITORY / "launch/configs/quickstart.yaml")
     assert settings.train.learning_rate.text == original.PEAK and settings.train.warmup_steps == original.WARMUP_STEPS
     assert settings.eval.max_new_tokens == original.MAX_NEW_TOKENS
+
+
+def test_the_page_names_tests_that_there_are() -> None:
+    sources = "".join(path.read_text() for path in TESTS.rglob("test_*.py"))
+    named = re.findall(r"`(test_\w+)`", PAGE)
+    assert len(named) > 10 and [name for name in named if f"def {name}(" not in sources] == []
