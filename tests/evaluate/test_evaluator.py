@@ -169,6 +169,19 @@ def test_the_blind_control_shows_another_samples_pictures_of_the_same_grid(make,
         assert not torch.equal(exchanged.pixel_values, own.pixel_values)
 
 
+def test_scores_are_split_by_what_every_sample_has(make, model, asked):
+    by = {"megapixels": [0, 0.1, 1], "num_images": [0, 1, 2, 3], "num_tokens": [0, 100, 10_000], "source": "values"}
+    metrics = make(by=by)[0].run(model, None)
+    check(metrics)
+    counts = {name: value for name, value in metrics.items() if name.startswith("eval/by_") and "/samples" in name}
+    pictures = {"from_0_to_1": 1, "from_1_to_2": 6, "from_2_to_3": 1}
+    assert {name: counts[f"eval/by_num_images/{name}/samples"] for name in pictures} == pictures
+    assert counts["eval/by_megapixels/from_0_to_0_1/samples"] == 4, "three squares and the text"
+    assert counts["eval/by_megapixels/from_0_1_to_1/samples"] == 4, "of two pictures the larger one counts"
+    assert counts["eval/by_num_tokens/from_0_to_100/samples"] == 1
+    assert metrics["eval/by_megapixels/from_0_to_0_1/price_mae"] == pytest.approx(10 / 3)
+
+
 def test_without_blind_or_without_pictures_there_is_no_blind_control(make, model, asked, tmp_path):
     metrics = make(blind=False)[0].run(model, tmp_path / "eval")
     assert not any("blind" in name for name in metrics)
