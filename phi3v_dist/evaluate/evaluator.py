@@ -158,7 +158,7 @@ class Evaluator:
             rows.append(
                 {
                     "sample_id": sample.sample_id, "shard": sample.shard, "key": sample.key, "source": sample.source,
-                    "by": values[i], "loss": loss_sum / num_labels if num_labels else None,
+                    "by": values[i], "loss": loss_sum / num_labels if num_labels else None, "label_tokens": num_labels,
                     "prompt": _question(_asked(sample.messages)), "target": _truth(sample.messages), "prediction": text,
                     **asdict(score), "thumbnail": thumbnail(sample.images[0]) if sample.images else None,
                     "blind": control,
