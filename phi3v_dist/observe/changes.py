@@ -249,7 +249,7 @@ def _table(pairs: Sequence[Pair], fields: Sequence[str], now: Answers) -> Table:
         said = "; ".join(f"{line.name}: {line.said}" for line in lines if line.said)
         step = _change(old, new)
         other_words = "other words" if old["prediction"] != new["prediction"] else "nothing"
-        cells = [text_cell(sample_name(new)), Cell(said or other_words), number_cell(step) if step else Cell("0", 0)]
+        cells = [text_cell(sample_name(new)), Cell(said or other_words), number_cell(step)]
         for line in lines:
             cells += [line.truth, line.before, line.now]
         rows.append([*cells, text_cell(old["prediction"], "long"), text_cell(new["prediction"], "long")])

@@ -45,7 +45,7 @@ def write_report(run_folder: Path) -> Path:
     """
     run = read_run(run_folder)
     record = read_ranks(run.folder, run.notes)
-    pages = _write_further_pages(run)
+    pages = write_pages_of_answers(run)
     context = {
         "name": run.name,
         "pages": pages,
@@ -84,7 +84,7 @@ def write_changes(before: Path, now: Path, path: Path) -> Path:
     return _write_changes(found, path, "", notes)
 
 
-def _write_further_pages(run: Run) -> dict[str, str]:
+def write_pages_of_answers(run: Run) -> dict[str, str]:
     """Pages beside the report: file name → what its link is called."""
     if run.answered is None:
         return {}

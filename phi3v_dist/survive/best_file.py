@@ -8,6 +8,8 @@ import json
 from dataclasses import dataclass
 from pathlib import Path
 
+from phi3v_dist.survive.durable import no_links
+
 BEST_NAME = "best.json"
 
 
@@ -23,7 +25,8 @@ class Best:
 def read_best(checkpoints: Path) -> Best | None:
     """None when there is none, or none that can be read."""
     try:
-        found = json.loads((checkpoints / BEST_NAME).read_text(encoding="utf-8"))
+        with open(checkpoints / BEST_NAME, encoding="utf-8", opener=no_links) as file:
+            found = json.load(file)
         return Best(int(found["step"]), str(found["metric"]), float(found["value"]))
     except (OSError, ValueError, TypeError, KeyError, RecursionError):
         return None

@@ -11,12 +11,16 @@ from typing import Any
 import pytest
 from writer_ranks import made_up
 
+from launch.export import best_of
 from phi3v_dist.attempt.attempt import Attempt
 from phi3v_dist.attempt.requests import Requests
 from phi3v_dist.config import CheckpointSettings, FieldSettings, Settings
+from phi3v_dist.errors import CheckpointError
 from phi3v_dist.evaluate.recorded import comparable_metrics, metric_over
 from phi3v_dist.evaluate.records import write_records
+from phi3v_dist.observe.facts import facts
 from phi3v_dist.observe.metrics import lookup
+from phi3v_dist.observe.run_folder import read_run
 from phi3v_dist.observe.tracker import NoTracker
 from phi3v_dist.parallel.topology import Topology
 from phi3v_dist.survive import best
@@ -290,3 +294,12 @@ def test_a_metric_that_no_evaluation_gives_is_refused_with_those_that_there_are(
     assert "lowest eval/price_mae" in best.describe(Settings.model_validate(tree))[0]
     tree["data"]["validation"] = []
     assert "names no shards" in best.problems(Settings.model_validate(tree))[0]
+
+
+def test_the_best_is_exported_by_its_file_and_its_absence_says_what_to_set(tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match=r"A run keeps one when `checkpoint.best`"):
+        best_of(tmp_path / "checkpoints")
+    train(tmp_path, attempt=1, last=6)
+    assert best_of(tmp_path / "checkpoints").name == "step-00000004"
+    (tmp_path / "config.yaml").write_text("run: {name: x}")
+    assert ("best checkpoint", f"step 4: {METRIC} 5") in facts(read_run(tmp_path))
