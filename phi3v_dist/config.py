@@ -250,6 +250,9 @@ class CheckpointSettings(Section):
     """How long one node runs, on average, before something on it fails; n nodes fail n times as often."""
     keep: int = Field(3, ge=1)
     """Committed checkpoints kept; the newest that verifies is never deleted."""
+    best: str | None = None
+    """Metric of evaluations, such as `eval/price_mae`, by which the best checkpoint is kept besides, however old it
+    gets; `launch/export.py RUN --best` exports it."""
     write_mb_per_s: float | None = Field(400, gt=0)
     """Most that one rank writes in the background, so that steps are not slowed; null: as fast as the disk."""
     local: Path | None = None

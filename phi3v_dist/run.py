@@ -51,6 +51,7 @@ from phi3v_dist.parallel.topology import Topology
 from phi3v_dist.parallel.ulysses import SequenceGroup
 from phi3v_dist.planner import at_start
 from phi3v_dist.planner.gpus import gpu_of
+from phi3v_dist.survive import best
 from phi3v_dist.survive.checkpoint import Checkpoints
 from phi3v_dist.survive.durable import write_durably
 from phi3v_dist.survive.interval import Earlier, Interval
@@ -211,6 +212,7 @@ def problems(settings: Settings, world_size: int) -> list[str]:
         found += _shard_problems(sources)
     found += model_build.problems(settings, Topology.from_environment().device)
     found += environment.links_out(settings.run.folder) + continuing.problems(settings) + sinks.problems(settings)
+    found += best.problems(settings)
     for line in continuing.warnings(settings):
         log.warning("%s", line)
     try:
@@ -304,7 +306,10 @@ def _saver(
     )  # fmt: skip
     earlier = Earlier.of(settings.run.folder, attempt.number) if topology.is_main else Earlier()
     interval = Interval(choice, num_nodes=-(-topology.world_size // topology.local_world_size), earlier=earlier)
-    return Saver(topology, attempt, requests, checkpoints, interval, tracker)
+    kept = None
+    if choice.best and topology.is_main:
+        kept = best.BestCheckpoint(settings.run.folder, choice.best, settings.eval.fields, attempt.number)
+    return Saver(topology, attempt, requests, checkpoints, interval, tracker, kept)
 
 
 def plan(settings: Settings, train: Data) -> Planner:
@@ -398,6 +403,7 @@ def describe(settings: Settings, train: Data, num_steps: int, world_size: int) -
             "all); phi3v-prepare lint names them"
         )
     cut = outcomes.cut(train.lengths, train.decoder.processor.fit_policy)
+    lines += best.describe(settings)
     if data.fit != "drop":
         lines.append(f"fit      {cut[0] if cut else f'`data.fit: {data.fit}` had nothing to cut'}")
     if why := train.why_left_out():

@@ -7,47 +7,28 @@ that have the number on both sides. An untuned model seldom answers in the form 
 difference at all, while the share of right answers counts every sample.
 """
 
-import json
-import logging
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
+from phi3v_dist.config import FieldSettings
 from phi3v_dist.evaluate.breakdown import Judged
 from phi3v_dist.evaluate.intervals import Column
-from phi3v_dist.evaluate.records import PREDICTIONS_NAME
-from phi3v_dist.evaluate.score import AnswerScore, FieldScore, columns
-
-log = logging.getLogger(__name__)
-
-Place = tuple[str, str]  # (shard, key): a sample's number may be another one in other data
+from phi3v_dist.evaluate.recorded import Answer, Name, loss_and_labels, read_answers
+from phi3v_dist.evaluate.score import columns, score_answer
 
 
-def read_judged(folder: Path) -> dict[Place, Judged]:
-    """What an earlier evaluation's records say of each sample; lines that cannot be read are left out and counted."""
-    found, damaged = {}, 0
-    for line in (folder / PREDICTIONS_NAME).read_text(errors="replace").splitlines():
-        try:
-            row = json.loads(line)
-            found[row["shard"], row["key"]] = _judged(row)
-        except (ValueError, TypeError, KeyError, AttributeError):
-            damaged += 1
-    if damaged:
-        log.warning("%s: %d damaged lines; nothing is compared with them", folder / PREDICTIONS_NAME, damaged)
-    return found
+def read_judged(folder: Path, fields: Mapping[str, FieldSettings]) -> dict[Name, Judged]:
+    """(shard, key) → what an earlier evaluation's answer is worth by the fields of now."""
+    return {name: _judged(answer, fields) for name, answer in read_answers(folder).items()}
 
 
-def answer_score(row: Mapping[str, Any]) -> AnswerScore:
-    """As a line of the records says it; also of what it has under `blind`."""
-    fields = {name: FieldScore(**field) for name, field in row["fields"].items()}
-    return AnswerScore(fields, bool(row["parsed"]), bool(row["stopped"]), int(row["num_tokens"]))
-
-
-def _judged(row: Mapping[str, Any]) -> Judged:
-    num_labels = int(row["label_tokens"])
-    return Judged(answer_score(row), None, {}, float(row["loss"] or 0) * num_labels, num_labels, {})
+def _judged(answer: Answer, fields: Mapping[str, FieldSettings]) -> Judged:
+    score = score_answer(
+        answer["prediction"], answer["target"], fields, answer["stopped"], answer["num_tokens"]
+    )  # fmt: skip
+    return Judged(score, None, {}, *loss_and_labels(answer), {})
 
 
 def with_controls(judged: Sequence[Judged], base: Sequence[Judged | None]) -> dict[str, float]:

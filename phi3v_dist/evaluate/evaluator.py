@@ -109,7 +109,7 @@ class Evaluator:
     ) -> dict[str, float]:
         """Metrics of all ranks' rows, and the records."""
         judged: list[Judged] = [row.pop("judged") for row in rows]
-        known = read_judged(base) if base else {}
+        known = read_judged(base, self.settings.fields) if base else {}
         untuned = [known.get((row["shard"], row["key"])) for row in rows]
         for complaint in complaints(judged, self.settings.by):
             log.warning("%s", complaint)

@@ -12,6 +12,7 @@ from phi3v_dist.observe.metrics import Number, format_number, format_seconds, fo
 from phi3v_dist.observe.run_folder import Run, is_number, read_lines
 from phi3v_dist.planner.record import read_plan
 from phi3v_dist.printable import printable
+from phi3v_dist.survive.best_file import read_best
 
 RAN_WITH = re.compile(r"(^|\.)(versions\.\w+|commit)$")  # settings that say what the run ran with
 BESIDE = re.compile(r"eval/(blind|base|minus_base|minus_blind)/|eval/by_|.*/(low|high)$")  # have their own place
@@ -108,6 +109,8 @@ def facts(run: Run) -> list[tuple[str, str]]:
     flat = dict(flatten(run.config))
     found += [(name.rpartition(".")[2], value) for name, value in flat.items() if RAN_WITH.search(name)]
     found += [(name, value) for name, value in flat.items() if name.startswith("data.") and "shard" in name]
+    if best := read_best(run.folder / "checkpoints"):
+        found.append(("best checkpoint", f"step {best.step:,}: {best.metric} {format_value(best.metric, best.value)}"))
     if (run.folder / "wandb-id").is_file():
         found.append(("W&B", f"wandb leet {run.folder}/wandb (in a terminal), or `wandb sync` to upload"))
     return found

@@ -11,21 +11,24 @@ from pathlib import Path
 from typing import Any
 
 from phi3v_dist.observe.metrics import Number
+from phi3v_dist.observe.ranking import ranked
 from phi3v_dist.observe.run_folder import Evaluation
+from phi3v_dist.printable import printable
 
 PART_SIZE = 6  # cards in each part of the gallery
+MOST_CHARACTERS = 1500  # of a question
 MOST_BYTES = 1_000_000  # of a thumbnail, which has some ten thousand
 
 
 @dataclass(frozen=True)
 class FieldLine:
-    """One field of a card: the truth, the model's answer, the answer when blind."""
+    """One field of a card: the truth, the model's answer, the answer when blind. right: None where nothing judges."""
 
     name: str
     truth: str
     answer: str
     blind: str
-    right: bool
+    right: bool | None
 
 
 @dataclass(frozen=True)
@@ -39,28 +42,24 @@ class Card:
 
 def gallery(evaluation: Evaluation) -> dict[str, list[Card]]:
     """The best, the worst and random others, so that the page shows neither only luck nor only trouble."""
-    ranked = sorted(evaluation.predictions, key=lambda row: (_badness(row), row["sample_id"]))
-    size = min(PART_SIZE, len(ranked) // 3) or len(ranked)
-    if size == len(ranked):
-        return {"All answers": [_card(row, evaluation.folder) for row in ranked]}
-    middle = random.Random(0).sample(ranked[size:-size], size)
+    rows = ranked(evaluation.predictions)
+    size = min(PART_SIZE, len(rows) // 3) or len(rows)
+    if size == len(rows):
+        return {"All answers": [_card(row, evaluation.folder) for row in rows]}
+    middle = random.Random(evaluation.step).sample(rows[size:-size], size)
     parts = {
         "Picked at random": middle,
-        "The worst answers": ranked[: -size - 1 : -1],
-        "The best answers": ranked[:size],
+        "The worst answers": rows[: -size - 1 : -1],
+        "The best answers": rows[:size],
     }
     return {title: [_card(row, evaluation.folder) for row in rows] for title, rows in parts.items()}
 
 
-def _badness(prediction: Mapping[str, Any]) -> Number:
-    """Wrong words count 1, numbers by their relative error up to 1, and what cannot be read counts 1."""
-    total = 0.0
-    for score in prediction["fields"].values():
-        if score["kind"] == "number" and score["error"] is not None and score["target"]:
-            total += min(1.0, abs(score["error"] / score["target"]))
-        else:
-            total += not score["correct"]
-    return total
+def shown(text: str, most: int = MOST_CHARACTERS) -> str:
+    """Text of a sample: as it is but for what does not show, and long ones without their middle."""
+    if len(text) > most:
+        text = f"{text[: most // 2]} … {len(text) - most:,} characters … {text[-most // 2 :]}"
+    return printable(text, keep="\n\t")
 
 
 def picture_uri(folder: Path, name: str | None) -> str | None:
@@ -87,6 +86,10 @@ def _card(prediction: Mapping[str, Any], folder: Path) -> Card:
         )
         for name, score in prediction["fields"].items()
     ]
+    if not fields:
+        texts = (prediction.get("target"), prediction["prediction"], (prediction["blind"] or {}).get("prediction"))
+        truth, answer, control = (shown(text) if isinstance(text, str) else "–" for text in texts)
+        fields = [FieldLine("answer", truth, answer, control, right=None)]
     return Card(picture_uri(folder, prediction["thumbnail"]), prediction, fields)
 
 

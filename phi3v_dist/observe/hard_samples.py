@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from phi3v_dist.observe.gallery import picture_uri
+from phi3v_dist.observe.gallery import picture_uri, shown
 from phi3v_dist.observe.metrics import format_number
 from phi3v_dist.observe.run_folder import Run, is_number, read_lines
 from phi3v_dist.printable import printable
@@ -19,7 +19,6 @@ NAME = "highest_loss.jsonl"
 MOST = 16
 LEVELS = (0.5, 1.0, 2.0, 4.0)  # nats: a token at 4 was given a chance of 2 %
 MOST_TOKENS = 400  # of one sample, around the worst of them
-MOST_CHARACTERS = 1500  # of a question
 
 
 @dataclass(frozen=True)
@@ -57,13 +56,6 @@ def ranges() -> list[str]:
     """What the levels stand for."""
     between = [f"{low:g} – {high:g}" for low, high in zip(LEVELS, LEVELS[1:], strict=False)]
     return [f"below {LEVELS[0]:g}", *between, f"{LEVELS[-1]:g} and more"]
-
-
-def shown(text: str, most: int = MOST_CHARACTERS) -> str:
-    """Text of a sample: as it is but for what does not show, and long ones without their middle."""
-    if len(text) > most:
-        text = f"{text[: most // 2]} … {len(text) - most:,} characters … {text[-most // 2 :]}"
-    return printable(text, keep="\n\t")
 
 
 def _card(line: dict[str, Any], folder: Path) -> HardSample:

@@ -5,19 +5,25 @@ figures, facts. Surprise: the page has no script and may fetch nothing (its own 
 mailed, printed and opened in ten years. Text of samples goes through the template's escaping and can do nothing.
 """
 
+import base64
+import hashlib
 import logging
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
+from markupsafe import Markup
 
 from phi3v_dist.errors import ConfigError
 from phi3v_dist.observe import facts, gantt, hard_samples, heatmap
-from phi3v_dist.observe.gallery import gallery
+from phi3v_dist.observe.answers import ANSWERS_NAME, answer_table
+from phi3v_dist.observe.changes import CHANGES_NAME, Changes, answers_of, changes, read_answers
+from phi3v_dist.observe.gallery import gallery, shown
 from phi3v_dist.observe.metrics import STEP
 from phi3v_dist.observe.panels import part_panels, result_panels
 from phi3v_dist.observe.rank_record import RankRecord, read_ranks
+from phi3v_dist.observe.ranking import described
 from phi3v_dist.observe.run_folder import Run, read_run
 from phi3v_dist.observe.score_table import COLUMNS as SCORE_COLUMNS
 from phi3v_dist.observe.score_table import score_rows
@@ -29,6 +35,7 @@ logger = logging.getLogger(__name__)
 
 FIRST = ("evaluation", "long")  # what a run is worth stands before how it went
 REPORT_NAME = "report.html"
+SCRIPT_NAME = "table_script.js.j2"
 MOST_NOTES = 20
 
 
@@ -40,8 +47,11 @@ def write_report(run_folder: Path) -> Path:
     """
     run = read_run(run_folder)
     record = read_ranks(run.folder, run.notes)
+    pages = write_pages_of_answers(run)
     context = {
         "name": run.name,
+        "pages": pages,
+        "order": described(run.answered.predictions) if run.answered else "",
         "status": _status(run),
         "sentence": sentence(run),
         "tiles": tiles(run),
@@ -57,7 +67,7 @@ def write_report(run_folder: Path) -> Path:
         "planned": facts.planned_and_measured(run),
         "facts": facts.facts(run),
         "settings": facts.settings(run.config),
-        "shown": hard_samples.shown,
+        "shown": shown,
     }
     notes = [*_missing(run), *run.notes]
     for note in notes:
@@ -65,6 +75,46 @@ def write_report(run_folder: Path) -> Path:
     more = [f"… and {len(notes) - MOST_NOTES} more notes."] if len(notes) > MOST_NOTES else []
     path = run.folder / REPORT_NAME
     return write_page("report.html.j2", path, {**context, "missing": [*notes[:MOST_NOTES], *more]})
+
+
+def write_changes(before: Path, now: Path, path: Path) -> Path:
+    """Make the page of what changed between two evaluations, by their folders or by their runs'.
+
+    Raises:
+        ConfigError: one of them has no answers, or the page cannot be written.
+    """
+    notes: list[str] = []
+    found = changes(read_answers(before, notes), read_answers(now, notes))
+    return _write_changes(found, path, "", notes)
+
+
+def write_pages_of_answers(run: Run) -> dict[str, str]:
+    """Pages beside the report: file name → what its link is called."""
+    if run.answered is None:
+        return {}
+    context = {
+        "name": run.name, "step": run.answered.step, "table": answer_table(run.answered), "report": REPORT_NAME,
+    }  # fmt: skip
+    write_page("answers.html.j2", run.folder / ANSWERS_NAME, context | _script())
+    pages = {ANSWERS_NAME: "All answers"}
+    kept = [evaluation for evaluation in run.evaluations if evaluation.predictions][-2:]
+    if len(kept) == 2:
+        before, now = (answers_of(evaluation, run.name) for evaluation in kept)
+        _write_changes(changes(before, now), run.folder / CHANGES_NAME, REPORT_NAME, [])
+        pages[CHANGES_NAME] = f"What changed since step {kept[0].step:,}"
+    return pages
+
+
+def _write_changes(found: Changes, path: Path, report: str, notes: list[str]) -> Path:
+    context = {"changes": found, "report": report, "missing": [*notes, *found.notes], "shown": shown}
+    return write_page("changes.html.j2", path, context | _script())
+
+
+def _script() -> dict[str, Any]:
+    """The pages' script, and the digest by which a browser knows that it may run."""
+    script = (Path(__file__).parent / SCRIPT_NAME).read_text(encoding="utf-8")
+    digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
+    return {"script": Markup(script), "script_digest": Markup(digest)}
 
 
 def write_page(template: str, path: Path, context: dict[str, Any]) -> Path:

@@ -201,12 +201,12 @@ def _read_evaluations(folder: Path, history: list[dict[str, Number]], notes: lis
     for step in steps:
         its_folder = folders.get(step, folder)
         numbers = {STEP: step, **scores.get(step, {}), **_numbers(its_folder / "scores.json", notes)}
-        predictions = read_lines(its_folder / "predictions.jsonl", _is_prediction, notes)
+        predictions = read_lines(its_folder / "predictions.jsonl", is_prediction, notes)
         evaluations.append(Evaluation(step, numbers, predictions, its_folder))
     return evaluations
 
 
-def _is_prediction(row: object) -> bool:
+def is_prediction(row: object) -> bool:
     """Whether a line has what the page shows of an answer, each of its kind."""
     if not isinstance(row, dict):
         return False

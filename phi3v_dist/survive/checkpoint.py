@@ -19,6 +19,7 @@ from phi3v_dist.errors import CheckpointError
 from phi3v_dist.parallel.partitions import Partitions
 from phi3v_dist.survive import random_state, snapshot
 from phi3v_dist.survive.agreement import Ranks
+from phi3v_dist.survive.best_file import BEST_NAME, best_checkpoint
 from phi3v_dist.survive.fence import Fence, FencedError
 from phi3v_dist.survive.manifest import DamagedError, damage
 from phi3v_dist.survive.rank_files import TensorReader
@@ -119,8 +120,9 @@ class Checkpoints:
     def failures_in_a_row(self) -> int:
         return self.writer.failures_in_a_row
 
-    def begin(self, engine: Any, position: Position, must_last: bool = False) -> None:
-        """Copy this rank's share right after an optimizer step, and write it while training goes on.
+    def begin(self, engine: Any, position: Position, must_last: bool = False) -> bool:
+        """Copy this rank's share right after an optimizer step, and write it while training goes on; says whether to
+        the run folder.
 
         All ranks must have agreed on it, none may be busy, and the outcome of the save before was asked for.
         must_last: into the run folder, whatever place is next.
@@ -134,7 +136,9 @@ class Checkpoints:
         assert self._partitions is not None
         self._partitions.require_between_steps()
         share = snapshot.take(self._partitions, position, self._memory, self._ranks.rank, self._ranks.world_size)
-        self.writer.begin(share, time.perf_counter() - began, self._next_store(must_last))
+        store = self._next_store(must_last)
+        self.writer.begin(share, time.perf_counter() - began, store)
+        return store.is_shared
 
     def _next_store(self, must_last: bool) -> Store:
         due = self._num_local + 1 >= self._shared_every
@@ -215,7 +219,9 @@ class Checkpoints:
         return (path, position) if path and position else None
 
     def finish(self) -> None:
-        """The run is complete, so its copies on the nodes are not needed any more."""
+        """The run is complete, so its copies on the nodes are not needed any more, nor is a best that was surpassed."""
+        if self._claimed:
+            self._shared.tidy()
         if self._local and self._claimed:
             self._local.clear()
 
@@ -266,6 +272,8 @@ class Checkpoints:
             target = newer.with_name(f"{SET_ASIDE}{newer.name}")
             fence.remove(target)
             try:
+                if best_checkpoint(self.folder) == newer:
+                    fence.withdraw(BEST_NAME)
                 fence.rename(newer, target)
             except OSError as error:
                 fence.require_newest()

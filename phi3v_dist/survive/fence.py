@@ -21,6 +21,7 @@ import shutil
 from pathlib import Path
 
 from phi3v_dist.errors import CheckpointError
+from phi3v_dist.survive.durable import fsync_folder, write_durably
 
 log = logging.getLogger(__name__)
 
@@ -94,6 +95,20 @@ class Fence:
             mark.mkdir()
         except OSError as error:
             raise CheckpointError(self._cannot_write(error)) from error
+
+    def publish(self, name: str, text: str) -> None:
+        """A small file beside the checkpoints, whole or not at all, by way of our own folder. Raises OSError, also when
+        a newer attempt has taken that away."""
+        ours = self.folder / name
+        write_durably(ours, text)
+        os.replace(ours, self.checkpoints / name)
+        fsync_folder(self.checkpoints)
+
+    def withdraw(self, name: str) -> None:
+        """Take such a file away again. Raises OSError, as `publish`."""
+        ours = self.folder / name
+        os.replace(self.checkpoints / name, ours)
+        ours.unlink()
 
     def newer(self) -> int | None:
         """The newest attempt, if that is not this one."""

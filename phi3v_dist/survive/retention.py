@@ -9,6 +9,7 @@ from collections.abc import Collection, Mapping
 from pathlib import Path
 
 from phi3v_dist.errors import CheckpointError
+from phi3v_dist.survive.best_file import best_checkpoint
 from phi3v_dist.survive.rank_files import TensorReader
 
 SET_ASIDE = "damaged-"  # begins the name of a checkpoint that a run passed over; kept for a person to look at
@@ -45,12 +46,13 @@ def step_of(path: Path) -> int | None:
 
 
 def superfluous(saved: Path, keep: int, keep_also: Collection[Path], sound: Mapping[Path, bool]) -> list[Path]:
-    """What may go now that `saved` has been read back: all but it, the newest others up to `keep`, `keep_also`, and the
-    newest that was set aside.
+    """What may go now that `saved` has been read back: all but it, the newest others up to `keep`, `keep_also`, the
+    best one and the newest that was set aside.
 
     sound: what is known of some after a look at every byte; of the others only sizes are looked at.
     """
-    pinned = {path.resolve() for path in keep_also}
+    best = best_checkpoint(saved.parent)
+    pinned = {path.resolve() for path in [*keep_also, *([best] if best else [])]}
     num_kept, found = 1, []
     for path in committed(saved.parent):
         if path == saved or path.resolve() in pinned:

@@ -15,6 +15,8 @@ from phi3v_dist.attempt.requests import Asked, Requests
 from phi3v_dist.errors import CheckpointError, LaunchError
 from phi3v_dist.observe.tracker import Tracker
 from phi3v_dist.parallel.topology import Topology
+from phi3v_dist.survive.best import BestCheckpoint
+from phi3v_dist.survive.best_file import Best
 from phi3v_dist.survive.checkpoint import Checkpoints, Position, Saved
 from phi3v_dist.survive.interval import Interval
 from phi3v_dist.watch import heartbeat
@@ -32,8 +34,11 @@ class Saver:
     checkpoints: Checkpoints
     interval: Interval
     tracker: Tracker
+    best: BestCheckpoint | None = None  # of rank 0: by which metric one is kept besides; None: by none
     committed_step: int = 0  # the newest that is in the run folder
     _begun_step: int = 0
+    _begun_in_run_folder: bool = False
+    _candidate: Best | None = None  # the best step so far, once its save is committed
     _due: bool = False  # also when the one before was still being written
     _save_s: float = 0.0  # what the last one into the run folder took
     _warned_slow: bool = False
@@ -73,7 +78,7 @@ class Saver:
         """
         heartbeat.enter("snapshot", position.step)
         self.settle()
-        self.checkpoints.begin(engine, position, must_last)
+        self._begun_in_run_folder = self.checkpoints.begin(engine, position, must_last)
         self._begun_step, self._due = position.step, False
         self.interval.began(position.step)
         self.requests.saved()
@@ -87,6 +92,18 @@ class Saver:
         while self.committed_step < position.step:
             self.begin(engine, position, must_last=True)
             self.settle()
+
+    def must_save_best(self, step: int) -> bool:
+        """After an evaluation: whether this step is the best so far and has yet to be saved in the run folder. One that
+        is there, or on its way, is kept from now on."""
+        found = self.topology.broadcast(self.best.candidate(step) if self.best else None)
+        if found is None:
+            return False
+        self._candidate = found
+        if self.committed_step == step:
+            self._keep_candidate()
+            return False
+        return (self._begun_step, self._begun_in_run_folder) != (step, True)
 
     def settle(self) -> None:
         """Wait until nothing is being written. Raises CheckpointError when the third save in a row failed."""
@@ -103,6 +120,8 @@ class Saver:
             save_s = outcome.blocked_s + outcome.write_s
             if outcome.is_shared:
                 self.committed_step, self._save_s = outcome.step, save_s
+                if self._candidate and self._candidate.step == outcome.step:
+                    self._keep_candidate()
             self.interval.saved(outcome.step, outcome.blocked_s, outcome.write_s)
             if self.topology.is_main and not self._said and self.interval.every_steps is None:
                 self._said = True
@@ -116,5 +135,13 @@ class Saver:
                     "ckpt/gib_per_s": outcome.size_bytes / 2**30 / max(outcome.write_s, 1e-9),
                 }
             )  # fmt: skip
-        elif outcome is not None and self.topology.is_main:
-            log.warning("%s; training goes on", outcome)
+        elif outcome is not None:
+            lost = self._candidate and (self._begun_step, self._begun_in_run_folder) == (self._candidate.step, True)
+            if self.topology.is_main:
+                log.warning("%s; training goes on%s", outcome, " without that step, the best so far" if lost else "")
+            self._candidate = None if lost else self._candidate
+
+    def _keep_candidate(self) -> None:
+        if self.best and self._candidate:
+            self.best.keep(self._candidate)
+        self._candidate = None

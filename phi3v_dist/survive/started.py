@@ -6,13 +6,11 @@ once that node is back, it still has what became of the run the first time, whil
 """
 
 import json
-import os
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from phi3v_dist.errors import CheckpointError
-from phi3v_dist.survive.durable import fsync_folder, write_durably
 from phi3v_dist.survive.fence import Fence
 
 STARTED_NAME = "started.json"
@@ -47,11 +45,8 @@ def read_started(checkpoints: Path) -> Started | None:
 
 def write_started(fence: Fence, started: Started) -> None:
     """Raises CheckpointError, also when a newer attempt has taken our folder away."""
-    ours = fence.folder / STARTED_NAME
     try:
-        write_durably(ours, json.dumps(asdict(started)) + "\n")
-        os.replace(ours, fence.checkpoints / STARTED_NAME)
-        fsync_folder(fence.checkpoints)
+        fence.publish(STARTED_NAME, json.dumps(asdict(started)) + "\n")
     except OSError as error:
         fence.require_newest()
         raise CheckpointError(f"cannot write {fence.checkpoints / STARTED_NAME}: {error}") from error

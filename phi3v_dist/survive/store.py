@@ -16,7 +16,7 @@ from phi3v_dist.errors import CheckpointError
 from phi3v_dist.survive.agreement import Ranks
 from phi3v_dist.survive.fence import TEMPORARY, Fence
 from phi3v_dist.survive.manifest import checksum, damage, rank_file_name, read_manifest
-from phi3v_dist.survive.retention import committed
+from phi3v_dist.survive.retention import committed, superfluous
 from phi3v_dist.survive.started import Started
 
 log = logging.getLogger(__name__)
@@ -76,6 +76,19 @@ class Store:
         problems = list(dict.fromkeys(itertools.chain(*shares)))
         self.sound[path] = not problems
         return problems
+
+    def superfluous(self, saved: Path) -> list[Path]:
+        """What may go now that this one is committed, oldest first."""
+        return superfluous(saved, self.keep, self.keep_also(), self.sound)
+
+    def tidy(self) -> None:
+        """Remove what was kept for a save that did not come, such as the best one before the last."""
+        try:
+            newest = committed(self.folder)[:1] if self.is_main else []
+            for path in [path for saved in newest for path in self.superfluous(saved)]:
+                self.fence.remove(path)
+        except OSError as error:
+            log.warning("older checkpoints than the newest in %s are not removed: %s", self.folder, error)
 
     def _meet(self) -> list[list[int]]:
         return [list(range(self._ranks.world_size))]

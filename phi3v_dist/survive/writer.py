@@ -171,7 +171,7 @@ class Writer:
         if not (self._ranks.is_main and self._store.is_shared):
             return
         try:
-            freed = sum(map(retention.size_bytes, self._superfluous(final)))
+            freed = sum(map(retention.size_bytes, self._store.superfluous(final)))
         except OSError as error:  # somebody removes one meanwhile, or has put something else there
             log.warning("older checkpoints than %s cannot be listed: %s", final, error)
             return
@@ -212,14 +212,11 @@ class Writer:
         """What cannot be removed costs only space."""
         try:
             heartbeat.enter("prune", step, saved.name, heartbeat.SAVE)
-            for path in self._superfluous(saved):
+            for path in self._store.superfluous(saved):
                 self._store.fence.remove(path)
                 heartbeat.beat(path.name, heartbeat.SAVE)
         except OSError as error:
             log.warning("older checkpoints than %s are not removed: %s", saved, error)
-
-    def _superfluous(self, saved: Path) -> list[Path]:
-        return retention.superfluous(saved, self._store.keep, self._store.keep_also(), self._store.sound)
 
     def _together(self, snapshot: Snapshot, temporary: Path, task: Callable[[], T]) -> list[T]:
         """Do a phase's task, hear how it went elsewhere; all get all results, or raise the same error.

@@ -29,11 +29,11 @@ log = logging.getLogger(__name__)
 
 def fit(run: Run) -> dict[str, float] | None:
     """Train to the last step, from the newest checkpoint if there is one; returns the summary, None when stopped."""
-    totals, state, accounts = _start(run)
+    totals, resumed, accounts = _start(run)
     clock = Clock(totals.wall_s)
     guards, profiles = run.guards(), run.profiles()
     gradients = LocalGradients(run.engine.module, run.engine.device)
-    loader = run.loader(state)
+    loader = run.loader(plan_state(resumed.loader) if resumed else None)
     run.requests.training_begins()
     asked = run.requests.agreed(run.topology)
     if asked.stop:
@@ -42,6 +42,8 @@ def fit(run: Run) -> dict[str, float] | None:
     if _evaluation_was_missed(run, totals.step) and _evaluate(run, totals.step) is None:
         _leave(run, totals)
         return None
+    if resumed and run.saver.must_save_best(totals.step):
+        run.saver.begin(run.engine, _position(run, totals, resumed.loader), must_last=True)
     with run.collector(loader) as collector:
         laps = Laps(run.topology.device)
         for plan, batches in loader if totals.step < run.num_steps else ():
@@ -66,7 +68,9 @@ def fit(run: Run) -> dict[str, float] | None:
                 run.saver.begin(run.engine, position, must_last=asked.stop or asked.by_hand)
                 laps.end("ckpt")
             if not asked.stop and _evaluation_is_due(run, totals.step):
-                _evaluate(run, totals.step)
+                scores = _evaluate(run, totals.step)
+                if scores is not None and run.saver.must_save_best(totals.step):
+                    run.saver.begin(run.engine, _position(run, totals, accounts.state(plan)), must_last=True)
                 asked = run.saver.edge(totals.step)
                 laps.skip()
             if asked.stop:
@@ -120,8 +124,8 @@ class Totals:
         }
 
 
-def _start(run: Run) -> tuple[Totals, dict[str, Any] | None, Accounts]:
-    """Open the sinks and go back to the newest checkpoint: what was done, where the data goes on, and the books."""
+def _start(run: Run) -> tuple[Totals, Position | None, Accounts]:
+    """Open the sinks and go back to the newest checkpoint: what was done, where the run goes on, and the books."""
     if run.topology.is_main:  # the others watch nothing
         run.tracker.start(run.record)
     run.saver.checkpoints.prepare(run.engine)
@@ -133,7 +137,7 @@ def _start(run: Run) -> tuple[Totals, dict[str, Any] | None, Accounts]:
     if newest.is_relative_to(run.folder):
         run.saver.committed_step = position.step
     log.info("continuing from %s, step %d of %d", newest, position.step, run.num_steps)
-    return Totals(**position.extra), plan_state(position.loader), accounts
+    return Totals(**position.extra), position, accounts
 
 
 def _position(run: Run, totals: Totals, data_state: dict[str, Any]) -> Position:
@@ -214,6 +218,7 @@ def _finish(run: Run, totals: Totals) -> dict[str, float] | None:
     if metrics is None:
         _leave(run, totals)
         return None
+    run.saver.must_save_best(totals.step)  # it is saved; this keeps it, if it is the best
     summary = {"train/step": totals.step} | totals.row(run) | metrics | run.reference
     if run.topology.is_main:
         write_durably(run.folder / SUMMARY_NAME, json.dumps(summary, indent=2) + "\n")

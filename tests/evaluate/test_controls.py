@@ -79,24 +79,17 @@ def test_a_sample_the_untuned_model_was_not_asked_is_no_pair():
     assert with_controls([], []) == {}
 
 
-def test_records_give_back_what_was_judged_and_damaged_lines_are_counted(tmp_path, caplog):
-    field = {"kind": "number", "target": 100.0, "prediction": 90.0, "correct": False, "error": 10.0}
+def test_records_are_judged_by_the_fields_of_now_and_damaged_lines_are_counted(tmp_path, caplog):
     row = {
-        "shard": "a.tar", "key": "1", "loss": 0.5, "label_tokens": 4, "fields": {"price": field}, "parsed": True,
-        "stopped": True, "num_tokens": 5, "prediction": "…",
+        "shard": "a.tar", "key": "1", "loss": 0.5, "label_tokens": 4, "fields": {}, "parsed": True, "stopped": True,
+        "num_tokens": 5, "prediction": "Price: 90", "target": TRUTH,
     }  # fmt: skip
-    lines = [
-        json.dumps(row),
-        json.dumps(row | {"key": "2", "loss": None, "label_tokens": 0}),
-        "[1, 2]",
-        '{"shard": 3}',
-        '{"',
-    ]
-    (tmp_path / "predictions.jsonl").write_text("\n".join(lines))
+    lines = [row, row | {"key": "2", "loss": None, "label_tokens": 0}, [1, 2], {"shard": 3}]
+    (tmp_path / "predictions.jsonl").write_text("\n".join(map(json.dumps, lines)) + '\n{"')
     with caplog.at_level(logging.WARNING):
-        found = read_judged(tmp_path)
+        found = read_judged(tmp_path, FIELDS)
     assert set(found) == {("a.tar", "1"), ("a.tar", "2")}
     one = found["a.tar", "1"]
-    assert (one.loss_sum, one.label_tokens, one.score.fields["price"].error) == (2.0, 4, 10.0)
+    assert (one.loss_sum, one.label_tokens, one.score.fields["price"].error, one.score.parsed) == (2.0, 4, 10.0, False)
     assert found["a.tar", "2"].label_tokens == 0
     assert "3 damaged lines" in caplog.text and str(tmp_path) in caplog.text

@@ -23,6 +23,7 @@ from phi3v_dist.model.export import export
 from phi3v_dist.model.phi3v import Phi3VForCausalLM
 from phi3v_dist.model.sources import TrainedWeights
 from phi3v_dist.model.weights import OfficialFolder, is_untrained, write_safetensors
+from phi3v_dist.survive.best_file import BEST_NAME
 
 NUM_UNTRAINED = 18  # 16 of CLIP's last layer, 2 of its norm
 
@@ -315,6 +316,17 @@ def test_the_command_finds_a_base_that_moved_and_names_what_is_missing(base, tra
     for content in ("run: [", "hello", "run: {}\nmodel: {path: x, colour: red}\ndata: {train: []}"):
         (run / "config.yaml").write_text(content)
         assert "config.yaml: not the settings of a run" in refused(monkeypatch, run)
+
+
+def test_the_best_checkpoint_is_exported_although_a_newer_one_is_there(base, trained, run, tmp_path, monkeypatch):
+    write_checkpoint(run, 3, trained)
+    write_checkpoint(run, 4, {name: tensor + 1 for name, tensor in trained.items()})
+    assert "names no checkpoint that is there" in refused(monkeypatch, run, "--best")
+    (run / "checkpoints" / BEST_NAME).write_text('{"step": 3, "metric": "eval/loss", "value": 1.5}')
+    monkeypatch.setattr(sys, "argv", ["export.py", str(run), "--best"])
+    main()
+    written = load_file(run / "export" / "model.safetensors")
+    assert all(torch.equal(written[name], tensor) for name, tensor in trained.items())
 
 
 @pytest.mark.parametrize(

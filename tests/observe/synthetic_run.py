@@ -16,13 +16,19 @@ from typing import Any
 import yaml
 from PIL import Image, ImageDraw
 
-from phi3v_dist.evaluate.controls import answer_score, read_judged, with_controls
+from phi3v_dist.config import EvalSettings
+from phi3v_dist.evaluate.controls import read_judged, with_controls
+from phi3v_dist.evaluate.score import score_answer
 
 STEPS, KILLED_AT, RESUMED_AT, EVERY_EVAL = 600, 340, 301, 150
 CATEGORIES = ("coats", "dresses", "knitwear", "scarves", "shirts", "trousers")
 COLOURS = {"beige": "#c8ad7f", "navy": "#1f2a44", "red": "#b3262e", "green": "#3f6b4f", "grey": "#8b8d90"}
 BASE_PRICE = {"coats": 1450, "dresses": 890, "knitwear": 560, "scarves": 320, "shirts": 410, "trousers": 470}
 NOISE = 38.0  # standard deviation of the price that nothing in the picture explains
+FIELDS = EvalSettings(fields={
+    "title": {"pattern": "title: (.*?)\n"}, "category": {"pattern": "category: (.*?)\n"},
+    "price": {"pattern": "price: (.*)", "kind": "number"},
+}).fields  # fmt: skip
 BEST_PRICE_MAE = round(NOISE * math.sqrt(2 / math.pi), 2)
 
 
@@ -94,9 +100,12 @@ def _write_evaluation(folder: Path, step: int, num_samples: int) -> dict[str, fl
 
 def write_scores(folder: Path) -> dict[str, float]:
     """scores.json as the package computes it from the predictions of this folder and of step 0 beside it."""
-    judged, base = (list(read_judged(place).values()) for place in (folder, folder.parent / "step-000000"))
-    lines = (folder / "predictions.jsonl").read_text().splitlines()
-    blind = [answer_score(json.loads(line)["blind"]) for line in lines]
+    judged, base = (list(read_judged(place, FIELDS).values()) for place in (folder, folder.parent / "step-000000"))
+    lines = [json.loads(line) for line in (folder / "predictions.jsonl").read_text().splitlines()]
+    blind = [
+        score_answer(line["blind"]["prediction"], line["target"], FIELDS, line["blind"]["stopped"], 24)
+        for line in lines
+    ]
     untuned = base if folder.name != "step-000000" else [None] * len(judged)
     scores = with_controls([replace(one, blind=other) for one, other in zip(judged, blind, strict=True)], untuned)
     folder.joinpath("scores.json").write_text(json.dumps(scores))

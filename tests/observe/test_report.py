@@ -126,7 +126,13 @@ def test_no_better_than_blind_is_not_called_seeing(tmp_path: Path) -> None:
     run = write_run(tmp_path / "blind", num_samples=30)
     path = run / "eval" / "step-000600" / "predictions.jsonl"
     rows = [json.loads(line) for line in path.open()]
-    path.write_text("".join(json.dumps({**row, "fields": row["blind"]["fields"]}) + "\n" for row in rows))
+    path.write_text(
+        "".join(
+            json.dumps({**row, **{name: row["blind"][name] for name in ("fields", "prediction", "parsed", "stopped")}})
+            + "\n"
+            for row in rows
+        )
+    )
     (run / "summary.json").write_text(json.dumps(write_scores(path.parent)))
     assert sentence(read_run(run)).endswith("nothing shows yet that the pictures are read.")
 

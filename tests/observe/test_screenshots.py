@@ -16,7 +16,7 @@ import pytest
 from synthetic_cluster import write_rich_run
 
 from phi3v_dist.observe.compare import write_comparison
-from phi3v_dist.observe.report import write_report
+from phi3v_dist.observe.report import write_changes, write_report
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 pytestmark = [
@@ -64,7 +64,10 @@ FRAME = """<!doctype html><title>waiting</title>
 def pages(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     root = tmp_path_factory.mktemp("pages")
     runs = [write_rich_run(root / name, num_samples=60) for name in ("a_run_with_a_name_of_some_length", "another")]
-    return {"report": write_report(runs[0]), "comparison": write_comparison(runs)}
+    report = write_report(runs[0])
+    pages = {"report": report, "comparison": write_comparison(runs), "answers": report.with_name("answers.html")}
+    first = runs[0] / "eval" / "step-000150"
+    return pages | {"changes": write_changes(first, runs[0], report.with_name("changes.html"))}
 
 
 def browse(page: Path, width: int, height: int, *options: str) -> str:
@@ -93,7 +96,7 @@ def measured(page: Path, width: int) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("size", SIZES)
-@pytest.mark.parametrize("which", ["report", "comparison"])
+@pytest.mark.parametrize("which", ["report", "comparison", "answers", "changes"])
 def test_no_element_is_wider_than_the_screen_and_no_label_covers_another(
     pages: dict[str, Path], which: str, size: str
 ) -> None:
@@ -101,6 +104,50 @@ def test_no_element_is_wider_than_the_screen_and_no_label_covers_another(
     assert found["width"] == SIZES[size]
     assert found["scrollWidth"] <= found["width"]
     assert found["wide"] == [] and found["small"] == [] and found["overlapping"] == []
+
+
+CLICK = """
+<script>
+addEventListener("load", () => {
+  const heads = [...document.querySelectorAll("thead button")], type = words => {
+    const box = document.querySelector(".search input");
+    box.value = words;
+    box.dispatchEvent(new Event("input"));
+  };
+  const keys = () => [...document.querySelectorAll("tbody tr")].filter(one => !one.hidden).map(
+    one => one.cells[heads.findIndex(head => head.textContent === "price: error")].textContent);
+  const found = {};
+  type("coats NAVY");
+  found.searched = document.querySelector("output").textContent;
+  type("");
+  const price = heads.find(head => head.textContent === "price: error");
+  price.click();
+  found.rising = keys();
+  price.click();
+  found.falling = keys();
+  document.title = "measured " + JSON.stringify(found);
+});
+</script>
+"""
+
+
+def test_the_script_of_the_table_runs_searches_and_sorts(pages: dict[str, Path]) -> None:
+    page = pages["answers"]
+    assert "<output>60 of 60</output>" in browse(page, 1280, 2000, "--dump-dom"), "its digest is the policy's"
+    hostile = page.with_name("hostile.html")
+    hostile.write_text(page.read_text().replace("</body>", "<script>document.title = 'ran'</script></body>"))
+    assert "<title>ran" not in browse(hostile, 1280, 2000, "--dump-dom"), "no other script runs"
+    clicked = page.with_name("clicked.html")
+    policy = re.compile('<meta http-equiv="Content-Security-Policy"[^>]*>')
+    clicked.write_text(policy.sub("", page.read_text()).replace("</head>", f"{CLICK}</head>"))
+    title = re.search("<title>measured (.*?)</title>", browse(clicked, 1280, 2000, "--dump-dom"), re.DOTALL)
+    assert title
+    found = json.loads(html.unescape(title[1]))
+    num_found = int(found["searched"].split(" of ")[0])
+    assert 0 < num_found < 30
+    numbers = [float(text) for text in found["rising"] if text]
+    assert numbers == sorted(numbers) and len(found["rising"]) == 60
+    assert [float(text) for text in found["falling"] if text] == numbers[::-1]
 
 
 def test_a_page_that_is_too_wide_for_a_phone_would_be_found(tmp_path: Path) -> None:

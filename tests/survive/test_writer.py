@@ -16,7 +16,7 @@ import torch
 from writer_ranks import content, made_up, step_and_content
 
 from phi3v_dist.errors import CheckpointError, LostRankError
-from phi3v_dist.survive import manifest, rank_files, space, tensor_file, writer
+from phi3v_dist.survive import manifest, rank_files, space, store, tensor_file, writer
 from phi3v_dist.survive.checkpoint import Checkpoints, Saved, committed
 from phi3v_dist.survive.fence import FencedError
 from phi3v_dist.survive.snapshot import HostMemory
@@ -370,7 +370,7 @@ def test_what_people_do_to_older_checkpoints_costs_no_save(folder, monkeypatch, 
     elif stranger == "a dangling link":
         older.symlink_to(folder / "nowhere")
     else:
-        monkeypatch.setattr(writer.retention, "superfluous", lambda *_: [older])
+        monkeypatch.setattr(store, "superfluous", lambda *_: [older])
     with caplog.at_level(logging.WARNING):
         assert isinstance(save(checkpoints, 3), Saved)
     assert "older checkpoints than" in caplog.text and "cannot be listed" in caplog.text

@@ -5,7 +5,9 @@ import torch
 from launching import launch, losses
 
 from phi3v_dist.data.ledger import LEDGER_NAME, LedgerReader
+from phi3v_dist.evaluate.recorded import metric_over, read_answers
 from phi3v_dist.observe.tracker import read_metrics
+from phi3v_dist.survive.best_file import Best, read_best
 from phi3v_dist.survive.checkpoint import read_tensors
 
 LAST = "step-00000010"  # of `reference`, which saves after steps 4, 8 and 10
@@ -15,6 +17,7 @@ KILLS = [
     "1:optimizer:6", "0:optimizer:10", "0:snapshot:4", "1:snapshot:8", "0:write:4", "1:write:8", "1:write:10",
     "0:commit:4", "0:commit:8", "0:prune:8", "1:evaluate:0", "0:finish:10",
 ]  # fmt: skip
+BY = "eval/loss"
 SAMPLE = ("0:commit:8",)  # of them, in `make test`
 
 
@@ -38,6 +41,18 @@ def assert_same_run(run, reference) -> None:
             assert torch.equal(ours.stored(name, state), theirs.stored(name, state)), (name, state)
 
 
+def assert_best_is_kept(run) -> None:
+    """The evaluation of step 10 asked all 12 samples; it counts over the 4 that those of steps 3, 6 and 9 asked."""
+    steps = {int(path.name[5:]): read_answers(path) for path in run.glob("eval/step-*")}
+    same = list(steps[3])
+    values = {step: metric_over([answers[name] for name in same], BY, {}) for step, answers in steps.items()}
+    assert sorted(steps) == [3, 6, 9, 10] and len(same) == 4 and len(steps[10]) == 12
+    best = min(values, key=lambda step: values[step])
+    assert read_best(run / "checkpoints") == Best(best, BY, values[best])
+    kept = sorted({f"step-{best:08d}", LAST})
+    assert sorted(path.name for path in (run / "checkpoints").glob("step-*")) == kept
+
+
 @pytest.mark.fault(1, 2, 3, 4, 5, 6, 31, 63)
 @pytest.mark.parametrize(
     "point", [pytest.param(kill, marks=() if kill in SAMPLE else pytest.mark.slow) for kill in KILLS]
@@ -45,11 +60,16 @@ def assert_same_run(run, reference) -> None:
 def test_a_run_killed_in_any_phase_ends_as_if_it_had_not_been(launched, reference, point):
     config, root = launched
     name = "killed-" + point.replace(":", "-").replace("*", "all")
-    killed = launch("torchrun", config, f"run.name={name}", fault=f"{point}:kill9")
+    words = (f"run.name={name}", "checkpoint.keep=1", f"checkpoint.best={BY}", "eval.every_steps=3", "eval.samples=4")
+    killed = launch("torchrun", config, *words, fault=f"{point}:kill9")
     assert killed.returncode != 0 and not (root / name / "summary.json").exists(), killed.stdout[-3000:]
-    done = launch("torchrun", config, f"run.name={name}")
+    checkpoints = root / name / "checkpoints"
+    if best := read_best(checkpoints):
+        read_tensors(checkpoints / f"step-{best.step:08d}")  # every byte is there
+    done = launch("torchrun", config, *words)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     assert_same_run(root / name, reference)
+    assert_best_is_kept(root / name)
 
 
 @pytest.mark.slow
