@@ -196,7 +196,7 @@ def test_the_report_has_both_pages_and_text_of_samples_stays_text(tmp_path: Path
 
 def test_one_evaluation_has_no_changes_and_none_no_pages(tmp_path: Path) -> None:
     run = write_run(tmp_path / "run", num_samples=4)
-    for step in (150, 300, 450):
+    for step in (0, 150, 300, 450):
         (run / "eval" / f"step-{step:06d}" / "predictions.jsonl").unlink()
     assert list(write_pages_of_answers(read_run(run))) == ["answers.html"]
     assert (run / "answers.html").exists() and not (run / "changes.html").exists()
