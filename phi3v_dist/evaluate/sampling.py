@@ -39,6 +39,10 @@ class Sampling:
             problems.append(f"temperature is {self.temperature}: 0 for the best token each time, or a number above 0")
         if not 0 < self.top_p <= 1:
             problems.append(f"top_p is {self.top_p}: it is a probability, above 0 and at most 1 (which is no limit)")
+        if not problems and self.top_p < 1 and self.temperature == 0:
+            problems.append(
+                f"top_p is {self.top_p}, but at temperature 0 nothing is drawn: raise that, or leave this out"
+            )
         if problems:
             raise ConfigError(problems)
 
