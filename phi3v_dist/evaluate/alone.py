@@ -19,9 +19,7 @@ from phi3v_dist.parallel.topology import Topology
 def settings_around(saved: SavedModel, overrides: list[str]) -> Settings:
     """Those of the run in which a model lies. Raises ConfigError when it lies in none."""
     if saved.run is None:
-        raise ConfigError(
-            f"{saved.weights.where} lies in no run folder, which would say what to ask: give --config"
-        )
+        raise ConfigError(f"{saved.weights.where} lies in no run folder, which would say what to ask: give --config")
     return settings_of(saved.run, overrides)
 
 
