@@ -51,8 +51,12 @@ def main() -> None:
 
 def answer(asked: argparse.Namespace) -> None:
     """Print the answer, and nothing else on stdout unless something is wrong."""
-    if asked.model is None or asked.prompt is None or asked.config or asked.out or asked.overrides:
-        raise ConfigError("a question is asked with --model FOLDER --predict [IMAGE …] --prompt TEXT, without settings")
+    problems = [f"--{name} is missing" for name in ("model", "prompt") if getattr(asked, name) is None]
+    beside = [f"--{name}" for name in ("config", "out") if getattr(asked, name)] + ["settings"] * bool(asked.overrides)
+    if beside:
+        problems.append(f"{' and '.join(beside)} has no place beside a question: leave it out")
+    if problems:
+        raise ConfigError(problems)
     logging.getLogger().setLevel(logging.WARNING)
     sampling = Sampling(asked.temperature, asked.top_p, asked.seed)
     saved = SavedModel.open(asked.model, asked.base)

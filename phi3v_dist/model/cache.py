@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor
 
-MASKED_QUERIES = 512  # that share a mask [queries, keys]: 64 MiB for 131,072 keys, whatever the piece's length
+MASKED_QUERIES = 256  # that share a mask [queries, keys]: 32 MiB for 131,072 keys, whatever the piece's length
 
 
 class Piece(NamedTuple):

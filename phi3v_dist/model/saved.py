@@ -19,7 +19,7 @@ from phi3v_dist.errors import CheckpointError
 from phi3v_dist.model.adapters import merged
 from phi3v_dist.model.backends import Backend
 from phi3v_dist.model.official_config import read_config
-from phi3v_dist.model.origin import recorded_longrope
+from phi3v_dist.model.origin import ORIGIN_NAME, recorded_longrope
 from phi3v_dist.model.phi3v import Phi3VForCausalLM
 from phi3v_dist.model.sources import CHECKPOINTS, TrainedWeights, recorded_settings
 from phi3v_dist.model.weights import OfficialFolder, Weights
@@ -39,7 +39,7 @@ class SavedModel:
     files: folder with config.json and what the processor reads.
     longrope: the rule it was trained under.
     num_crops: local crops a picture that it was trained with; None: those that the files say.
-    run: the run folder in which it lies; None: it lies elsewhere.
+    run: the run folder of which it is a checkpoint, or in which it lies as an export; None: neither.
     """
 
     name: str
@@ -77,7 +77,7 @@ class SavedModel:
             inside = " (the checkpoints of a run are in it: name the run, or one of them)" if committed(folder) else ""
             raise CheckpointError(f"{folder}: holds no model{inside}; {WANTED}")
         run = folder.resolve().parent
-        in_run = (run / "config.yaml").is_file()
+        in_run = (folder / ORIGIN_NAME).is_file() and (run / "config.yaml").is_file()
         return cls(folder.resolve().name, weights, files, recorded_longrope(folder), None, run if in_run else None)
 
     @classmethod
@@ -139,9 +139,7 @@ class AdaptedWeights:
         down, up = ".lora_A.weight", ".lora_B.weight"
         modules = {name.removesuffix(down).removesuffix(up) for name in tensors}
         if missing := [name for module in modules for name in (module + down, module + up) if name not in tensors]:
-            raise CheckpointError(
-                f"{folder / ADAPTER_WEIGHTS}: not a plain LoRA, such as {sorted(missing)[0]} is not in it"
-            )
+            raise CheckpointError(f"{folder / ADAPTER_WEIGHTS}: not a plain LoRA: {min(missing)} is not in it")
         pairs = {f"{module}.weight": (tensors[module + down], tensors[module + up]) for module in sorted(modules)}
         return cls(OfficialFolder(files), scaling, pairs, str(folder))
 

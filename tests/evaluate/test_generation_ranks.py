@@ -18,8 +18,10 @@ from generation_ranks import DRAWN, recorded
 from safetensors.torch import load_file, save_file
 from test_generate import reference
 
+from launch import evaluate as script
 from phi3v_dist import run as parts
 from phi3v_dist.config import load
+from phi3v_dist.errors import Phi3VError
 from phi3v_dist.evaluate import evaluator as module
 from phi3v_dist.evaluate.alone import evaluate
 from phi3v_dist.evaluate.sampling import GREEDY, Sampling
@@ -204,5 +206,34 @@ def test_a_rank_without_a_sample_waits_and_counts_nothing(notes):
 
 
 def test_the_records_of_two_ranks_hold_each_sample_once(folder, notes):
-    lines = (folder / "run" / "eval" / "step-000002" / "predictions.jsonl").read_text().splitlines()
-    assert sorted(json.loads(line)["key"] for line in lines) == [f"{n:03d}" for n in range(7)]
+    keys = [row["key"] for row in rows(folder / "run" / "eval" / "step-000002")]
+    assert sorted(keys) == [f"{n:03d}" for n in range(7)]
+
+
+def test_a_run_is_evaluated_by_its_name_alone(folder, notes, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["evaluate.py", "--model", str(folder / "run"), "eval.batch_samples=7"])
+    script.main()
+    ours, theirs = (
+        {row["key"]: (row["prediction"], row["blind"]["prediction"] if row["blind"] else None) for row in rows(found)}
+        for found in (folder / "run" / "eval" / name for name in ("checkpoint-00000002", "step-000002"))
+    )
+    assert ours == theirs and len(ours) == 7
+
+
+def rows(evaluation: Path) -> list[dict]:
+    return [json.loads(line) for line in (evaluation / "predictions.jsonl").read_text().splitlines()]
+
+
+def test_what_cannot_be_evaluated_says_why(folder, notes, monkeypatch, tmp_path):
+    for words, message in (
+        (["--model", folder / "base"], "lies in no run folder"),
+        ([], "nothing to evaluate: give --model FOLDER"),
+        (["--model", folder / "run", "data.validation=[]"], "`data.validation` names no shards"),
+        (["--model", folder / "run", "data.row_length_tokens=5"], "none of the 7 samples"),
+        (["--model", folder / "run", "eval.temprature=1"], "eval.temprature"),
+        (["--config", folder / "config.yaml", "run.name=never"], "never: no such folder"),
+    ):
+        monkeypatch.setattr(sys, "argv", ["evaluate.py", *map(str, words)])
+        with pytest.raises(Phi3VError) as error:
+            script.main()
+        assert message in error.value.report()
