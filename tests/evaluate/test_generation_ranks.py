@@ -229,7 +229,7 @@ def test_what_cannot_be_evaluated_says_why(folder, notes, monkeypatch, tmp_path)
         (["--model", folder / "base"], "lies in no run folder"),
         ([], "nothing to evaluate: give --model FOLDER"),
         (["--model", folder / "run", "data.validation=[]"], "`data.validation` names no shards"),
-        (["--model", folder / "run", "data.row_length_tokens=5"], "none of the 7 samples"),
+        (["--model", folder / "run", "data.row_length_tokens=16"], "none of the 7 samples"),
         (["--model", folder / "run", "eval.temprature=1"], "eval.temprature"),
         (["--config", folder / "config.yaml", "run.name=never"], "never: no such folder"),
     ):
