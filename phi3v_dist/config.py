@@ -341,6 +341,8 @@ class EvalSettings(Section):
     blind: bool = True
     """Also ask every question with pictures exchanged among samples of the same shape: what can be said without
     seeing."""
+    base: bool = True
+    """Before the first step, ask the model as it is then the questions of the last evaluation: what tuning changes."""
     batch_tokens: int = Field(32768, ge=1)
     """Most places for tokens in such a batch, samples x the longest; a longer sample is answered alone."""
     fields: dict[FieldName, FieldSettings] = {}

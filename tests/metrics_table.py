@@ -2,10 +2,11 @@
 
     make metrics
 
-Surprise: blind controls and parts of `eval.by` have no lines of their own. They are the plain metrics under other
-names, and would be three quarters of the page.
+Surprise: controls, differences, intervals and parts of `eval.by` have no lines of their own. They are the plain metrics
+under other names, and would be nine tenths of the page.
 """
 
+import re
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -13,12 +14,13 @@ from phi3v_dist.observe.layout import SECTIONS
 from phi3v_dist.observe.registry import REGISTRY, Metric
 
 PAGE = Path(__file__).parents[1] / "docs" / "metrics.md"
-LEFT_OUT = ("eval/blind/", "eval/by_")
+LEFT_OUT = re.compile(r"eval/(blind|base|minus_blind|minus_base|by_<axis>)/.*|eval/.*/(low|high)")
 NEEDS = {
     "": "", "gpu": "GPU", "nvml": "GPU and pynvml", "peak": "a known peak", "ranks": "several ranks",
     "sources": "several sources", "validation": "validation data", "numbers": "readable numbers",
     "kinds": "fuzzy or relaxed fields", "parts": "`eval.by`",
     "reference": "`eval.reference`", "wandb": "W&B", "checkpoint": "a checkpoint",
+    "base": "`eval.base`", "intervals": "20 samples",
 }  # fmt: skip
 HEAD = """# Metrics
 
@@ -38,14 +40,17 @@ is in `RUN/ranks/HOST.jsonl`. ↑ more is better, ↓ less is better.
   `observe.peak_tflops`.
 - **Own time** (`health/`) is a step's time without waiting for other ranks. A rank's score is the median rank's own
   time over its own; below 0.85 for three windows in a row, or below 0.7 once, it is named in the log.
-- `eval/blind/…` repeats every evaluation metric for the control that saw exchanged pictures, and
-  `eval/by_<axis>/<part>/…` repeats loss, exact match, samples and errors for parts of the samples (`eval.by`).
+- `eval/blind/…` repeats every evaluation metric for the control that saw exchanged pictures, `eval/base/…` for the
+  model before it was tuned, and `eval/by_<axis>/<part>/…` repeats loss, exact match, samples and errors for parts of
+  the samples (`eval.by`). `eval/minus_blind/…` and `eval/minus_base/…` are how much higher the model is than each, over
+  the samples that have the number on both sides. All but those of parts have the ends of a 95 % interval beside them,
+  `…/low` and `…/high`, where at least 20 samples have the number: bootstrap over samples, in pairs for a difference.
 """
 
 
 def page() -> str:
     """docs/metrics.md as it should be."""
-    shown = [metric for metric in REGISTRY if not metric.name.startswith(LEFT_OUT)]
+    shown = [metric for metric in REGISTRY if not LEFT_OUT.fullmatch(metric.name)]
     lines = [HEAD]
     for section in SECTIONS:
         titles = {panel.title for panel in section.panels}

@@ -12,4 +12,4 @@ def test_the_page_is_what_the_registry_says() -> None:
 def test_every_metric_is_on_the_page_once() -> None:
     lines = page().splitlines()
     for metric in REGISTRY:
-        assert sum(line.startswith(f"| `{metric.name}` |") for line in lines) == (not metric.name.startswith(LEFT_OUT))
+        assert sum(line.startswith(f"| `{metric.name}` |") for line in lines) == (not LEFT_OUT.fullmatch(metric.name))

@@ -11,6 +11,7 @@ from typing import Any
 import psutil
 import pytest
 import wandb
+from wandb_stub import WandbStub
 
 from phi3v_dist.observe.tracker import AllOf, JsonlTracker
 from phi3v_dist.observe.wandb_tracker import WandbTracker
@@ -30,6 +31,15 @@ def fresh_client(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[No
     monkeypatch.setenv("WANDB_BASE_URL", "http://127.0.0.1:9")  # nothing listens there
     yield
     wandb.teardown()
+
+
+@pytest.fixture
+def stub(fresh_client: None, monkeypatch: pytest.MonkeyPatch) -> Iterator[WandbStub]:
+    """A server that the client believes in, with a key for it."""
+    with WandbStub() as server:
+        monkeypatch.setenv("WANDB_BASE_URL", server.url)
+        monkeypatch.setenv("WANDB_API_KEY", DUMMY_KEY)
+        yield server
 
 
 def train(run: Path, tracker: WandbTracker, steps: int = 5, attempt: int = 1) -> AllOf:

@@ -34,11 +34,12 @@ from phi3v_dist.evaluate.breakdown import (
     of_documents,
     split_metrics,
 )
+from phi3v_dist.evaluate.controls import read_judged, with_controls
 from phi3v_dist.evaluate.generate import generate, local_copy, plain_linear
 from phi3v_dist.evaluate.highest_loss import HighestLoss
 from phi3v_dist.evaluate.records import thumbnail, write_records
 from phi3v_dist.evaluate.sampling import Sampling
-from phi3v_dist.evaluate.score import AnswerScore, score_answer, summarize
+from phi3v_dist.evaluate.score import AnswerScore, score_answer
 from phi3v_dist.model.phi3v import Phi3VForCausalLM
 from phi3v_dist.parallel.topology import Topology
 from phi3v_dist.watch import heartbeat
@@ -70,6 +71,8 @@ class Evaluator:
         folder: Path | None,
         num_samples: int | None = None,
         stop: Callable[[], bool] = lambda: False,
+        base: Path | None = None,
+        blind: bool = True,
     ) -> dict[str, float] | None:
         """Ask the first `num_samples` questions (None: all) and score the answers; all ranks call this together.
 
@@ -78,12 +81,14 @@ class Evaluator:
             folder: where rank 0 writes records; None: nowhere.
             stop: asked before each batch, on this rank alone; once it says yes, nothing is written and None comes back
                 on every rank.
+            base: records of the untuned model, with which the answers are compared; rank 0 reads them.
+            blind: whether to ask blind, too, where the settings say so.
         """
         heartbeat.enter("evaluate", what="a copy of the model")  # every rank, also one that gets no batch
         copy = local_copy(model)
         sample_ids = self.sample_ids[:num_samples]
         place = {sample_id: i for i, sample_id in enumerate(sample_ids)}
-        partners = self._partners(sample_ids) if self.settings.blind else {}
+        partners = self._partners(sample_ids) if self.settings.blind and blind else {}
         batches = self._batches(sample_ids)
         rows, highest = [], HighestLoss(self.decoder.processor, place)
         for number, batch in enumerate(batches[self.topology.rank :: self.topology.world_size]):
@@ -99,21 +104,23 @@ class Evaluator:
         if given_up:
             return None
         rows = sorted((row for part in self.topology.gather(rows) for row in part), key=lambda r: place[r["sample_id"]])
-        judged = [row.pop("judged") for row in rows]
-        metrics = {"eval/skipped": float(len(sample_ids) - len(rows))} | self._metrics(judged)
-        if folder is not None and self.topology.is_main:
-            write_records(folder, rows, metrics)
-        self.topology.barrier()
-        return metrics
+        metrics = self._conclude(rows, len(sample_ids), folder, base) if self.topology.is_main else {}
+        return self.topology.broadcast(metrics)
 
-    def _metrics(self, judged: Sequence[Judged]) -> dict[str, float]:
-        labels = sum(one.label_tokens for one in judged)
-        metrics = {"eval/loss": sum(one.loss_sum for one in judged) / labels} if labels else {}
-        metrics |= summarize([one.score for one in judged])
-        metrics |= summarize([one.blind for one in judged if one.blind], "eval/blind")
-        for complaint in complaints(judged, self.settings.by) if self.topology.is_main else ():
+    def _conclude(
+        self, rows: list[dict[str, Any]], num_asked: int, folder: Path | None, base: Path | None
+    ) -> dict[str, float]:
+        """Metrics of all ranks' rows, and the records."""
+        judged: list[Judged] = [row.pop("judged") for row in rows]
+        known = read_judged(base) if base else {}
+        untuned = [known.get((row["shard"], row["key"])) for row in rows]
+        for complaint in complaints(judged, self.settings.by):
             log.warning("%s", complaint)
-        return metrics | split_metrics(judged, self.settings.by)
+        metrics = {"eval/skipped": float(num_asked - len(rows))} | with_controls(judged, untuned)
+        metrics |= split_metrics(judged, self.settings.by)
+        if folder is not None:
+            write_records(folder, rows, metrics)
+        return metrics
 
     def _batches(self, sample_ids: Sequence[int]) -> list[list[int]]:
         """Samples that are answered together: as many as `eval` allows, and as take so many places for tokens."""
@@ -161,7 +168,7 @@ class Evaluator:
             rows.append(
                 {
                     "sample_id": sample.sample_id, "shard": sample.shard, "key": sample.key, "source": sample.source,
-                    "by": values[i], "loss": loss_sum / num_labels if num_labels else None,
+                    "by": values[i], "loss": loss_sum / num_labels if num_labels else None, "label_tokens": num_labels,
                     "prompt": _question(_asked(sample.messages)), "target": _truth(sample.messages), "prediction": text,
                     **asdict(score), "thumbnail": thumbnail(sample.images[0]) if sample.images else None,
                     "blind": control,
@@ -181,8 +188,11 @@ class Evaluator:
 
     def _values(self, sample: Sample, example: Example) -> dict[str, Value]:
         """What the sample has in the fields of `eval.by`."""
-        own: dict[str, Value] = {"source": sample.source, "num_tokens": len(example.input_ids)}
-        fields = own | {"num_images": len(example.image_sizes)} | dict(sample.fields)
+        own: dict[str, Value] = {
+            "source": sample.source, "num_tokens": len(example.input_ids), "num_images": len(example.image_sizes),
+            "megapixels": max((image.shape[0] * image.shape[1] for image in sample.images), default=0) / 1e6,
+        }  # fmt: skip
+        fields = own | dict(sample.fields)
         return {name: fields[name] for name in self.settings.by if name in fields and name != POSITION}
 
     def _read(self, sample_id: int) -> tuple[Sample, Example] | None:

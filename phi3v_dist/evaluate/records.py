@@ -18,6 +18,7 @@ from PIL import Image
 from phi3v_dist.evaluate.highest_loss import NUM_KEPT
 
 THUMBNAIL_PX = 384
+PREDICTIONS_NAME = "predictions.jsonl"
 HIGHEST_LOSS_NAME = "highest_loss.jsonl"
 HIGHEST_LOSS_KEYS = ("shard", "key", "loss", "prompt", "target", "thumbnail", "tokens")
 
@@ -29,7 +30,7 @@ def write_records(folder: Path, rows: list[dict[str, Any]], metrics: dict[str, f
     shutil.rmtree(partial, ignore_errors=True)
     (partial / "thumbnails").mkdir(parents=True)
     highest: list[dict[str, Any]] = []
-    with open(partial / "predictions.jsonl", "w") as file:
+    with open(partial / PREDICTIONS_NAME, "w") as file:
         for row in rows:
             picture = row["thumbnail"]
             name = f"thumbnails/{row['sample_id']:08d}.jpg"

@@ -6,12 +6,15 @@ it counts in `parse_fail_pct` and nowhere else. Exact match does count it, as no
 """
 
 import json
+import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from statistics import fmean, median
+
+import numpy as np
 
 from phi3v_dist.config import FieldSettings
+from phi3v_dist.evaluate.intervals import Column, Statistic
 from phi3v_dist.evaluate.numbers import read_number
 
 WITHIN_FRAC = 0.10 * (1 + 1e-9)  # 21.89 for 19.90 is within 10 %, though not in binary fractions
@@ -102,35 +105,51 @@ def score_answer(
     return AnswerScore(scores, all(s.prediction is not None for s in scores.values()), stopped, num_tokens)
 
 
+def columns(scores: Sequence[AnswerScore | None]) -> dict[str, Column]:
+    """Metric → its numbers, sample by sample; None: this sample was not answered."""
+    found = [_numbers(score) if score else {} for score in scores]
+    names = sorted({name for numbers in found for name in numbers})
+    return {
+        name: Column(np.array([numbers.get(name, math.nan) for numbers in found], dtype=np.float64), *_made_by(name))
+        for name in names
+    }
+
+
 def summarize(scores: Sequence[AnswerScore], prefix: str = "eval") -> dict[str, float]:
     """Metrics over answers; a metric over nothing is left out."""
-    if not scores:
-        return {}
-    metrics = {
-        "samples": float(len(scores)),
-        "parse_fail_pct": 100 * fmean(not score.parsed for score in scores),
-        "stop_pct": 100 * fmean(score.stopped for score in scores),
-        "gen_tokens/mean": fmean(score.num_tokens for score in scores),
+    values = {name: column.value() for name, column in columns(scores).items()}
+    counted = {"samples": float(len(scores))} if scores else {}
+    return {f"{prefix}/{name}": value for name, value in (counted | values).items() if value is not None}
+
+
+def _numbers(score: AnswerScore) -> dict[str, float]:
+    """What one answer brings to each metric; nothing where it has no say."""
+    found: dict[str, float] = {
+        "parse_fail_pct": 100 * (not score.parsed),
+        "stop_pct": 100 * score.stopped,
+        "gen_tokens/mean": score.num_tokens,
     }
-    for name in sorted({name for score in scores for name in score.fields}):
-        asked = [score.fields[name] for score in scores if name in score.fields]
-        metrics[f"field_em/{name}"] = fmean(field.correct for field in asked)
-        metrics |= _of_kind(name, asked)
-        read = [(f.error, float(f.target)) for f in asked if f.kind == "number" and f.error is not None]
-        if read:
-            metrics[f"{name}_mae"] = fmean(error for error, _ in read)
-            metrics[f"{name}_within_10pct"] = fmean(error <= WITHIN_FRAC * abs(truth) for error, truth in read)
-        shares = [100 * error / abs(truth) for error, truth in read if truth]
-        if shares:
-            metrics[f"{name}_median_ape_pct"] = median(shares)
-    return {f"{prefix}/{name}": value for name, value in metrics.items()}
+    for name, field in score.fields.items():
+        found[f"field_em/{name}"] = field.correct
+        if field.kind == "fuzzy":
+            read = field.prediction is not None
+            found[f"anls/{name}"] = likeness(str(field.prediction), str(field.target)) if read else 0.0
+        elif field.kind == "relaxed":
+            found[f"relaxed_accuracy/{name}"] = field.correct
+        elif field.kind == "number" and field.error is not None:
+            truth = abs(float(field.target))
+            found[f"{name}_mae"] = field.error
+            found[f"{name}_within_10pct"] = field.error <= WITHIN_FRAC * truth
+            if truth:
+                found[f"{name}_median_ape_pct"] = 100 * field.error / truth
+    return {name: float(number) for name, number in found.items()}
 
 
-def _of_kind(name: str, asked: Sequence[FieldScore]) -> dict[str, float]:
-    """What only fuzzy and relaxed fields have."""
-    if asked[0].kind == "fuzzy":
-        alike = [likeness(str(one.prediction), str(one.target)) if one.prediction is not None else 0.0 for one in asked]
-        return {f"anls/{name}": fmean(alike)}
-    if asked[0].kind == "relaxed":
-        return {f"relaxed_accuracy/{name}": fmean(one.correct for one in asked)}
-    return {}
+def _made_by(metric: str) -> tuple[Statistic, float]:
+    """How a metric comes of its numbers, and what a number is at most where it is one of a share."""
+    if metric.endswith("_median_ape_pct"):
+        return "median", 1.0
+    if metric in ("parse_fail_pct", "stop_pct"):
+        return "share", 100.0
+    is_share = metric.endswith("_within_10pct") or metric.startswith(("field_em/", "relaxed_accuracy/"))
+    return "share" if is_share else "mean", 1.0

@@ -6,6 +6,7 @@ anything logs would tear it.
 
 import atexit
 import logging
+import re
 import sys
 import time
 from collections.abc import Mapping
@@ -15,13 +16,14 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn
 from rich.table import Table
 
+from phi3v_dist.observe import score_table
 from phi3v_dist.observe.metrics import STEP, Number, format_number, format_seconds, format_value
 from phi3v_dist.observe.tracker import Row, Tracker
 
 logger = logging.getLogger(__name__)
 
 LOSS, SPEED = "train/loss", "perf/tokens_per_s_per_gpu"
-OF_PARTS = ("eval/by_", "eval/blind/by_")  # too many for a line; metrics.jsonl, the summary and the report have them
+IN_A_LINE = re.compile(r"eval/(blind/)?(?!by_|base/|minus_)(?!.*/(low|high)$).*")  # the rest: metrics.jsonl, the report
 LINE = (LOSS, "train/grad_norm", "train/lr/text", SPEED, "time/step_s", "time/data_s")
 
 
@@ -45,7 +47,7 @@ class ConsoleTracker(Tracker):
         if LOSS in row and (step % self.every_n_steps == 0 or step in (1, self.total_steps)):
             numbers = [f"{_short(name)}={_plain(row[name])}" for name in LINE if name in row]
             logger.info(" ".join([f"step={step:.0f}/{self.total_steps}", *numbers, f"eta={eta.replace(' ', '')}"]))
-        names = [name for name in row if name.startswith("eval/") and not name.startswith(OF_PARTS)]
+        names = [name for name in row if IN_A_LINE.fullmatch(name)]
         if scores := [f"{name.removeprefix('eval/')}={_plain(row[name])}" for name in names]:
             logger.info(" ".join([f"eval step={step:.0f}/{self.total_steps}", *scores]))
         if self._bar and LOSS in row:  # other rows may be of steps long past
@@ -54,8 +56,9 @@ class ConsoleTracker(Tracker):
     def finish(self, summary: Row) -> None:
         if self._bar:
             self._bar.close()
-        if summary:
-            self.console.print(_summary_table(summary))
+        for table in filter(None, (_summary_table(summary), score_table.printed(summary))):
+            width = None if self.console.is_terminal else score_table.WIDTH
+            self.console.print(table, width=width)
 
     def _eta(self, step: Number) -> str:
         """Time left at this attempt's pace so far, evaluations and checkpoints included."""
@@ -112,13 +115,10 @@ def _short(name: str) -> str:
     return "lr" if name.startswith("train/lr/") else name.rpartition("/")[2]
 
 
-def _summary_table(summary: Row) -> Table:
-    """The final numbers, an evaluation metric beside the same one of its blind control."""
-    table = Table("metric", "value", "blind control", title="summary")
-    for name, value in sorted(summary.items()):
-        if name.startswith("eval/blind/"):
-            continue
-        blind = f"eval/blind/{name.removeprefix('eval/')}"
-        control = format_value(blind, summary[blind]) if name.startswith("eval/") and blind in summary else ""
-        table.add_row(name, format_value(name, value), control)
-    return table
+def _summary_table(summary: Row) -> Table | None:
+    """What was done; scores have a table of their own."""
+    done = [name for name in sorted(summary) if not score_table.is_of_scores(name)]
+    table = Table("metric", "value", title="summary")
+    for name in done:
+        table.add_row(name, format_value(name, summary[name]))
+    return table if done else None

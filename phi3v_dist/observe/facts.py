@@ -14,6 +14,7 @@ from phi3v_dist.planner.record import read_plan
 from phi3v_dist.printable import printable
 
 RAN_WITH = re.compile(r"(^|\.)(versions\.\w+|commit)$")  # settings that say what the run ran with
+BESIDE = re.compile(r"eval/(blind|base|minus_base|minus_blind)/|eval/by_|.*/(low|high)$")  # have their own place
 COUNTS = ("train/samples", "train/tokens", "train/epoch", "run/world_size", "run/attempt", "data/quarantined")
 QUARANTINE_NAME = "quarantine.jsonl"
 MOST_LISTED, MOST_REASONS, REASON_CHARACTERS = 200_000, 12, 100
@@ -42,8 +43,7 @@ class Reason:
 def evaluation_table(run: Run) -> tuple[list[str], list[list[tuple[str, str]]]]:
     """(column names, rows of (value, the blind control's value)); the first column is the step."""
     names = list(dict.fromkeys(name for step in run.evaluations for name in step.scores))
-    apart = ("eval/blind/", "eval/by_")  # beside their own, and in their own figures
-    names = [name for name in names if name.startswith("eval/") and not name.startswith(apart)]
+    names = [name for name in names if name.startswith("eval/") and not BESIDE.match(name)]
     rows = []
     for step in run.evaluations:
         cells = [(f"{step.step:,}", "")]

@@ -5,13 +5,15 @@ definitions, the dashboard, the report, `docs/metrics.md` and the tests. To add 
 into the row that is logged.
 
 Surprise: names of the data's fields are not known here, so some entries are patterns: `eval/<field>_mae` stands for
-`eval/price_mae`, and every evaluation metric exists twice, plain and under `eval/blind/` for the control in which the
-pictures were exchanged among the questions. And a number that every rank measures for itself is declared once, and
-once for each statistic of it: `time/data_s` with min and max gives `time/data_s/min` and `time/data_s/max`.
+`eval/price_mae`. And an evaluation metric exists once for each side: plain, under `eval/blind/` for the control in
+which the pictures were exchanged among the questions, under `eval/base/` for the model before it was tuned, under
+`eval/minus_…/` for the difference to either; each with the ends of its 95 % interval as `/low` and `/high`. A number
+that every rank measures for itself is declared once, and once for each statistic of it: `time/data_s` with min and max
+gives `time/data_s/min` and `time/data_s/max`.
 """
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from typing import Literal
 
@@ -37,6 +39,8 @@ Needs = Literal[
     "reference",
     "wandb",
     "checkpoint",
+    "base",
+    "intervals",
 ]
 
 
@@ -53,8 +57,8 @@ class Metric:
     reduction: how the ranks' numbers become one; "run": it is one number by nature, the same wherever it is counted.
     needs: what a run must have for it to be logged at all: a GPU ("nvml": and pynvml), a known peak, several ranks or
         sources, validation data ("numbers": answers in which one was read; "kinds": fuzzy or relaxed fields; "parts":
-        `eval.by`; "reference": `eval.reference`, shown in the summary; "wandb": tables that only W&B holds), a
-        checkpoint that was committed.
+        `eval.by`; "reference": `eval.reference`, shown in the summary; "wandb": tables that only W&B holds; "base":
+        `eval.base`; "intervals": at least 20 samples), a checkpoint that was committed.
     """
 
     name: str
@@ -271,6 +275,7 @@ _EVALUATION = tuple(
 )
 
 PLAIN_ONLY = ("loss", "skipped")  # the control is asked for answers alone, of the same samples
+COUNTS = ("samples", "skipped")  # have no interval, and no difference is of interest
 
 _OF_PARTS = tuple(  # `eval.by`: each part is a bin of a field of the samples, or one of its values
     replace(metric, name=f"by_<axis>/<part>/{metric.name}", help=f"{metric.help}; where <axis> is <part>", panel=panel,
@@ -301,6 +306,37 @@ _TABLES = tuple(
     )
 )  # fmt: skip
 
+
+def _sides() -> Iterator[Metric]:
+    """Every evaluation metric: of the model, of its two controls, and how much higher the model is than each."""
+    for metric in (*_EVALUATION, *_OF_PARTS):
+        yield replace(metric, name=f"eval/{metric.name}")
+    for metric in (*_EVALUATION, *_OF_PARTS):
+        if not metric.name.endswith(PLAIN_ONLY):
+            yield replace(metric, name=f"eval/blind/{metric.name}", help=f"{metric.help}; blind control")
+    for metric in _EVALUATION:
+        if metric.name == "skipped":
+            continue
+        needs: Needs = metric.needs if metric.needs in ("numbers", "kinds") else "base"
+        off = replace(metric, panel=None, needs=needs)
+        yield replace(off, name=f"eval/base/{off.name}", help=f"{off.help}; the model before it was tuned")
+        if metric.name == "samples":
+            continue
+        said, than = f"{off.help}; how much higher", "over the samples that have it on both sides"
+        yield replace(off, name=f"eval/minus_base/{off.name}", help=f"{said} than before tuning, {than}")
+        if metric.name != "loss":
+            name, text = f"eval/minus_blind/{off.name}", f"{said} than blind, {than}"
+            yield replace(off, name=name, help=text, needs=metric.needs)
+
+
+def _ends_of_intervals(metrics: Iterable[Metric]) -> Iterator[Metric]:
+    for metric in metrics:
+        if not metric.name.endswith(COUNTS) and "<part>" not in metric.name:
+            for end, said in (("low", "lower"), ("high", "upper")):
+                text = f"{metric.help}; {said} end of its 95 % interval"
+                yield replace(metric, name=f"{metric.name}/{end}", help=text, panel=None, needs="intervals")
+
+
 REGISTRY: tuple[Metric, ...] = (
     *_TRAINING,
     *_SPEED,
@@ -309,10 +345,6 @@ REGISTRY: tuple[Metric, ...] = (
     *_SURVIVAL,
     *_REFERENCE,
     *_TABLES,
-    *(replace(metric, name=f"eval/{metric.name}") for metric in (*_EVALUATION, *_OF_PARTS)),
-    *(
-        replace(metric, name=f"eval/blind/{metric.name}", help=f"{metric.help}; blind control")
-        for metric in (*_EVALUATION, *_OF_PARTS)
-        if not metric.name.endswith(PLAIN_ONLY)
-    ),
+    *_sides(),
+    *_ends_of_intervals(_sides()),
 )

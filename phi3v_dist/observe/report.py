@@ -19,6 +19,8 @@ from phi3v_dist.observe.metrics import STEP
 from phi3v_dist.observe.panels import part_panels, result_panels
 from phi3v_dist.observe.rank_record import RankRecord, read_ranks
 from phi3v_dist.observe.run_folder import Run, read_run
+from phi3v_dist.observe.score_table import COLUMNS as SCORE_COLUMNS
+from phi3v_dist.observe.score_table import score_rows
 from phi3v_dist.observe.sections import Section, sections
 from phi3v_dist.observe.verdict import sentence, tiles
 from phi3v_dist.survive.timeline import timeline
@@ -46,6 +48,8 @@ def write_report(run_folder: Path) -> Path:
         "gallery": gallery(run.answered) if run.answered else {},
         "sections": _sections(run, record),
         "guilty": heatmap.guilty_ranks(record)[: heatmap.NAMED] if record else None,
+        "scores": score_rows(run.final),
+        "score_columns": SCORE_COLUMNS,
         "evaluations": facts.evaluation_table(run),
         "hard": hard_samples.hard_samples(run),
         "hard_ranges": hard_samples.ranges(),

@@ -19,7 +19,7 @@ import yaml
 
 from phi3v_dist.errors import ConfigError
 from phi3v_dist.observe.figures import Series
-from phi3v_dist.observe.metrics import ATTEMPT, STEP, Number
+from phi3v_dist.observe.metrics import ATTEMPT, FIELD, STEP, Number, entry_name
 from phi3v_dist.observe.tracker import RECORD_NAME, read_metrics
 
 MAX_LABELS = 24  # a field with more different values is a text, not a label: no confusion matrix
@@ -104,12 +104,9 @@ class Run:
         if self.answered:
             fields = {name: score["kind"] for row in self.answered.predictions for name, score in row["fields"].items()}
             return [name for name, its_kind in fields.items() if its_kind == kind]
-        before, after = ("eval/field_em/", "") if kind == "exact" else ("eval/", "_median_ape_pct")
-        return [
-            name.removeprefix(before).removesuffix(after)
-            for name in self.final
-            if name.startswith(before) and name.endswith(after) and not name.startswith(("eval/blind/", "eval/best_"))
-        ]
+        wanted = "eval/field_em/<field>" if kind == "exact" else "eval/<field>_median_ape_pct"
+        before, after = wanted.split(FIELD)
+        return [name.removeprefix(before).removesuffix(after) for name in self.final if entry_name(name) == wanted]
 
     def label_field(self) -> str | None:
         """The first exact field with few different true values: what the run is asked to tell apart."""

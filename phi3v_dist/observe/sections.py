@@ -26,7 +26,6 @@ WORDS = {
     "attn": "attention", "p50": "median", "p99": "99th percentile", "eval": "validation", "train": "training",
     "alloc": "tensors", "mae": "error", "init": "start-up", "mfu": "MFU",
 }  # fmt: skip
-UNITS = {"field": "the field's own unit", "frac": "%", "pct": "%", "s": "seconds"}
 _PLACES = {metric.name: place for place, metric in enumerate(REGISTRY)}
 
 

@@ -12,7 +12,6 @@ from phi3v_dist.observe.metrics import Number, format_number, format_seconds, fo
 from phi3v_dist.observe.run_folder import Run, is_number
 
 THROUGHPUT = "perf/tokens_per_s_per_gpu"
-MIN_PAIRS = 20  # fewer say nothing about chance, and the normal interval would be wrong
 
 
 @dataclass(frozen=True)
@@ -74,17 +73,6 @@ def sentence(run: Run) -> str:
     return " ".join([*parts, _conclusion(run, label)]).strip()
 
 
-def paired_difference(run: Run, field: str) -> tuple[float, float, float] | None:
-    """(mean, low, high) of "right" minus "right when blind" over the samples, with its normal 95 % interval."""
-    rows = run.answered.predictions if run.answered else []
-    pairs = [(row["fields"].get(field), row["blind"]["fields"].get(field)) for row in rows if row["blind"]]
-    gains = [float(seen["correct"]) - float(blind["correct"]) for seen, blind in pairs if seen and blind]
-    if len(gains) < MIN_PAIRS:
-        return None
-    mean, spread = statistics.fmean(gains), 1.96 * statistics.stdev(gains) / math.sqrt(len(gains))
-    return mean, mean - spread, mean + spread
-
-
 def wall_seconds(run: Run) -> Number:
     """Wall time as the run states it; else the time from first to last row of each attempt."""
     if "run/wall_s" in run.summary:
@@ -99,7 +87,12 @@ def wall_seconds(run: Run) -> Number:
 
 def _compared(run: Run, label: str, metric: str, note: str) -> Tile | None:
     """A tile whose bars set the model beside the blind control and, where known, the best reachable."""
-    named = {"model": f"eval/{metric}", "blind": f"eval/blind/{metric}", "best reachable": f"eval/best_{metric}"}
+    named = {
+        "model": f"eval/{metric}",
+        "untuned": f"eval/base/{metric}",
+        "blind": f"eval/blind/{metric}",
+        "best reachable": f"eval/best_{metric}",
+    }
     values = {who: run.final[name] for who, name in named.items() if name in run.final}
     if "model" not in values:
         return None
@@ -110,8 +103,16 @@ def _compared(run: Run, label: str, metric: str, note: str) -> Tile | None:
     return Tile(f"{label[:1].upper()}{label[1:]}", bars[0].value, note, bars)
 
 
+def _ahead_of_blind(run: Run, field: str) -> tuple[float, float, float] | None:
+    """(share right minus share right when blind, low, high), sample by sample; None where there is no interval."""
+    name = f"eval/minus_blind/field_em/{field}"
+    found = [run.final.get(part) for part in (name, f"{name}/low", f"{name}/high")]
+    mean, low, high = found
+    return None if mean is None or low is None or high is None else (mean, low, high)
+
+
 def _interval_note(run: Run, field: str) -> str:
-    if not (difference := paired_difference(run, field)):
+    if not (difference := _ahead_of_blind(run, field)):
         return "exact match"
     mean, low, high = (100 * value for value in difference)
     return f"exact match; {mean:+.0f} points on blind (95 % interval {low:+.0f} to {high:+.0f})"
@@ -131,7 +132,7 @@ def _error(run: Run, field: str) -> str:
 
 
 def _conclusion(run: Run, label: str | None) -> str:
-    difference = paired_difference(run, label) if label else None
+    difference = _ahead_of_blind(run, label) if label else None
     if not difference:
         return ""
     if difference[1] > 0:

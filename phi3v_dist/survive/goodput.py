@@ -20,11 +20,10 @@ from typing import Any
 from phi3v_dist.errors import ConfigError, DataError
 from phi3v_dist.observe.metrics import ATTEMPT, STEP, Number
 from phi3v_dist.observe.tracker import read_metrics, read_rows
-from phi3v_dist.survive.timeline import Span, parts, timeline
+from phi3v_dist.survive.timeline import BLOCKED_S, EVAL_S, SAVE_S, STEP_S, Span, parts, timeline
 
 __all__ = ["Costs", "Goodput", "Span", "costs_of", "measured", "parts", "poisson", "simulate", "timeline"]
 
-STEP_S = "time/step_s"
 ROUNDING = 1e-9  # of a count of steps: 0.3 s are three steps of 0.1 s
 
 
@@ -160,8 +159,8 @@ def costs_of(run_folder: Path) -> Costs:
         DataError: an attempt's file cannot be read.
     """
     rows, steps, owners = _rows(run_folder), _steps(run_folder), _owners(run_folder)
-    saves = [row for row in rows if "ckpt/blocked_s" in row]
-    pauses = ("ckpt/blocked_s", "time/eval_s")  # after steps with one of them came a save or an evaluation
+    saves = [row for row in rows if BLOCKED_S in row]
+    pauses = (BLOCKED_S, EVAL_S)  # after steps with one of them came a save or an evaluation
     paused = {row[STEP] for row in rows if any(name in row for name in pauses)}
     between = [
         after["time"] - after[STEP_S] - before["time"]
@@ -173,8 +172,8 @@ def costs_of(run_folder: Path) -> Costs:
     ]
     return Costs(
         step_s=mean(row[STEP_S] for row in steps),
-        blocked_s=mean(row["ckpt/blocked_s"] for row in saves) if saves else 0.0,
-        write_s=mean(row["ckpt/save_s"] - row["ckpt/blocked_s"] for row in saves) if saves else 0.0,
+        blocked_s=mean(row[BLOCKED_S] for row in saves) if saves else 0.0,
+        write_s=mean(row[SAVE_S] - row[BLOCKED_S] for row in saves) if saves else 0.0,
         restart_s=median(restarts) if restarts else 0.0,
         between_s=max(0.0, mean(between)) if between else 0.0,
     )

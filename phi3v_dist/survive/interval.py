@@ -19,6 +19,7 @@ from statistics import median
 
 from phi3v_dist.config import CheckpointSettings
 from phi3v_dist.observe.tracker import ATTEMPT, read_rows
+from phi3v_dist.survive.timeline import BLOCKED_S, SAVE_S
 
 ESTIMATED_BLOCKED_S = 1.0  # what a save holds training up for, until one is measured
 FIRST_SAVE_S = 300.0  # most failures of an attempt come early, and the first save measures what the next ones cost
@@ -26,7 +27,6 @@ FRUITLESS_FACTOR = 4.0  # by which it comes earlier for each attempt in a row th
 EARLIEST_SAVE_S = 10.0
 MOST_AT_RISK_S = 1800.0  # the failures of a day on a bad machine are not those of the formula: bound what one can cost
 WRITES_BETWEEN = 2.0  # in units of a save's own time in the background: the writer rests half of the time
-SAVE_S, BLOCKED_S = "ckpt/save_s", "ckpt/blocked_s"  # columns of the run's record: the whole save, and what it held up
 NUM_REMEMBERED = 5  # saves whose median counts: the first one also allocates its buffers
 
 

@@ -28,7 +28,8 @@ WHATS: tuple[What, ...] = ("init", "restore", "productive", "data", "ckpt", "eva
 PHASES_NAME = "phases.jsonl"
 MOST = 1e12  # a time or a step above it is damage
 TRAIN = "train"  # the phase between steps: the loop's own work
-STEP_S, DATA_S, EVAL_S, BLOCKED_S = "time/step_s", "time/data_s", "time/eval_s", "ckpt/blocked_s"
+STEP_S, DATA_S, EVAL_S = "time/step_s", "time/data_s", "time/eval_s"
+SAVE_S, BLOCKED_S = "ckpt/save_s", "ckpt/blocked_s"  # the whole save, and what it held up
 PHASES: dict[str, What] = {
     "init": "init", "restore": "restore", TRAIN: "other", "ckpt": "ckpt", "eval": "eval", "other": "other",
 }  # fmt: skip

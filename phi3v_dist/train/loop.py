@@ -39,8 +39,9 @@ def fit(run: Run) -> dict[str, float] | None:
     if asked.stop:
         _leave(run, totals)
         return None
-    if _evaluation_was_missed(run, totals.step):
-        _evaluate(run, totals.step, run.settings.eval.samples)
+    if _evaluation_was_missed(run, totals.step) and _evaluate(run, totals.step) is None:
+        _leave(run, totals)
+        return None
     with run.collector(loader) as collector:
         laps = Laps(run.topology.device)
         for plan, batches in loader if totals.step < run.num_steps else ():
@@ -65,7 +66,7 @@ def fit(run: Run) -> dict[str, float] | None:
                 run.saver.begin(run.engine, position, must_last=asked.stop or asked.by_hand)
                 laps.end("ckpt")
             if not asked.stop and _evaluation_is_due(run, totals.step):
-                _evaluate(run, totals.step, run.settings.eval.samples)
+                _evaluate(run, totals.step)
                 asked = run.saver.edge(totals.step)
                 laps.skip()
             if asked.stop:
@@ -168,13 +169,16 @@ def _leave(run: Run, totals: Totals) -> None:
 
 
 def _evaluation_is_due(run: Run, step: int) -> bool:
+    if step == 0:
+        return run.settings.eval.base
     every_steps = run.settings.eval.every_steps
     return every_steps is not None and step % every_steps == 0
 
 
 def _evaluation_was_missed(run: Run, step: int) -> bool:
-    """Whether a kill or a stop came between the save of this step, from which the run goes on, and its evaluation."""
-    if step in (0, run.num_steps) or not _evaluation_is_due(run, step):
+    """Whether the untuned model has not been asked yet; or a kill or a stop came between the save of this step, from
+    which the run goes on, and its evaluation."""
+    if step == run.num_steps or not _evaluation_is_due(run, step):
         return False
     return not run.topology.broadcast(_evaluation_folder(run, step).exists())
 
@@ -183,13 +187,16 @@ def _evaluation_folder(run: Run, step: int) -> Path:
     return run.folder / "eval" / f"step-{step:06d}"
 
 
-def _evaluate(run: Run, step: int, num_samples: int | None) -> dict[str, float] | None:
+def _evaluate(run: Run, step: int) -> dict[str, float] | None:
     """Scores of this step; None when the run was asked to stop meanwhile."""
     if run.evaluator is None:
         return {}
     began = time.perf_counter()
-    folder = _evaluation_folder(run, step)
-    metrics = run.evaluator.run(run.engine.module, folder, num_samples, run.requests.heard)
+    folder, base = _evaluation_folder(run, step), _evaluation_folder(run, 0)
+    samples = run.settings.eval.final_samples if step in (0, run.num_steps) else run.settings.eval.samples
+    metrics = run.evaluator.run(
+        run.engine.module, folder, samples, run.requests.heard, base if step and base.exists() else None, blind=step > 0
+    )
     if metrics is None:
         log.warning("the evaluation of step %d was given up: the run was asked to stop", step)
         return None
@@ -202,7 +209,7 @@ def _evaluate(run: Run, step: int, num_samples: int | None) -> dict[str, float] 
 
 def _finish(run: Run, totals: Totals) -> dict[str, float] | None:
     """The last evaluation, and summary.json, whose presence says that the run is complete."""
-    metrics = _evaluate(run, totals.step, run.settings.eval.final_samples)
+    metrics = _evaluate(run, totals.step)
     heartbeat.enter("finish", totals.step)
     if metrics is None:
         _leave(run, totals)

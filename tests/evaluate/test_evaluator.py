@@ -140,6 +140,13 @@ def test_metrics_are_those_of_a_hand_computation(make, model, asked, tmp_path):
         "eval/blind/price_mae": (50 + 60 + 20 + 170 + 169) / 5,
         "eval/blind/price_within_10pct": 0,
         "eval/blind/price_median_ape_pct": 85.0,  # 16.7, 50, 85, 100, 545 %
+        # the same five: errors 0, 10, 0, 0, 1, so 0, 16.7, 0, 0, 3.2 %
+        "eval/minus_blind/parse_fail_pct": 0, "eval/minus_blind/stop_pct": 0,
+        "eval/minus_blind/gen_tokens/mean": metrics["eval/minus_blind/gen_tokens/mean"],
+        "eval/minus_blind/field_em/price": 3 / 5,
+        "eval/minus_blind/price_mae": (10 + 1 - 50 - 60 - 20 - 170 - 169) / 5,
+        "eval/minus_blind/price_within_10pct": 4 / 5,
+        "eval/minus_blind/price_median_ape_pct": -85.0,
     })  # fmt: skip
     assert [row["prediction"] for row in read_rows(tmp_path / "eval")] == [
         "Price: 100", "Price: 50", "Price: 200", "hello", "Price: 120", "Price: 30", "Price: 70", "Price: 10",
@@ -160,6 +167,19 @@ def test_the_blind_control_shows_another_samples_pictures_of_the_same_grid(make,
         assert torch.equal(exchanged.input_ids, own.input_ids), "only what is seen differs"
         assert exchanged.pixel_values.shape == own.pixel_values.shape
         assert not torch.equal(exchanged.pixel_values, own.pixel_values)
+
+
+def test_scores_are_split_by_what_every_sample_has(make, model, asked):
+    by = {"megapixels": [0, 0.1, 1], "num_images": [0, 1, 2, 3], "num_tokens": [0, 100, 10_000], "source": "values"}
+    metrics = make(by=by)[0].run(model, None)
+    check(metrics)
+    counts = {name: value for name, value in metrics.items() if name.startswith("eval/by_") and "/samples" in name}
+    pictures = {"from_0_to_1": 1, "from_1_to_2": 6, "from_2_to_3": 1}
+    assert {name: counts[f"eval/by_num_images/{name}/samples"] for name in pictures} == pictures
+    assert counts["eval/by_megapixels/from_0_to_0_1/samples"] == 4, "three squares and the text"
+    assert counts["eval/by_megapixels/from_0_1_to_1/samples"] == 4, "of two pictures the larger one counts"
+    assert counts["eval/by_num_tokens/from_0_to_100/samples"] == 1
+    assert metrics["eval/by_megapixels/from_0_to_0_1/price_mae"] == pytest.approx(10 / 3)
 
 
 def test_without_blind_or_without_pictures_there_is_no_blind_control(make, model, asked, tmp_path):
@@ -219,8 +239,8 @@ class OneOfSeveral(Topology):
         self.given["gather"].append(copy.deepcopy(value))  # as a message between processes would be
         return copy.deepcopy(self.given["gather"])
 
-    def barrier(self):
-        pass
+    def broadcast(self, value):
+        return value
 
 
 def test_ranks_together_give_the_rows_and_metrics_of_one_process(make, model, tmp_path):

@@ -9,11 +9,14 @@ import json
 import math
 import random
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import yaml
 from PIL import Image, ImageDraw
+
+from phi3v_dist.evaluate.controls import answer_score, read_judged, with_controls
 
 STEPS, KILLED_AT, RESUMED_AT, EVERY_EVAL = 600, 340, 301, 150
 CATEGORIES = ("coats", "dresses", "knitwear", "scarves", "shirts", "trousers")
@@ -30,6 +33,8 @@ def write_run(folder: Path, num_samples: int = 60, evaluations: bool = True, fin
     rows = [_row(step, 1) for step in range(1, KILLED_AT + 1)]
     rows += [_row(step, 2) for step in range(RESUMED_AT, STEPS + 1)]
     scores: dict[str, float] = {}
+    if evaluations:
+        _write_evaluation(folder / "eval" / "step-000000", 0, num_samples)
     for step in range(EVERY_EVAL, STEPS + 1, EVERY_EVAL) if evaluations else ():
         scores = _write_evaluation(folder / "eval" / f"step-{step:06d}", step, num_samples)
         last = max(place for place, row in enumerate(rows) if row["train/step"] == step)
@@ -80,26 +85,20 @@ def _row(step: int, attempt: int) -> dict[str, float]:
 def _write_evaluation(folder: Path, step: int, num_samples: int) -> dict[str, float]:
     """Predictions with thumbnails, and the scores that follow from them."""
     (folder / "thumbnails").mkdir(parents=True)
-    skill = 1 - math.exp(-step / 190)
-    predictions = [_prediction(sample_id, skill, folder) for sample_id in range(num_samples)]
+    skill, loss = 1 - math.exp(-step / 190), round(0.36 + 4.9 * math.exp(-step / 80), 4)
+    predictions = [{**_prediction(n, skill, folder), "loss": loss, "label_tokens": 24} for n in range(num_samples)]
     with (folder / "predictions.jsonl").open("w") as file:
         file.writelines(json.dumps(prediction) + "\n" for prediction in predictions)
-    scores: dict[str, float] = {"eval/samples": num_samples, "eval/gen_tokens/mean": 24.5}
-    scores["eval/loss"] = round(0.36 + 4.9 * math.exp(-step / 80), 4)
-    for prefix, answers in (("eval/", predictions), ("eval/blind/", [row["blind"] for row in predictions])):
-        parsed = [answer for answer in answers if answer["parsed"]]
-        errors = [abs(answer["fields"]["price"]["error"]) for answer in parsed]
-        shares = [
-            abs(answer["fields"]["price"]["error"]) / float(answer["fields"]["price"]["target"]) for answer in parsed
-        ]
-        scores[f"{prefix}price_mae"] = sum(errors) / len(errors)
-        scores[f"{prefix}price_median_ape_pct"] = 100 * sorted(shares)[len(shares) // 2]
-        scores[f"{prefix}price_within_10pct"] = sum(share <= 0.1 for share in shares) / len(shares)
-        for field in ("title", "category"):
-            right = sum(answer["fields"][field]["correct"] for answer in answers)
-            scores[f"{prefix}field_em/{field}"] = right / num_samples
-        scores[f"{prefix}parse_fail_pct"] = 100 * (1 - len(parsed) / num_samples)
-        scores[f"{prefix}stop_pct"] = 100 * sum(answer["stopped"] for answer in answers) / num_samples
+    return write_scores(folder)
+
+
+def write_scores(folder: Path) -> dict[str, float]:
+    """scores.json as the package computes it from the predictions of this folder and of step 0 beside it."""
+    judged, base = (list(read_judged(place).values()) for place in (folder, folder.parent / "step-000000"))
+    lines = (folder / "predictions.jsonl").read_text().splitlines()
+    blind = [answer_score(json.loads(line)["blind"]) for line in lines]
+    untuned = base if folder.name != "step-000000" else [None] * len(judged)
+    scores = with_controls([replace(one, blind=other) for one, other in zip(judged, blind, strict=True)], untuned)
     folder.joinpath("scores.json").write_text(json.dumps(scores))
     return scores
 
@@ -125,18 +124,18 @@ def _prediction(sample_id: int, skill: float, folder: Path) -> dict[str, Any]:
             | {"correct": parsed and said[name] == truth[name], "error": None}
             for name in said
         }
-        error = said_price - price if parsed else None
-        correct = error is not None and abs(error) <= 0.1 * price
+        error = abs(said_price - price) if parsed else None
+        correct = error is not None and error <= 0.1 * price
         price_field = {"kind": "number", "target": float(price), "prediction": said_price if parsed else None}
         fields["price"] = {**price_field, "correct": correct, "error": error}
         text = f"title: {said['title']}\ncategory: {seen}\nprice: {said_price:.0f}" if parsed else f"title: {colour}"
-        return {"prediction": text, "stopped": parsed, "parsed": parsed, "fields": fields}
+        return {"prediction": text, "stopped": parsed, "parsed": parsed, "fields": fields, "num_tokens": 24}
 
     return {
         **{"sample_id": sample_id, "shard": "validation-000000.tar", "key": f"{sample_id:06d}", "source": "catalogue"},
         "prompt": "What is this product? Give its title, its category and its price.",
         "target": f"title: {title}\ncategory: {category}\nprice: {price}",
-        **{**answer(seeing=True), "num_tokens": 24, "thumbnail": thumbnail, "blind": answer(seeing=False)},
+        **{**answer(seeing=True), "thumbnail": thumbnail, "blind": answer(seeing=False)},
     }
 
 

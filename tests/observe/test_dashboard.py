@@ -8,15 +8,14 @@ import re
 import socket
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
-import wandb
 import yaml
 from conftest import REPOSITORY, environment
 from wandb_stub import ENTITY, WandbStub, answer
+from wandb_world import DUMMY_KEY, fresh_client, stub  # noqa: F401
 
 from launch import dashboard as script
 from phi3v_dist.config import Settings
@@ -29,29 +28,7 @@ workspaces = pytest.importorskip("wandb_workspaces", reason="wandb-workspaces is
 from phi3v_dist.observe import dashboard  # noqa: E402  # after the skip
 
 GOLDEN = REPOSITORY / "tests" / "golden" / "wandb_workspace.json"
-DUMMY_KEY = "0123456789" * 4
 SUMMARY_ONLY = ("eval/best_", "eval/chance_")  # never in the history that a chart draws
-
-
-@pytest.fixture
-def keyless(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """No key, no settings of the person who runs the tests."""
-    for name in ("WANDB_API_KEY", "WANDB_MODE", "http_proxy", "HTTP_PROXY"):
-        monkeypatch.delenv(name, raising=False)
-    for name in ("WANDB_DIR", "WANDB_DATA_DIR", "WANDB_CACHE_DIR", "WANDB_CONFIG_DIR"):
-        monkeypatch.setenv(name, str(tmp_path / "elsewhere"))
-    monkeypatch.setenv("NETRC", str(tmp_path / "no-netrc"))
-    monkeypatch.setenv("WANDB_ERROR_REPORTING", "false")
-    yield
-    wandb.teardown()  # it remembers key and server
-
-
-@pytest.fixture
-def stub(keyless: None, monkeypatch: pytest.MonkeyPatch):
-    with WandbStub() as server:
-        monkeypatch.setenv("WANDB_BASE_URL", server.url)
-        monkeypatch.setenv("WANDB_API_KEY", DUMMY_KEY)
-        yield server
 
 
 @pytest.fixture(scope="module")
@@ -126,7 +103,7 @@ def test_the_workspace_equals_its_golden(spec: dict) -> None:
 
 
 def test_the_workspace_is_made_without_network_and_key(
-    spec: dict, keyless: None, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    spec: dict, fresh_client: None, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     def refuse(*_: object, **__: object) -> None:
         raise AssertionError("a socket was opened")
@@ -205,7 +182,7 @@ def test_a_bad_answer_to_a_push_is_tried_again_or_one_line(
     ],
 )
 def test_wrong_input_is_told_in_words(
-    words: list[str], key: str, code: int, said: str, keyless: None, monkeypatch: pytest.MonkeyPatch, capsys
+    words: list[str], key: str, code: int, said: str, fresh_client: None, monkeypatch: pytest.MonkeyPatch, capsys
 ) -> None:
     monkeypatch.setenv("WANDB_BASE_URL", "http://127.0.0.1:9")
     if key:

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 from html_page import Page, require_nothing_fetched
-from synthetic_run import BEST_PRICE_MAE, write_run
+from synthetic_run import BEST_PRICE_MAE, write_run, write_scores
 
 from phi3v_dist.errors import ConfigError
 from phi3v_dist.observe.metrics import format_number, format_value
@@ -127,6 +127,7 @@ def test_no_better_than_blind_is_not_called_seeing(tmp_path: Path) -> None:
     path = run / "eval" / "step-000600" / "predictions.jsonl"
     rows = [json.loads(line) for line in path.open()]
     path.write_text("".join(json.dumps({**row, "fields": row["blind"]["fields"]}) + "\n" for row in rows))
+    (run / "summary.json").write_text(json.dumps(write_scores(path.parent)))
     assert sentence(read_run(run)).endswith("nothing shows yet that the pictures are read.")
 
 

@@ -12,19 +12,11 @@ from pathlib import Path
 import pytest
 import wandb
 from wandb_stub import WandbStub, answer
-from wandb_world import DUMMY_KEY, fresh_client, offline_runs, records, rows_of, running_services, train, warnings  # noqa: F401
+from wandb_world import DUMMY_KEY, fresh_client, offline_runs, records, rows_of, running_services, stub, train, warnings  # noqa: F401
 
 from phi3v_dist.observe import wandb_tracker
 from phi3v_dist.observe.tracker import AllOf, read_metrics
 from phi3v_dist.observe.wandb_tracker import WandbTracker
-
-
-@pytest.fixture
-def stub(fresh_client: None, monkeypatch: pytest.MonkeyPatch) -> Iterator[WandbStub]:  # noqa: F811
-    with WandbStub() as server:
-        monkeypatch.setenv("WANDB_BASE_URL", server.url)
-        monkeypatch.setenv("WANDB_API_KEY", DUMMY_KEY)
-        yield server
 
 
 def was_opened(caplog: pytest.LogCaptureFixture, times: int) -> bool:

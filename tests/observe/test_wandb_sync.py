@@ -1,27 +1,19 @@
 """Offline runs uploaded to a stub of the server: one folder at a time, looked at before and counted after."""
 
+import re
 import sys
 import time
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import wandb
 from wandb_stub import WandbStub, answer
-from wandb_world import DUMMY_KEY, fresh_client, offline_runs, train  # noqa: F401
+from wandb_world import DUMMY_KEY, fresh_client, offline_runs, stub, train  # noqa: F401
 
 from launch import dashboard as script
 from phi3v_dist.errors import ConfigError, Phi3VError
 from phi3v_dist.observe import wandb_sync
 from phi3v_dist.observe.wandb_tracker import WandbTracker
-
-
-@pytest.fixture
-def stub(fresh_client: None, monkeypatch: pytest.MonkeyPatch) -> Iterator[WandbStub]:  # noqa: F811
-    with WandbStub() as server:
-        monkeypatch.setenv("WANDB_BASE_URL", server.url)
-        monkeypatch.setenv("WANDB_API_KEY", DUMMY_KEY)
-        yield server
 
 
 def write_attempts(run: Path, number: int) -> list[Path]:
@@ -46,8 +38,10 @@ def dashboard(monkeypatch: pytest.MonkeyPatch, *words: object) -> list[str]:
 
 
 def flip_a_byte(file: Path) -> None:
+    """In the middle of the rows, which come after the definitions of all metrics."""
     content = bytearray(file.read_bytes())
-    content[len(content) * 2 // 3] ^= 0xFF
+    rows = [found.start() for found in re.finditer(b"train/loss", content)]
+    content[rows[len(rows) // 2 + 1]] ^= 0xFF
     file.write_bytes(content)
 
 

@@ -35,6 +35,12 @@ def test_a_finished_run_leaves_everything_a_person_needs(reference):
     ]  # fmt: skip
     predictions = (reference / "eval" / "step-000010" / "predictions.jsonl").read_text().splitlines()
     assert len(predictions) == 12
+    untuned = json.loads((reference / "eval" / "step-000000" / "scores.json").read_text())
+    assert not any("blind" in name for name in untuned)
+    assert summary["eval/base/samples"] == untuned["eval/samples"] == 12
+    assert summary["eval/base/loss"] == pytest.approx(untuned["eval/loss"], rel=1e-12)
+    assert summary["eval/minus_base/loss"] == pytest.approx(summary["eval/loss"] - untuned["eval/loss"])
+    assert summary["eval/minus_base/loss"] < 0
     assert len(list((reference / "wandb").glob("offline-run-*"))) == 1
 
 

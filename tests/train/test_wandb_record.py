@@ -34,7 +34,7 @@ def test_wandb_holds_every_row_of_the_record_and_nothing_else(reference, rows):
     media = [row for row in rows if names(row) & MEDIA]
     numbers = [row for row in rows if not names(row) & MEDIA]
     assert [names(row) for row in numbers] == [row.keys() - {"time"} for row in recorded]
-    assert len(media) == 1 and names(media[0]) == {STEP, *MEDIA}
+    assert [(row[STEP], names(row)) for row in media] == [(step, {STEP, *MEDIA}) for step in (0, 10)]
     for sent, kept in zip(numbers, recorded, strict=True):
         for name in names(sent):
             assert math.isfinite(sent[name]) and sent[name] == pytest.approx(kept[name], rel=1e-12), name
@@ -49,7 +49,7 @@ def test_every_name_is_registered_and_the_x_axis_is_the_trained_step(written, ro
     shown = set().union(*map(names, rows))
     assert [name for name in shown if lookup(name) is None] == []
     entries = {entry_name(name) for name in shown}
-    assert entries == expected_names("ranks", "validation", "checkpoint", "wandb")
+    assert entries == expected_names("ranks", "validation", "checkpoint", "wandb", "base")
     axes = [record["metric"] for record in written if record["type"] == "metric"]
     assert {axis.get("step_metric", STEP) for axis in axes} == {STEP}
     assert {"name": STEP, "hidden": True}.items() <= {**axes[0], **axes[0]["options"]}.items()
