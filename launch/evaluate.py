@@ -1,50 +1,86 @@
-"""A folder in the official layout (such as an export) → scores and predictions, in one process.
+"""A saved model → scores and predictions on validation data, or the answer to one question; in one process.
 
+python launch/evaluate.py --model runs/quickstart                  its newest checkpoint, with its own settings
 python launch/evaluate.py --config launch/configs/quickstart.yaml --model runs/quickstart/export --out /tmp/scores
+python launch/evaluate.py --model runs/quickstart --predict photo.jpg --prompt "What is shown in this image?"
 
-Of the configuration only `data.validation`, `eval` and how samples are read is used: neither training shards nor the
-base model need be there.
+--model takes a model folder (published or exported), an adapter exported alone, a run folder or one of its checkpoints.
+Of a configuration only `data.validation`, `eval` and how samples are read is used: training shards need not be there.
 """
 
 import argparse
 import logging
+import sys
 from pathlib import Path
 
-from phi3v_dist import config, run
+from phi3v_dist import config
 from phi3v_dist.cli import run_script
-from phi3v_dist.errors import ConfigError, DataError
-from phi3v_dist.evaluate.evaluator import Evaluator
-from phi3v_dist.model import Phi3VForCausalLM
-from phi3v_dist.model.weights import OfficialFolder
+from phi3v_dist.errors import ConfigError
+from phi3v_dist.evaluate.alone import evaluate, settings_around
+from phi3v_dist.evaluate.predict import predict
+from phi3v_dist.evaluate.sampling import Sampling
+from phi3v_dist.model.saved import SavedModel
 from phi3v_dist.observe.metrics import format_value
 from phi3v_dist.parallel.topology import Topology
+from phi3v_dist.printable import printable
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--config", required=True)
-    parser.add_argument("--model", type=Path, help="default: RUN/export")
-    parser.add_argument("--out", type=Path, help="where predictions are written; default: MODEL/../eval/export")
-    parser.add_argument("overrides", nargs="*", help="settings as key=value")
+    parser.add_argument("--model", type=Path, help="default: the run's export, or else its newest checkpoint")
+    parser.add_argument("--base", type=Path, help="model folder that a run or an adapter began with, if it moved")
+    scores = parser.add_argument_group("scores and predictions")
+    scores.add_argument("--config", type=Path, help="default: the settings of the run in which the model lies")
+    scores.add_argument("--out", type=Path, help="where predictions are written; default: RUN/eval/export or the like")
+    scores.add_argument("overrides", nargs="*", help="settings as key=value")
+    asking = parser.add_argument_group("one question")
+    asking.add_argument(
+        "--predict", type=Path, nargs="*", metavar="IMAGE", help="pictures, in the order shown; or none"
+    )
+    asking.add_argument("--prompt", help="the question; plain words, which stand after the pictures")
+    asking.add_argument("--max_new_tokens", type=int, default=256)
+    asking.add_argument("--temperature", type=float, default=0.0, help="0: the likeliest token each time")
+    asking.add_argument("--top_p", type=float, default=1.0, help="draw among the likeliest of this probability")
+    asking.add_argument("--seed", type=int, default=0, help="of the draws")
     arguments = parser.parse_args()
-    topology = Topology()
-    settings = config.load(arguments.config, arguments.overrides)
-    if not settings.data.validation:
-        raise ConfigError("`data.validation` names no shards, so there is nothing to evaluate on")
-    folder = arguments.model or settings.run.folder / "export"
-    OfficialFolder(folder)  # refuses what is no model, such as an adapter alone, before the data is measured
-    own_processor = settings.model_copy(update={"model": settings.model.model_copy(update={"path": folder})})
-    data = run.Data.open(settings.data.validation, own_processor)
-    sample_ids = run.fixed_order(data.lengths, settings.data.row_length_tokens)
-    if not sample_ids:
-        raise DataError(f"none of the {len(data.table)} samples of `data.validation` can be used: see launch/check.py")
-    said = "longrope" in settings.model.model_fields_set  # else the rule that the folder was exported with
-    longrope = settings.model.longrope if said else None
-    model = Phi3VForCausalLM.from_pretrained(folder, longrope, settings.model.attention)
-    evaluator = Evaluator(data.decoder, data.lengths, sample_ids, settings.eval, topology)
-    metrics = evaluator.run(model.to(topology.device), arguments.out or folder.parent / "eval" / "export")
-    for name, value in sorted(metrics.items()):
+    if arguments.predict is None and arguments.prompt is None:
+        score(arguments)
+    else:
+        answer(arguments)
+
+
+def answer(asked: argparse.Namespace) -> None:
+    """Print the answer, and nothing else on stdout unless something is wrong."""
+    problems = [f"--{name} is missing" for name in ("model", "prompt") if getattr(asked, name) is None]
+    beside = [f"--{name}" for name in ("config", "out") if getattr(asked, name)] + ["settings"] * bool(asked.overrides)
+    if beside:
+        problems.append(f"{' and '.join(beside)} has no place beside a question: leave it out")
+    if problems:
+        raise ConfigError(problems)
+    logging.getLogger().setLevel(logging.WARNING)
+    sampling = Sampling(asked.temperature, asked.top_p, asked.seed)
+    saved = SavedModel.open(asked.model, asked.base)
+    reply = predict(saved, asked.predict or [], asked.prompt, asked.max_new_tokens, sampling, Topology().device)
+    print(printable(reply.text, keep="\n\t"), flush=True)
+    if not reply.stopped:
+        print(f"(cut after {reply.num_tokens:,} tokens: raise --max_new_tokens to hear the rest)", file=sys.stderr)
+
+
+def score(asked: argparse.Namespace) -> None:
+    """Write scores and predictions, and print the scores."""
+    settings = config.load(asked.config, asked.overrides) if asked.config else None
+    folder = asked.model
+    if folder is None:
+        if settings is None:
+            raise ConfigError("nothing to evaluate: give --model FOLDER, or --config FILE for the model of its run")
+        export = settings.run.folder / "export"
+        folder = export if export.is_dir() else settings.run.folder
+    saved = SavedModel.open(folder, asked.base)
+    settings = settings or settings_around(saved, asked.overrides)
+    out = asked.out or (saved.run or settings.run.folder) / "eval" / saved.name
+    for name, value in sorted(evaluate(saved, settings, out).items()):
         logging.info("%-32s %s", name, format_value(name, value))
+    logging.info("predictions are in %s", out)
 
 
 def cli() -> None:

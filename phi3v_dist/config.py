@@ -336,6 +336,11 @@ class EvalSettings(Section):
     batch_samples: int = Field(8, ge=1)
     """Answers generated together on one rank."""
     max_new_tokens: int = Field(64, ge=1)
+    temperature: float = Field(0.0, ge=0, allow_inf_nan=False)
+    """0 takes the likeliest token each time. Above it tokens are drawn, by `run.seed`, sample and place in the answer
+    alone."""
+    top_p: float = Field(1.0, gt=0, le=1)
+    """Draw among the likeliest tokens that together have this probability."""
     blind: bool = True
     """Also ask every question with pictures exchanged among samples of the same shape: what can be said without
     seeing."""
@@ -455,6 +460,11 @@ def _contradictions(settings: Settings) -> list[str]:
         )
     if settings.data.cache.local_shards and not settings.data.cache.path:
         problems.append("`data.cache.local_shards` is set, but not where: set data.cache.path to a folder on the nodes")
+    if settings.eval.top_p < 1 and not settings.eval.temperature:
+        problems.append(
+            f"`eval.top_p` is {settings.eval.top_p:g}, but with `eval.temperature` 0 nothing is drawn: raise that, or "
+            "leave this out"
+        )
     if settings.eval.every_steps and not settings.data.validation:
         problems.append("`eval.every_steps` is set but `data.validation` names no shards")
     return problems

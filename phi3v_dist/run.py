@@ -270,7 +270,8 @@ def build(settings: Settings, topology: Topology, attempt: Attempt, requests: Re
     if settings.data.validation:
         validation = Data.open_together(settings.data.validation, settings, topology)
         sample_ids = fixed_order(validation.lengths, settings.data.row_length_tokens)
-        evaluator = Evaluator(validation.decoder, validation.lengths, sample_ids, settings.eval, topology)
+        seed = settings.run.seed
+        evaluator = Evaluator(validation.decoder, validation.lengths, sample_ids, settings.eval, topology, seed)
     tracker = sinks.build(settings, attempt, num_steps) if topology.is_main else NoTracker()
     run_id = topology.broadcast(_run_id(settings.run.folder) if topology.is_main else "")
     run = Run(

@@ -38,6 +38,7 @@ from phi3v_dist.evaluate.controls import read_judged, with_controls
 from phi3v_dist.evaluate.generate import generate, local_copy, plain_linear
 from phi3v_dist.evaluate.highest_loss import HighestLoss
 from phi3v_dist.evaluate.records import thumbnail, write_records
+from phi3v_dist.evaluate.sampling import Sampling
 from phi3v_dist.evaluate.score import AnswerScore, score_answer
 from phi3v_dist.model.phi3v import Phi3VForCausalLM
 from phi3v_dist.parallel.topology import Topology
@@ -54,6 +55,7 @@ class Evaluator:
 
     lengths: of the samples, by which batches are cut.
     sample_ids: usable validation samples, in the fixed order in which they are asked.
+    seed: of draws, where `eval.temperature` asks for them.
     """
 
     decoder: Decoder
@@ -61,6 +63,7 @@ class Evaluator:
     sample_ids: tuple[int, ...]
     settings: EvalSettings
     topology: Topology
+    seed: int = 0
 
     def run(
         self,
@@ -211,7 +214,8 @@ class Evaluator:
         self, model: Phi3VForCausalLM, samples: Sequence[Sample], prompts: Sequence[Example]
     ) -> tuple[list[AnswerScore], list[str]]:
         processor = self.decoder.processor
-        answers = generate(model, prompts, self.settings.max_new_tokens, processor.stop_ids)
+        sampling = Sampling(self.settings.temperature, self.settings.top_p, self.seed)
+        answers = generate(model, prompts, self.settings.max_new_tokens, processor.stop_ids, sampling)
         texts = [str(processor.tokenizer.decode(list(answer.ids))).strip() for answer in answers]
         scores = [
             score_answer(text, _truth(sample.messages), self.settings.fields, answer.stopped, len(answer.ids))

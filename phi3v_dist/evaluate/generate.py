@@ -9,7 +9,8 @@ LongRoPE: a row whose factors change, because the length that decides them passe
 again from its kept embeddings: its keys and values were made with the short factors (both are stale: deeper layers saw
 short-factor attention). Under the official batch rules the longest row decides for all, so all change together; under
 `short` and `long` none ever does. Whatever `model.attention` says, the cache attends by itself, with sdpa per document
-while prefilling.
+while prefilling. Long prompts are prefilled in slices, every token's factors chosen by its row's full length all the
+same.
 """
 
 from collections.abc import Iterator, Sequence
@@ -20,12 +21,17 @@ import torch
 from torch import Tensor
 
 from phi3v_dist.data.batch import Example
+from phi3v_dist.evaluate.sampling import GREEDY, Sampling
 from phi3v_dist.model.adapters import merged_parameters
-from phi3v_dist.model.attention import Layout
-from phi3v_dist.model.cache import KeyValueCache
+from phi3v_dist.model.cache import KeyValueCache, Piece
 from phi3v_dist.model.phi3v import Phi3VForCausalLM
 from phi3v_dist.model.placement import Placement
 from phi3v_dist.watch import heartbeat
+
+# Tokens in one forward call of a prefill. What one layer computes for them is then all there is beside the weights, the
+# cache and the prompts' embeddings: in the real model's feed-forward part 0.4 GB, where 131,072 tokens at once take 6
+# (16,384 + 8,192 numbers a token, bf16).
+PREFILL_TOKENS = 8192
 
 
 @dataclass(frozen=True)
@@ -63,30 +69,46 @@ class _Rows:
 
     def __init__(self, model: Phi3VForCausalLM, prompts: Sequence[Example], max_new_tokens: int):
         self.model, self.device = model, model.lm_head.weight.device
-        self.embeds = [[self._embed(prompt)] for prompt in prompts]  # in pieces: to join them at every token is costly
-        self.lengths = [len(embeds) for (embeds,) in self.embeds]
+        self.lengths = [len(prompt.input_ids) for prompt in prompts]
+        # In pieces, since to join them at every token is costly.
+        self.embeds = [[piece] for piece in self._embed(prompts).split(self.lengths)]
         self.longest = max(self.lengths)  # of the batch, rows that have ended counted on: as the published code pads
         self.answers: list[list[int]] = [[] for _ in prompts]
         self.cache = KeyValueCache(len(prompts), max(self.lengths) + max_new_tokens)
         self.active = list(range(len(prompts)))  # prompt number of each row of the cache
 
-    def _embed(self, prompt: Example) -> Tensor:
-        pixels = prompt.pixel_values.to(self.device) if len(prompt.pixel_values) else None
-        ids = prompt.input_ids[None]
-        placement = Placement.in_row(ids, prompt.image_sizes).to(self.device) if pixels is not None else None
+    def _embed(self, prompts: Sequence[Example]) -> Tensor:
+        """Words and pictures of all prompts, one after the other: [tokens, hidden]."""
+        ids = torch.cat([prompt.input_ids for prompt in prompts])[None]
+        shown = [prompt for prompt in prompts if len(prompt.pixel_values)]
+        if not shown:
+            return self.model.model.embed(ids.to(self.device), None, None)[0]
+        placement = Placement.in_row(ids, torch.cat([prompt.image_sizes for prompt in shown])).to(self.device)
+        pixels = torch.cat([prompt.pixel_values for prompt in shown]).to(self.device)
         return self.model.model.embed(ids.to(self.device), pixels, placement)[0]
 
     def prefill(self, rows: Sequence[int]) -> Tensor:
-        """Run these rows' whole texts as documents of one flat row; the hidden state at each one's end."""
+        """Run these rows' whole texts, as documents of flat rows; the hidden state at each one's end."""
         numbers = [self.active[row] for row in rows]
-        lengths = [self.lengths[number] for number in numbers]
-        layout = Layout.of(lengths).to(self.device)
-        deciding = self.model.rope.deciding(layout.rope_lengths, self.longest, self.longest)
-        positions = torch.cat([torch.arange(n) for n in lengths])[None].to(self.device)
-        embeds = torch.cat([piece for number in numbers for piece in self.embeds[number]])[None]
-        self.cache.begin_prefill(rows, lengths)
-        hidden = self._run(embeds, positions, deciding[None])
-        return hidden[0, layout.cu_seqlens[1:].long() - 1]
+        for number in numbers:
+            if len(self.embeds[number]) > 1:
+                self.embeds[number] = [torch.cat(self.embeds[number])]
+        embeds = {row: self.embeds[number][0] for row, number in zip(rows, numbers, strict=True)}
+        own = torch.tensor([self.lengths[number] for number in numbers])
+        deciding = dict(zip(rows, self.model.rope.deciding(own, self.longest, self.longest), strict=True))
+        ends: dict[int, Tensor] = {}
+        for pieces in slices(rows, own.tolist()):
+            self.cache.begin_prefill(pieces)
+            hidden = self._run(
+                torch.cat([embeds[row][start:end] for row, start, end in pieces])[None],
+                torch.cat([torch.arange(start, end) for _, start, end in pieces])[None],
+                torch.cat([deciding[row].expand(end - start) for row, start, end in pieces])[None],
+            )[0]
+            at = 0
+            for row, start, end in pieces:
+                at += end - start
+                ends[row] = hidden[at - 1]  # at last that of the row's last piece
+        return torch.stack([ends[row] for row in rows])
 
     def forget(self, max_new_tokens: int) -> None:
         """After the prefill: drop the embeddings of rows whose factors no answer of that length can change."""
@@ -105,10 +127,9 @@ class _Rows:
             if self.embeds[number]:
                 self.embeds[number].append(embeds[row : row + 1])
             self.lengths[number] += 1
-        lengths = torch.tensor([self.lengths[number] for number in self.active])
-        self.cache.begin_decode()
-        positions, deciding = (lengths - 1)[:, None].to(self.device), self._deciding()
-        hidden = self._run(embeds[:, None], positions, deciding[:, None].to(self.device))[:, 0]
+        self.cache.begin_decode(self.device)
+        deciding = self._deciding()
+        hidden = self._run(embeds[:, None], self.cache.lengths[:, None] - 1, deciding[:, None])[:, 0]
         crossing = (self.model.rope.is_long(deciding) != was_long).nonzero().flatten().tolist()
         if crossing:
             hidden[crossing] = self.prefill(crossing)
@@ -120,7 +141,7 @@ class _Rows:
         return self.model.rope.deciding(own, self.longest, self.longest)
 
     def _run(self, embeds: Tensor, positions: Tensor, rope_lengths: Tensor) -> Tensor:
-        rotation = self.model.rope(positions, rope_lengths, embeds.dtype)
+        rotation = self.model.rope(positions.to(self.device), rope_lengths.to(self.device), embeds.dtype)
         return self.model.model(embeds, rotation, cache=self.cache)
 
     def keep(self, rows: list[int]) -> None:
@@ -130,14 +151,30 @@ class _Rows:
             self.active = [self.active[row] for row in rows]
 
 
+def slices(rows: Sequence[int], lengths: Sequence[int]) -> list[list[Piece]]:
+    """Rows of these lengths in forward calls of at most `PREFILL_TOKENS`; only what is longer than that is cut."""
+    found: list[list[Piece]] = [[]]
+    room = PREFILL_TOKENS
+    for row, length in zip(rows, lengths, strict=True):
+        for start in range(0, length, PREFILL_TOKENS):
+            end = min(start + PREFILL_TOKENS, length)
+            if end - start > room:
+                found.append([])
+                room = PREFILL_TOKENS
+            found[-1].append(Piece(row, start, end))
+            room -= end - start
+    return found
+
+
 @torch.inference_mode()
 def generate(
-    model: Phi3VForCausalLM, prompts: Sequence[Example], max_new_tokens: int, stop_ids: Sequence[int]
-) -> list[Answer]:
-    """Greedy answers to all prompts, as one batch.
+    model: Phi3VForCausalLM, prompts: Sequence[Example], max_new_tokens: int, stop_ids: Sequence[int],
+    sampling: Sampling = GREEDY,
+) -> list[Answer]:  # fmt: skip
+    """Answers to all prompts, as one batch.
 
-    The same prompt gets the same answer in any batch (fp32; in bf16 rounding may differ with the batch), except under
-    LongRoPE's official batch rules, which are made of depending on it.
+    The same prompt gets the same answer in any batch (fp32; in bf16 rounding may differ with the batch), drawn or not,
+    except under LongRoPE's official batch rules, which are made of depending on it.
     """
     stopped = [False] * len(prompts)
     if not prompts:
@@ -146,8 +183,9 @@ def generate(
         rows = _Rows(model, prompts, max_new_tokens)
         hidden = rows.prefill(range(len(prompts)))
         rows.forget(max_new_tokens)
-        for _ in range(max_new_tokens):
-            chosen = model.lm_head(hidden).argmax(-1).tolist()
+        for step in range(max_new_tokens):
+            sample_ids = [prompts[number].sample_id for number in rows.active]
+            chosen = sampling.choose(model.lm_head(hidden), sample_ids, step)
             going = []
             for row, (number, token) in enumerate(zip(rows.active, chosen, strict=True)):
                 if token in stop_ids:

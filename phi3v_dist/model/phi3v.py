@@ -32,7 +32,7 @@ from phi3v_dist.model.origin import recorded_longrope
 from phi3v_dist.model.placement import Placement, num_crops_of
 from phi3v_dist.model.rope import LongRope
 from phi3v_dist.model.vision import ImageEmbedding, Normalization
-from phi3v_dist.model.weights import EMBEDDING, OfficialFolder, check_names
+from phi3v_dist.model.weights import EMBEDDING, OfficialFolder, Weights, check_names
 from phi3v_dist.parallel.ulysses import ALONE, SequenceGroup
 
 
@@ -152,7 +152,15 @@ class Phi3VForCausalLM(nn.Module):
         """
         longrope = recorded_longrope(Path(folder)) if longrope is None else longrope
         weights = OfficialFolder(Path(folder))
-        model = cls.without_weights(read_config(Path(folder)), longrope, attention)
+        return cls.of(read_config(Path(folder)), weights, longrope, attention, dtype)
+
+    @classmethod
+    def of(
+        cls, config: dict[str, Any], weights: Weights, longrope: str, attention: str | Backend,
+        dtype: torch.dtype | None,
+    ) -> "Phi3VForCausalLM":  # fmt: skip
+        """As `from_pretrained`, with weights from anywhere."""
+        model = cls.without_weights(config, longrope, attention)
         check_names({name: tuple(p.shape) for name, p in model.named_parameters()}, weights)
         dtype = dtype or weights.dtype(EMBEDDING)
         return model.take({name: weights.get(name).to(dtype) for name, _ in model.named_parameters()})

@@ -19,6 +19,7 @@ from pathlib import Path
 
 import checkpoints
 import cv2
+import generation
 import loaders
 import long_rows
 import many_shards
@@ -128,6 +129,7 @@ SECTIONS: dict[str, Callable[[Path], list[Figure]]] = {
     "checkpoints": checkpoints.figures,
     "long_rows": long_rows.figures,
     "observing": observing.figures,
+    "generation": generation.figures,
 }
 
 

@@ -96,7 +96,7 @@ def asked(monkeypatch, processor):
     """Lets the stand-in answer; returns the batches of prompts it is asked."""
     batches = []
 
-    def see(model, prompts, max_new_tokens, stop_ids):
+    def see(model, prompts, max_new_tokens, stop_ids, sampling):
         batches.append(list(prompts))
         return [Answer(tuple(processor.tokenizer(say(p), add_special_tokens=False).input_ids), True) for p in prompts]
 

@@ -7,7 +7,11 @@ import torch
 
 from phi3v_dist.data.batch import Example
 from phi3v_dist.evaluate import generate as module
-from phi3v_dist.evaluate.generate import Answer, generate, local_copy, plain_linear
+from phi3v_dist.evaluate.generate import Answer, generate, local_copy, plain_linear, slices
+from phi3v_dist.evaluate.sampling import GREEDY
+from phi3v_dist.model import cache as cache_module
+from phi3v_dist.model import vision as vision_module
+from phi3v_dist.model.cache import Piece
 from phi3v_dist.model.official_config import read_config
 from phi3v_dist.model.phi3v import Phi3VForCausalLM
 from phi3v_dist.model.placement import num_image_tokens
@@ -18,9 +22,11 @@ NEW_TOKENS = 14
 
 @pytest.fixture(scope="module", params=[2, 1], ids=["mha", "gqa"])
 def model(request, tiny_model):
+    return talkative(read_config(tiny_model) | {"num_key_value_heads": request.param, "vocab_size": 1024})
+
+
+def talkative(config: dict) -> Phi3VForCausalLM:
     """Large random weights: every token matters for the next one, and answers do not settle on one word."""
-    config = read_config(tiny_model)
-    config |= {"num_key_value_heads": request.param, "vocab_size": 1024}
     with torch.random.fork_rng():
         torch.manual_seed(5)
         model = Phi3VForCausalLM(config).eval()
@@ -48,12 +54,12 @@ def picture_prompt(sizes: list[tuple[int, int]], length: int) -> Example:
 
 
 @torch.inference_mode()
-def reference(model, prompt: Example, max_new_tokens: int, stop_ids=()) -> Answer:
-    """Greedy, the whole text anew for every token: no cache, nothing beside it."""
+def reference(model, prompt: Example, max_new_tokens: int, stop_ids=(), sampling=GREEDY) -> Answer:
+    """The whole text anew for every token: no cache, nothing beside it."""
     ids, answer = prompt.input_ids, []
     while len(answer) < max_new_tokens:
         pictures = (prompt.pixel_values, prompt.image_sizes) if len(prompt.pixel_values) else ()
-        token = int(model(ids[None], *pictures).logits[0, -1].argmax())
+        (token,) = sampling.choose(model(ids[None], *pictures).logits[:, -1], [prompt.sample_id], len(answer))
         if token in stop_ids:
             return Answer(tuple(answer), True)
         answer.append(token)
@@ -263,3 +269,41 @@ def test_the_replaced_linear_is_put_back_after_an_exception_too(model, text, mon
     with pytest.raises(ZeroDivisionError):
         generate(model, text[0][:1], 3, ())
     assert torch.nn.functional.linear is replacement
+
+
+# -- prompts longer than a slice ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("slice_tokens", [7, 12, 24, 40])
+def test_prompts_that_are_prefilled_in_slices_answer_as_in_one(model, text, slice_tokens, monkeypatch):
+    """Also where a row crosses and is prefilled again, and where a slice shares its mask among few queries."""
+    prompts, expected = text
+    monkeypatch.setattr(module, "PREFILL_TOKENS", slice_tokens)
+    monkeypatch.setattr(cache_module, "MASKED_QUERIES", 5)
+    assert generate(model, prompts, NEW_TOKENS, ()) == expected
+
+
+def test_pictures_may_be_cut_by_a_slice_and_seen_in_chunks(model, monkeypatch):
+    prompts = [picture_prompt([(336, 672), (336, 336)], 6), text_prompt(9), picture_prompt([(336, 336)], 4)]
+    expected = generate(model, prompts, 5, ())
+    monkeypatch.setattr(module, "PREFILL_TOKENS", 100)
+    monkeypatch.setattr(vision_module, "CROPS_WITHOUT_GRADIENTS", 2)
+    assert generate(model, prompts, 5, ()) == expected
+
+
+def test_no_forward_call_of_a_prefill_is_longer_than_a_slice(model, text, monkeypatch):
+    monkeypatch.setattr(module, "PREFILL_TOKENS", 16)
+    seen = []
+    run = module._Rows._run
+    monkeypatch.setattr(
+        module._Rows, "_run", lambda rows, embeds, *a: seen.append(embeds.shape[1]) or run(rows, embeds, *a)
+    )
+    generate(model, text[0], 1, ())
+    assert sum(seen) == sum(TEXT_LENGTHS) and max(seen) == 16
+
+
+def test_only_what_is_longer_than_a_slice_is_cut(monkeypatch):
+    monkeypatch.setattr(module, "PREFILL_TOKENS", 10)
+    assert slices([0, 1, 2, 3], [4, 6, 23, 5]) == [
+        [Piece(0, 0, 4), Piece(1, 0, 6)], [Piece(2, 0, 10)], [Piece(2, 10, 20)], [Piece(2, 20, 23), Piece(3, 0, 5)],
+    ]  # fmt: skip
