@@ -13,6 +13,8 @@ import logging
 import sys
 from pathlib import Path
 
+from rich.console import Console
+
 from phi3v_dist import config
 from phi3v_dist.cli import run_script
 from phi3v_dist.errors import ConfigError
@@ -20,7 +22,7 @@ from phi3v_dist.evaluate.alone import evaluate, settings_around
 from phi3v_dist.evaluate.predict import predict
 from phi3v_dist.evaluate.sampling import Sampling
 from phi3v_dist.model.saved import SavedModel
-from phi3v_dist.observe.metrics import format_value
+from phi3v_dist.observe import score_table
 from phi3v_dist.parallel.topology import Topology
 from phi3v_dist.printable import printable
 
@@ -32,6 +34,11 @@ def main() -> None:
     scores = parser.add_argument_group("scores and predictions")
     scores.add_argument("--config", type=Path, help="default: the settings of the run in which the model lies")
     scores.add_argument("--out", type=Path, help="where predictions are written; default: RUN/eval/export or the like")
+    scores.add_argument(
+        "--untuned",
+        type=Path,
+        help="records to compare with; default: those of the run's step 0, if it has them",
+    )
     scores.add_argument("overrides", nargs="*", help="settings as key=value")
     asking = parser.add_argument_group("one question")
     asking.add_argument(
@@ -52,7 +59,9 @@ def main() -> None:
 def answer(asked: argparse.Namespace) -> None:
     """Print the answer, and nothing else on stdout unless something is wrong."""
     problems = [f"--{name} is missing" for name in ("model", "prompt") if getattr(asked, name) is None]
-    beside = [f"--{name}" for name in ("config", "out") if getattr(asked, name)] + ["settings"] * bool(asked.overrides)
+    beside = [f"--{name}" for name in ("config", "out", "untuned") if getattr(asked, name)] + ["settings"] * bool(
+        asked.overrides
+    )
     if beside:
         problems.append(f"{' and '.join(beside)} has no place beside a question: leave it out")
     if problems:
@@ -78,9 +87,10 @@ def score(asked: argparse.Namespace) -> None:
     saved = SavedModel.open(folder, asked.base)
     settings = settings or settings_around(saved, asked.overrides)
     out = asked.out or (saved.run or settings.run.folder) / "eval" / saved.name
-    for name, value in sorted(evaluate(saved, settings, out).items()):
-        logging.info("%-32s %s", name, format_value(name, value))
-    logging.info("predictions are in %s", out)
+    metrics = evaluate(saved, settings, out, asked.untuned)
+    console = Console()
+    console.print(score_table.printed(metrics), width=None if console.is_terminal else score_table.WIDTH)
+    print(f"predictions are in {out}", flush=True)
 
 
 def cli() -> None:

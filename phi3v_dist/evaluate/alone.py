@@ -12,6 +12,7 @@ from phi3v_dist.config import Settings
 from phi3v_dist.data.audit_report import settings_of
 from phi3v_dist.errors import ConfigError, DataError
 from phi3v_dist.evaluate.evaluator import Evaluator
+from phi3v_dist.evaluate.records import PREDICTIONS_NAME
 from phi3v_dist.model.saved import SavedModel
 from phi3v_dist.parallel.topology import Topology
 
@@ -23,8 +24,11 @@ def settings_around(saved: SavedModel, overrides: list[str]) -> Settings:
     return settings_of(saved.run, overrides)
 
 
-def evaluate(saved: SavedModel, settings: Settings, out: Path) -> dict[str, float]:
+def evaluate(saved: SavedModel, settings: Settings, out: Path, untuned: Path | None = None) -> dict[str, float]:
     """Ask all validation questions and write `out`.
+
+    Args:
+        untuned: records of an evaluation to compare with; default: of step 0 of the run in which the model lies.
 
     Raises:
         ConfigError, DataError: there is nothing to ask.
@@ -32,6 +36,10 @@ def evaluate(saved: SavedModel, settings: Settings, out: Path) -> dict[str, floa
     """
     if not settings.data.validation:
         raise ConfigError("`data.validation` names no shards, so there is nothing to evaluate on")
+    if untuned and not (untuned / PREDICTIONS_NAME).is_file():
+        raise ConfigError(f"--untuned {untuned}: there is no {PREDICTIONS_NAME}, so this is no evaluation's folder")
+    at_first = saved.run / "eval" / "step-000000" if saved.run else None
+    base = untuned or (at_first if at_first and at_first.is_dir() else None)
     of_model = {
         "model": settings.model.model_copy(update={"path": saved.files}),
         "data": settings.data.model_copy(update={"num_crops": settings.data.num_crops or saved.num_crops}),
@@ -44,6 +52,6 @@ def evaluate(saved: SavedModel, settings: Settings, out: Path) -> dict[str, floa
     model = saved.load(settings.model.longrope if said else None, settings.model.attention)
     topology = Topology()
     evaluator = Evaluator(data.decoder, data.lengths, sample_ids, settings.eval, topology, settings.run.seed)
-    metrics = evaluator.run(model.to(topology.device), out)
+    metrics = evaluator.run(model.to(topology.device), out, base=base)
     assert metrics is not None  # nobody asks it to stop
     return metrics
