@@ -1,8 +1,8 @@
 """Pages of docs → the commands on them, and whether their programs would take them.
 
-What comes in: a Markdown page. What goes out: `Command`s as typed, with the remark behind `#`; and an error for one whose
-program, options, settings or files are not there. Surprise: nothing is started. The parsers are the real ones, stopped
-after they have parsed: argparse's of `launch/*.py`, DeepSpeed's and torchrun's own, and `config.load` for the settings.
+What comes in: a Markdown page. What goes out: `Command`s as typed, with the remark behind `#`; and an error for one
+whose program, options, settings or files are not there. Surprise: nothing is started. The parsers are the real ones,
+stopped after they have parsed: argparse's of `launch/*.py`, DeepSpeed's and torchrun's, and `config.load` for settings.
 
 A fence without a language, or with `bash` or `sh`, holds commands; of one that has a line beginning with `$ ` only such
 lines are, the others are output. `text`, `yaml`, `python`, `diff` and so on hold none.
@@ -30,8 +30,8 @@ COMMAND_FENCES = ("", "bash", "sh")
 ANY_CONFIG = REPOSITORY / "launch/configs/quickstart.yaml"  # stands for one that the reader has
 ENDS_WORDS = {"|", "&&", ";", ">", ">>", "<", "&"}
 OTHERS = {  # programs of others, of which nothing is known here but that they are meant
-    "MAX_JOBS", "apptainer", "apt-get", "cat", "cd", "cp", "diff", "echo", "enroot", "export", "git", "head", "ls", "module", "pip",
-    "sacct", "scancel", "scontrol", "sinfo", "source", "squeue", "tail", "tests/slurm/slurm-sim", "touch", "vllm", "wandb",
+    "apptainer", "apt-get", "cat", "cp", "diff", "echo", "enroot", "export", "git", "head", "ls", "pip", "sacct",
+    "scancel", "scontrol", "sinfo", "source", "squeue", "tail", "touch", "vllm", "wandb",
 }  # fmt: skip
 
 

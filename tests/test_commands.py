@@ -1,4 +1,4 @@
-"""Every command and every link of README and docs: the programs know the options, the settings load, the files are there."""
+"""Commands and links of README and docs: programs know the options, settings load, files are there."""
 
 import re
 from pathlib import Path
@@ -12,9 +12,8 @@ PAGES = [
     REPOSITORY / "ds_configs/README.md", *sorted((REPOSITORY / "docs").glob("*.md")),
 ]  # fmt: skip
 LINK = re.compile(r"\[[^\]]*\]\(([^)\s#]+)(?:#[^)]*)?\)")
-NAMED_FILE = re.compile(
-    r"`((?:launch|slurm|docs|ds_configs|phi3v_dist|tests)/[\w./-]+\.(?:py|ya?ml|sh|json|md|txt|def|j2))`"
-)
+FOLDERS, ENDINGS = "launch|slurm|docs|ds_configs|phi3v_dist|tests", "py|yaml|sh|json|md|txt|def|j2"
+NAMED_FILE = re.compile(rf"`((?:{FOLDERS})/[\w./-]+\.(?:{ENDINGS}))`")
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(REPOSITORY)))
