@@ -396,9 +396,8 @@ def load(
         ConfigError: with one message per mistake: the key, the value, and what to change.
     """
     tree, problems = merge(Path(path), overrides)
-    if (
-        isinstance(recorded := tree.get("environment"), dict) and set(recorded) == RAN_WITH
-    ):  # a run's own config.yaml; it records, and sets nothing
+    recorded = tree.get("environment")  # of a run's own config.yaml: what it ran with, and no setting
+    if isinstance(recorded, dict) and set(recorded) == RAN_WITH:
         del tree["environment"]
     settings, mistakes = validate(Settings, tree)
     problems += with_lines(mistakes, Path(path), overrides)

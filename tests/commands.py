@@ -189,7 +189,10 @@ def _load(path: str, overrides: Sequence[str]) -> None:
     own = REPOSITORY / path
     inside = path.startswith("launch/configs/") and (own.exists() or own.name not in ("mine.yaml", "my.yaml"))
     assert not inside or own.is_file(), f"there is no {path}"
-    config.load(own if own.is_file() else ANY_CONFIG, [word for word in overrides if word != "…"])
+    words = [word for word in overrides if word != "…"]
+    if not own.is_file() and any(word.startswith("train.epochs=") for word in words):
+        words = ["train.steps=null", *words]
+    config.load(own if own.is_file() else ANY_CONFIG, words)
 
 
 class _Parsed(BaseException):

@@ -59,7 +59,8 @@ def split_of_titles(out: Path) -> dict[str, str]:
     }
 
 
-def test_a_folder_made_by_hand_and_its_table_of_a_spreadsheet_are_imported_but_for_real_mistakes(
+@pytest.mark.supports("tables", on="one process")
+def test_a_folder_made_by_hand_with_a_spreadsheets_table_is_imported_but_for_real_mistakes(
     tmp_path: Path,
 ) -> None:
     made = handmade.write_folder(tmp_path / "photos", num_pictures=72)
