@@ -1,8 +1,8 @@
 """docs/tour.md, walked by somebody who has a clone, a folder of photos and no time: every command, every claim.
 
 The quick tests look whether the commands could work (test_commands.py does so for all pages) and whether the files
-that a reader is asked to write do what is said. The slow ones type everything, in order, in a copy of what a clone holds,
-from `make train` to the export of a model that was trained on 300 pictures made by hand.
+that a reader is asked to write do what is said. The slow ones type everything, in order, in a copy of what a clone
+holds, from `make train` to the export of a model that was trained on 300 pictures made by hand.
 
 What is not as on the page, all of it here: `SHORTENED` words, stand-ins for the hub and for W&B on 127.0.0.1, a small
 model under the real one's name, a Slurm of virtual nodes, CPUs for GPUs, and commands that say why they are not run.
