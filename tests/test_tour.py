@@ -141,11 +141,14 @@ def children_cpu_s() -> float:
 
 @dataclass
 class Walker:
-    """Somebody at a shell, in the clone. job: the newest that was submitted. cpu_s: spent by chapter."""
+    """Somebody at a shell, in the clone.
+
+    cluster: where the chapter needs one. job: the newest that was submitted, of the run named `run`. cpu_s: by chapter.
+    """
 
     clone: Path
-    cluster: Cluster
     env: dict[str, str]
+    cluster: Cluster | None = None
     prelude: list[str] = field(default_factory=list)
     job: str = ""
     run: str = ""
@@ -178,11 +181,13 @@ class Walker:
             if part in text:
                 text = f"{text} {words}"
                 self.run = part.removeprefix("run.name=")
-        if command.note == "needs Slurm" and text.startswith(("tail", "touch")):
-            self.cluster.until("it trains", self.has_begun, 240, self.job)
+        env = environment(**self.env)
+        if command.note == "needs Slurm" and self.cluster:
+            env = self.cluster.environment(**self.env)
+            if text.startswith(("tail", "touch")):
+                self.cluster.until("it trains", self.has_begun, 240, self.job)
         elif not command.note:
             self.wait_for_job()
-        env = self.cluster.environment(**self.env) if command.note == "needs Slurm" else environment(**self.env)
         done = subprocess.run(
             ["bash", "-c", "\n".join(["set -e", *self.prelude, text])], cwd=self.clone, env=env,
             stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace", timeout=2400,
@@ -200,7 +205,7 @@ class Walker:
 
     def wait_for_job(self) -> None:
         """A command that needs no Slurm is typed when the job has ended."""
-        if self.job and self.cluster.state(self.job) != "COMPLETED":
+        if self.job and self.cluster and self.cluster.state(self.job) != "COMPLETED":
             self.cluster.wait(self.job, "COMPLETED", timeout_s=900)
 
 
@@ -242,7 +247,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Handmade:
 
 
 @pytest.fixture(scope="module")
-def walker(made: Handmade, network: dict[str, str], slurm_cluster: Cluster) -> Walker:  # noqa: F811
+def walker(made: Handmade, network: dict[str, str]) -> Walker:
     clone = copy_of_repository(made.table.parents[1])
     (clone / ".venv").mkdir()
     for path in Path(sys.prefix).iterdir():
@@ -253,7 +258,7 @@ def walker(made: Handmade, network: dict[str, str], slurm_cluster: Cluster) -> W
     rows = [line.split(";") for line in made.table.read_text("utf-8-sig").splitlines()]
     things = [(row[0], *found.groups()) for row in rows if len(row) > 1 and (found := named.match(row[1].strip('"')))]
     write_database(clone / "photos/things.sqlite", [row for row in things if row[0].startswith(("IMG", "PXL"))])
-    return Walker(clone, slurm_cluster, {"PYTHONPATH": str(clone)} | network)
+    return Walker(clone, {"PYTHONPATH": str(clone)} | network)
 
 
 @pytest.mark.slow
@@ -261,10 +266,16 @@ def walker(made: Handmade, network: dict[str, str], slurm_cluster: Cluster) -> W
 @pytest.mark.parametrize("chapter", CHAPTERS, ids=str)
 @pytest.mark.supports("tour", on="2 ranks")
 @pytest.mark.supports("tour", on="Slurm")
-def test_a_chapter_does_what_it_says(walker: Walker, chapter: Chapter) -> None:
+def test_a_chapter_does_what_it_says(
+    walker: Walker, chapter: Chapter, request: pytest.FixtureRequest, capsys: pytest.CaptureFixture[str]
+) -> None:
     if walker.is_lost:
         pytest.skip("a chapter before it failed")
+    if any(isinstance(item, Command) and item.note == "needs Slurm" for item in chapter.items):
+        walker.cluster = request.getfixturevalue("slurm_cluster")
     print(walker.walk(chapter)[-20_000:])
+    with capsys.disabled():
+        print(f"\n{chapter}: {walker.cpu_s[chapter.number] / CORES:.0f} s of {CORES} cores")
     if chapter.number == 10:
         rows = read_metrics(walker.clone / "runs/mine")
         assert any("perf/samples_per_s_per_gpu" in row for row in rows)
