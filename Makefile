@@ -11,7 +11,7 @@ export TORCH_EXTENSIONS_DIR := $(abspath $(VENV))/torch_extensions
 export PYTHONWARNINGS := ignore
 
 .DEFAULT_GOAL := help
-.PHONY: help setup train test test-slow lint bench golden faults metrics clean
+.PHONY: help setup train test test-slow lint bench golden faults support metrics clean
 
 help: ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -51,6 +51,9 @@ golden: setup ## largest differences from the published code, beside what is tol
 
 faults: setup ## docs/faults.md: each fault, and the tests that show what happens then
 	OMP_NUM_THREADS=1 python tests/fault_table.py
+
+support: setup ## docs/support.md: which settings are tested, and on what
+	OMP_NUM_THREADS=1 python tests/support_table.py
 
 metrics: setup ## docs/metrics.md: every number that a run may log
 	python tests/metrics_table.py

@@ -32,6 +32,7 @@ from phi3v_dist.config_file import describe, key_values, merge, validate, with_l
 from phi3v_dist.errors import ConfigError
 
 DataclassT = TypeVar("DataclassT")
+RAN_WITH = {"versions", "commit", "world_size"}  # of `environment` in RUN/config.yaml; `Run.record` writes it
 LongRopeRule = Literal["document", "max_position", "key_length", "short", "long"]  # model/rope.py says what each does
 AttentionName = Literal["auto", "flash_attention_2", "flash_attention_3", "sdpa", "eager"]  # model/backends.py
 
@@ -405,6 +406,9 @@ def load(
         ConfigError: with one message per mistake: the key, the value, and what to change.
     """
     tree, problems = merge(Path(path), overrides)
+    recorded = tree.get("environment")  # of a run's own config.yaml: what it ran with, and no setting
+    if isinstance(recorded, dict) and set(recorded) == RAN_WITH:
+        del tree["environment"]
     settings, mistakes = validate(Settings, tree)
     problems += with_lines(mistakes, Path(path), overrides)
     if settings is not None:

@@ -72,6 +72,12 @@ def test_the_resolved_tree_is_plain_and_loads_again(write, tmp_path):
     again = tmp_path / "again.yaml"
     again.write_text(yaml.safe_dump(dump(settings)))
     assert load(again) == settings
+    ran_with = {"versions": {"torch": "2"}, "commit": "abc", "world_size": 2}
+    again.write_text(yaml.safe_dump(dump(settings) | {"environment": ran_with}))
+    assert load(again) == settings, "the config.yaml of a run folder is a configuration, too"
+    again.write_text(yaml.safe_dump(dump(settings) | {"environment": {"commit": "abc"}}))
+    with pytest.raises(ConfigError, match="`environment` is not a setting"):
+        load(again)
 
 
 def test_settings_are_frozen(write):

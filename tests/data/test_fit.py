@@ -187,6 +187,7 @@ def shard(tmp_path: Path) -> Path:
     ],
 )
 @pytest.mark.fault(77)
+@pytest.mark.supports("fit", on="one process")
 def test_every_sample_is_used_cut_or_left_out_and_named(
     name: str, cut: list[str], left_out: list[str], shard: Path, tiny_model: Path
 ) -> None:

@@ -98,6 +98,7 @@ def good_numbers() -> list[int]:
 
 
 @pytest.mark.parametrize("answer", ["{{ text }}", "{{ caption }}"])
+@pytest.mark.supports("img2dataset", on="one process")
 def test_every_good_sample_is_decoded_with_its_own_picture_and_words(source_tree, tmp_path, answer):
     source_tree["data"]["train"][0]["answer"] = answer
     settings = load(written(source_tree, tmp_path / "config.yaml"), [])

@@ -96,6 +96,7 @@ def table_file(folder: Path, kind: str) -> Path:
 
 
 @pytest.mark.parametrize("kind", ["csv", "tsv", "csv.gz", "json", "jsonl", "parquet"])
+@pytest.mark.supports("tables", on="one process")
 def test_every_kind_of_table_gives_the_same_samples(tmp_path: Path, kind: str) -> None:
     source = table_file(tmp_path / "data", kind)
     manifest = run(source, tmp_path / "out", **QUESTION)
@@ -168,6 +169,7 @@ def test_words_that_look_like_special_tokens_stay_words(tmp_path: Path) -> None:
     assert answers(tmp_path / "out") == [title]
 
 
+@pytest.mark.supports("LLaVA", on="one process")
 def test_llava_single_multi_image_and_text_only(tmp_path: Path) -> None:
     write_pictures(tmp_path / "img", ["a.jpg", "b.jpg"])
 
@@ -202,6 +204,7 @@ def test_llava_single_multi_image_and_text_only(tmp_path: Path) -> None:
     assert reasons[8].startswith("nothing to learn")
 
 
+@pytest.mark.supports("chat", on="one process")
 def test_chat_messages_in_the_usual_spellings(tmp_path: Path) -> None:
     write_pictures(tmp_path, ["a.jpg", "b.jpg"])
     a, b = picture(0), picture(1)
@@ -236,6 +239,7 @@ def test_chat_messages_in_the_usual_spellings(tmp_path: Path) -> None:
     assert "neither text nor image" in reasons[8]
 
 
+@pytest.mark.supports("folder", on="one process")
 def test_folders_of_pictures_with_captions_or_metadata(tmp_path: Path) -> None:
     folder = write_pictures(tmp_path / "photos", ["b.jpg", "hats/a.png", "none.jpg"])
     (folder / "b.txt").write_text("A blue thing\n")
@@ -272,6 +276,7 @@ def hugging_face_rows(num_rows: int = 4) -> datasets.Dataset:
 
 
 @pytest.mark.parametrize("kind", ["saved", "saved splits", "parquet folder"])
+@pytest.mark.supports("saved", on="one process")
 def test_data_sets_of_hugging_face_with_stored_pictures_and_classes(tmp_path: Path, kind: str) -> None:
     rows, folder = hugging_face_rows(), tmp_path / "data"
     if kind == "saved":
@@ -291,6 +296,7 @@ def test_data_sets_of_hugging_face_with_stored_pictures_and_classes(tmp_path: Pa
             run(folder, tmp_path / "other", dataset_split="dev", **mapping)
 
 
+@pytest.mark.supports("hub", on="one process")
 def test_a_data_set_of_the_hub_is_streamed_once_into_parts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from phi3v_dist.data.importers import hugging_face
 

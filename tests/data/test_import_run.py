@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import handmade
 import numpy as np
 import pyarrow
 import pyarrow.parquet
@@ -28,7 +29,7 @@ from phi3v_dist.data.importers.settings import ImportSettings
 from phi3v_dist.data.lengths import measure
 from phi3v_dist.data.processor import Phi3VProcessor
 from phi3v_dist.data.shards import ShardTable
-from phi3v_dist.errors import DataError
+from phi3v_dist.errors import ConfigError, DataError
 
 RECIPE = REPOSITORY / "launch/configs/imports/burberry.yaml"
 HALF = {"validation_frac": 0.3, "test_frac": 0.2}
@@ -56,6 +57,28 @@ def split_of_titles(out: Path) -> dict[str, str]:
     return {
         record(sample)["title"]: split for split in ("train", "validation", "test") for sample in samples(out, split)
     }
+
+
+@pytest.mark.supports("tables", on="one process")
+def test_a_folder_made_by_hand_with_a_spreadsheets_table_is_imported_but_for_real_mistakes(
+    tmp_path: Path,
+) -> None:
+    made = handmade.write_folder(tmp_path / "photos", num_pictures=72)
+    question = {"prompt": "What costs {{ record['Price (EUR)'] }}?", "answer": "{{ Caption }}"}
+    manifest = run(made.table, tmp_path / "out", images=["File name"], **question)
+    assert manifest["samples"] == made.num_good and manifest["failures"] == made.bad
+    assert manifest["records"] == 72, "empty rows below the last one are no records"
+    told = {record(sample)["File name"]: record(sample) for sample in samples(tmp_path / "out", "train")}
+    assert any("\\" in name for name in told) and any("Übersicht" in name for name in told)
+    asked, answer = (turn["content"] for turn in told["IMG_2002.JPG"]["messages"])
+    assert asked[1]["text"] == f"What costs {told['IMG_2002.JPG']['Price (EUR)']}?" and '"Goldener Löwe"' in answer
+
+
+def test_a_column_that_jinja_cannot_spell_is_named_as_it_can_be(tmp_path: Path) -> None:
+    (tmp_path / "rows.csv").write_text("image,Price (EUR)\na.jpg,3\n")
+    for answer in ("{{ Price (EUR) }}", "{{ record['Price (USD)'] }}"):
+        with pytest.raises(ConfigError, match=r"did you mean 'Price \(EUR\)'\? .* {{ record\['Price \(EUR\)'\] }}"):
+            run(tmp_path / "rows.csv", tmp_path / "out", prompt="What?", answer=answer)
 
 
 def test_splits_are_drawn_from_pictures_and_not_from_the_order_of_records(forty: Path, tmp_path: Path) -> None:
@@ -399,6 +422,7 @@ def test_the_command_prints_what_it_did_and_a_configuration_that_loads(
     assert f"launch/check.py --config {out / 'train.yaml'}" in " ".join(printed.split())
     loaded = config.load(out / "train.yaml")
     assert loaded.model.path == tiny_model
+    assert loaded.eval.fields["answer"].kind == "fuzzy"
     assert ShardTable.open(loaded.data.train).shards and ShardTable.open(loaded.data.validation).shards
     (out / "train.yaml").write_text("# mine\n")
     (out / "import.json").unlink()

@@ -92,6 +92,7 @@ def is_empty(batch: Batch) -> bool:
 
 
 @pytest.mark.parametrize("num_consumers", [2, 3, 5])
+@pytest.mark.supports("local", on="one process")
 def test_all_ranks_together_get_the_rows_that_one_alone_gets(world: World, num_consumers: int) -> None:
     alone = world.steps(2)
     ranks = [world.steps(2, consumer=rank, num_consumers=num_consumers) for rank in range(num_consumers)]

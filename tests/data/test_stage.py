@@ -92,6 +92,7 @@ def size_of(folder: Path) -> int:
     return sum(path.stat().st_size for path in folder.glob("*.tar"))
 
 
+@pytest.mark.supports("cache", on="one process")
 def test_what_was_staged_is_read_when_the_original_is_gone(originals: Path, local: Path) -> None:
     fetcher = fetcher_of(originals, local)
     before = everything(Fetcher(fetcher.table))

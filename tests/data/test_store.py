@@ -54,6 +54,7 @@ def gets(server: LoopbackServer, path: str = "/a.tar") -> list[str | None]:
     return [request.range for request in server.log if request.path == path and request.range != "bytes=0-0"]
 
 
+@pytest.mark.supports("http", on="one process")
 def test_a_remote_shard_is_read_like_a_local_one(server: LoopbackServer) -> None:
     table = open_table(server.url("/a.tar"))
     server.forget()
@@ -214,6 +215,7 @@ def test_processes_of_a_node_share_one_download_and_a_killed_one_leaves_no_harm(
     assert {path.suffix for path in (tmp_path / "node").iterdir()} == {""}
 
 
+@pytest.mark.supports("cache", on="one process")
 def test_copies_keep_the_limit_and_the_least_recently_used_goes_first(server: LoopbackServer, tmp_path: Path) -> None:
     size = len(TARS["/shards/000.tar"])
     cache = ShardCache(tmp_path / "node", 2 * size + 10)
@@ -311,6 +313,7 @@ def s3(monkeypatch: pytest.MonkeyPatch):
 
 
 @pytest.mark.fault(60)
+@pytest.mark.supports("s3", on="one process")
 def test_s3_shards_are_found_listed_and_read_over_faults(s3: _S3, tmp_path: Path) -> None:
     table = open_table("s3://bucket/shards/*.tar")
     assert table.shards == tuple(f"s3://bucket/shards/{n:03d}.tar" for n in range(4))

@@ -114,6 +114,7 @@ def read_rows(folder):
     return [json.loads(line) for line in (folder / "predictions.jsonl").read_text().splitlines()]
 
 
+@pytest.mark.supports("evaluation", on="one process")
 def test_metrics_are_those_of_a_hand_computation(make, model, asked, tmp_path):
     evaluator, _ = make()
     metrics = evaluator.run(model, tmp_path / "eval")

@@ -77,6 +77,7 @@ def test_adapters_begin_as_no_change_and_are_the_same_on_every_rank(model, tiny_
         assert torch.equal(ours, theirs), name
 
 
+@pytest.mark.supports("lora", on="one process")
 def test_only_adapters_change_in_training(model, inputs):
     choose_trained(model, train_settings(text="lora", vision="lora", projector="frozen"), seed=0)
     before = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
@@ -123,6 +124,7 @@ def adapted_run(model, settings_tree, tmp_path):
     return write_checkpoint(run, 5, trained, frozen), Settings.model_validate(settings_tree)
 
 
+@pytest.mark.supports("export lora", on="one process")
 def test_a_merged_export_is_base_and_adapter(adapted_run, model, inputs, tmp_path):
     path, tree = adapted_run
     export(TrainedWeights.open(path), tree, tmp_path / "merged", merge=True)
@@ -135,6 +137,7 @@ def test_a_merged_export_is_base_and_adapter(adapted_run, model, inputs, tmp_pat
     assert {name for name, ours in exported.named_parameters() if torch.equal(ours, wanted[name])} == wanted.keys()
 
 
+@pytest.mark.supports("export lora", on="one process")
 def test_plain_peft_loads_the_adapter(adapted_run, model, tiny_model, inputs, tmp_path):
     path, tree = adapted_run
     export(TrainedWeights.open(path), tree, tmp_path / "adapter")

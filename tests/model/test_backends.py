@@ -76,6 +76,7 @@ def test_one_asked_for_by_name_is_the_installed_kernel(machine, name):
 
 
 @pytest.mark.parametrize("name", ["sdpa", "eager"])
+@pytest.mark.supports("attention of torch", on="one process")
 def test_torchs_own_run_anywhere(name):
     assert choose(name, CPU, torch.float32, 100) == Backend(name)
 
@@ -296,6 +297,7 @@ def chosen_on_a_gpu(name, head_dim):
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("name", [*BOTH, "sdpa", "auto"])
+@pytest.mark.supports("flash-attn", "attention of torch", on="GPU")
 def test_on_a_gpu_the_real_kernel_keeps_documents_apart_and_equals_eager(name):
     backend = chosen_on_a_gpu(name, 96)
     for kv_heads in (32, 8):

@@ -67,6 +67,7 @@ def export_step(run, trained, out, step=3, **options):
     return path
 
 
+@pytest.mark.supports("export", on="one process")
 def test_the_folder_is_complete_and_opens_by_itself(base, trained, run, tmp_path):
     out = tmp_path / "new" / "export"
     export_step(run, trained, out)

@@ -40,6 +40,7 @@ def peak_anonymous_bytes(words: list[str]) -> int:
 
 @pytest.mark.slow
 @pytest.mark.timeout(3600)
+@pytest.mark.supports("bf16", "export", on="2 ranks")
 def test_the_real_size_goes_in_and_out_in_little_memory(assets_folder, tmp_path):
     if shutil.disk_usage(tmp_path).free < DISK_BYTES:
         pytest.skip(f"{tmp_path} has less than {DISK_BYTES // GB} GB free")

@@ -107,6 +107,7 @@ def fetched(served: Hub, tmp_path: Path) -> Path:
 
 
 @pytest.mark.fault(86, 87)
+@pytest.mark.supports("weights", on="one process")
 def test_a_model_arrives_whole_with_digests_and_without_pickles(fetched: Path, served: Hub) -> None:
     wanted = served.files.keys() - UNWANTED.keys()
     assert {path.name for path in fetched.iterdir()} == wanted | {"digests.json"}

@@ -53,6 +53,7 @@ def equal(left, right) -> bool:
     return all(torch.equal(a, b) for a, b in zip(left, right, strict=True))
 
 
+@pytest.mark.supports("offload_activations", on="one process")
 def test_gradients_are_equal_to_the_bit_and_buffers_are_used_again_by_every_step():
     model, host = Layers(), HostActivations()
     expected = gradients(model, None, num_steps=3)
@@ -213,6 +214,7 @@ def test_without_the_setting_nothing_is_said_or_offloaded(settings_tree):
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
+@pytest.mark.supports("offload_activations", on="GPU")
 def test_on_a_gpu_copies_beside_busy_streams_give_the_same_gradients_and_free_the_device():
     """Rows large enough for copies to be in flight while memory is freed and taken again."""
     device = torch.device("cuda", 0)

@@ -43,6 +43,7 @@ def whole(length: int) -> tuple[torch.Tensor, torch.Tensor]:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("length", [1, 63, 64, 65, 500])
+@pytest.mark.supports("longrope document", on="one process")
 def test_one_document_gets_what_upstream_computes_for_a_batch_of_it(length, dtype):
     positions, lengths = whole(length)
     expected = upstream(CONFIG)(torch.zeros(1, dtype=dtype), positions)
@@ -84,6 +85,7 @@ def test_the_real_48_factors_are_those_of_double_precision(assets_folder, name, 
 
 @pytest.mark.parametrize("name", ["phi3_vision", "phi3_5_vision"])
 @pytest.mark.parametrize("rule", RULES)
+@pytest.mark.supports("longrope others", on="one process")
 def test_the_real_models_are_built_under_every_rule(assets_folder, name, rule):
     model = Phi3VForCausalLM.without_weights(read_config(assets_folder / name), rule)
     assert model.rope.rule == model.longrope == rule

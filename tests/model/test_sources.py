@@ -49,6 +49,7 @@ def test_random_weights_do_not_depend_on_what_was_drawn_before(tiny_model):
     assert not torch.equal(RandomWeights(config, seed=1).get("lm_head.weight"), forwards["lm_head.weight"])
 
 
+@pytest.mark.supports("init_from", on="one process")
 def test_random_begins_without_any_weights_in_the_folder(tiny_model, tmp_path):
     (tmp_path / "config.json").write_text((tiny_model / "config.json").read_text())
     model = Phi3VForCausalLM(read_config(tmp_path))
@@ -56,6 +57,7 @@ def test_random_begins_without_any_weights_in_the_folder(tiny_model, tmp_path):
     assert torch.equal(model.lm_head.weight, OfficialFolder(tiny_model).get("lm_head.weight")), "as prepare.py tiny"
 
 
+@pytest.mark.supports("init_from", on="one process")
 def test_a_run_begins_with_another_ones_newest_weights_or_those_of_a_step(tiny_model, trained, run):
     first = write_checkpoint(run, 3, trained)
     write_checkpoint(run, 4, {name: tensor + 1 for name, tensor in trained.items()}, num_ranks=3)

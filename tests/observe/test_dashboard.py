@@ -122,6 +122,7 @@ def run_folder(path: Path, **observe: str) -> Path:
     return path
 
 
+@pytest.mark.supports("wandb online", on="one process")
 def test_push_saves_the_workspace_that_json_prints_in_the_project_of_the_run(
     stub: WandbStub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

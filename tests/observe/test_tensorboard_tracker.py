@@ -13,6 +13,7 @@ def test_asking_for_it_without_the_package_says_what_to_install(monkeypatch: pyt
     assert "`python -m pip install tensorboard`" in (tensorboard_tracker.why_not() or "")
 
 
+@pytest.mark.supports("tensorboard", on="one process")
 def test_rows_arrive_and_steps_trained_again_replace_those_taken_back(tmp_path: Path) -> None:
     pytest.importorskip("tensorboard", reason="tensorboard is not installed (extra `tensorboard`)")
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator

@@ -45,6 +45,7 @@ def flip_a_byte(file: Path) -> None:
     file.write_bytes(content)
 
 
+@pytest.mark.supports("wandb offline", on="one process")
 def test_one_damaged_of_three_attempts_is_named_and_the_others_arrive_row_for_row(
     stub: WandbStub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -19,6 +19,7 @@ from phi3v_dist.observe.wandb_tracker import WandbTracker
 
 
 @pytest.mark.fault(92)
+@pytest.mark.supports("wandb offline", on="one process")
 def test_an_offline_run_holds_the_rows_and_the_pictures_and_no_secret_of_the_command_line(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -45,6 +45,8 @@ def assert_equal(trial: str, notes: dict) -> None:
 
 
 @pytest.mark.parametrize("trial", SHORT)
+@pytest.mark.supports("full", "frozen", "damaged", on="2 ranks")
+@pytest.mark.supports("full", "damaged", on="more ranks")
 def test_gradients_of_ranks_with_different_rows_are_those_of_one_process(short, trial):
     assert_equal(trial, short[trial])
 

@@ -44,6 +44,7 @@ def test_a_row_far_beyond_the_original_length_trains(tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.timeout(3600)
+@pytest.mark.supports("rows of 131072", on="2 ranks")
 def test_a_row_of_131072_tokens_with_44_pictures_trains(tmp_path):
     found = train_twice(tmp_path, 131072, 44, timeout_s=3500)
     assert_learned(found, 131072, 44)

@@ -74,11 +74,13 @@ def assert_goes_on(folder: Path, world_size: int, source: str, file: str) -> Non
     assert resumed[0]["evaluated"] == pytest.approx(saved[0]["evaluated"], rel=TOLERANCE)
 
 
+@pytest.mark.supports("zero3", "zero3_offload_all", on="2 ranks")
 def test_weights_and_states_on_the_host_give_the_same_losses_skip_the_same_step_and_save_beside_training(short):
     assert_trains_as_zero3(short, "zero3")
     assert_trains_as_zero3(short, "zero3_offload_all")
 
 
+@pytest.mark.supports("zero3_hpz", "resume json", on="2 ranks")
 def test_a_checkpoint_from_the_host_goes_on_on_the_device_with_copies_in_each_node(short):
     assert_goes_on(short, 2, "zero3_offload_all", "zero3_hpz")
 
@@ -107,6 +109,8 @@ RESHARDED = [
 
 @pytest.mark.slow
 @pytest.mark.timeout(1900)
+@pytest.mark.supports(*(file for file in BUILT_WITH if file != "zero3_nvme"), "resume json", on="2 ranks")
+@pytest.mark.supports("zero3_hpz", "zero3_hpz_offload", "zero3_offload_all", "resume json", on="more ranks")
 def test_every_file_trains_resumes_and_passes_its_checkpoint_on(long):
     files = [file for file in BUILT_WITH if file != "zero3_nvme"]
     for file in files:
@@ -120,6 +124,7 @@ def test_every_file_trains_resumes_and_passes_its_checkpoint_on(long):
 
 @pytest.mark.slow
 @pytest.mark.timeout(700)
+@pytest.mark.supports("zero3_nvme", on="2 ranks")
 def test_states_on_a_disk_train_resume_and_pass_their_checkpoint_on(tmp_path):
     if not is_built("async_io"):
         pytest.skip(DISK_REASON)

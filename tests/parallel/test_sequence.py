@@ -46,6 +46,8 @@ def assert_as_one_process(found: dict) -> None:
 
 
 @pytest.mark.parametrize("trial", TRIALS)
+@pytest.mark.supports("sequence 2", "lora", "frozen", "full", "gradient_checkpointing", on="2 ranks")
+@pytest.mark.supports("sequence 2", "sequence 4", "full", on="more ranks")
 def test_losses_and_gradients_are_those_of_one_process_and_collectives_in_one_order(notes, trial):
     assert_as_one_process(notes[trial])
     assert any("lora" in name for name in notes[trial]["differences"]) == ("lora" in trial)
@@ -53,6 +55,7 @@ def test_losses_and_gradients_are_those_of_one_process_and_collectives_in_one_or
 
 @pytest.mark.slow
 @pytest.mark.timeout(1500)
+@pytest.mark.supports("sequence 2", "sequence 4", "lora", "frozen", on="more ranks")
 def test_so_they_are_in_every_combination(tmp_path):
     for trial, found in run(tmp_path, MORE, timeout_s=1400).items():
         print(trial, max(found["off"]), max(found["differences"].values()))

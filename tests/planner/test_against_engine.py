@@ -63,6 +63,7 @@ def assert_near(name: str, found: dict[str, float]) -> None:
 
 
 @pytest.mark.parametrize("name", SOME)
+@pytest.mark.supports("planner", on="2 ranks")
 def test_the_planned_peak_is_that_of_two_real_processes(name: str, some: dict[str, float]) -> None:
     assert_near(name, some)
 

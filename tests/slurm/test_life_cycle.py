@@ -10,6 +10,7 @@ from slurm.jobs import SETTINGS, assert_each_sample_once, assert_same_run, submi
 SAME_IN_FP32 = 2e-6  # relative, of the first 10 steps: three ranks sum in another order
 
 
+@pytest.mark.supports("srun", "full", "zero3", "local", on="Slurm")
 def test_three_nodes_train_to_the_losses_of_one_process(slurm, undisturbed, launched):
     config, root = launched
     done = launch("single", config, "run.name=one-process", *SETTINGS, "train.rows_per_step=3")
@@ -23,6 +24,7 @@ def test_three_nodes_train_to_the_losses_of_one_process(slurm, undisturbed, laun
 
 
 @pytest.mark.fault(8, 9)
+@pytest.mark.supports("stop", "resume", on="Slurm")
 def test_a_notice_costs_no_step_and_the_job_comes_back_by_itself(slurm, undisturbed, launched):
     job = submit(slurm, *launched, "noticed")
     job.until_step(8)

@@ -103,6 +103,7 @@ def test_a_job_that_is_requeued_by_hand_goes_on(slurm, undisturbed, launched, me
 @pytest.mark.fault(8, 23)
 @pytest.mark.parametrize("where", ["first", "other"])
 @pytest.mark.parametrize("what", ["kill", "freeze", "cut"])
+@pytest.mark.supports("killed", on="Slurm")
 def test_a_job_whose_node_is_lost_goes_on_and_the_lost_ranks_change_nothing(
     slurm, undisturbed, launched, measured, what, where
 ):
@@ -125,6 +126,7 @@ def test_a_job_whose_node_is_lost_goes_on_and_the_lost_ranks_change_nothing(
 
 
 @pytest.mark.fault(8)
+@pytest.mark.supports("resume elsewhere", on="Slurm")
 def test_a_job_that_comes_back_with_a_node_less_goes_on(slurm, undisturbed, launched):
     slurm.drain("node4", "test")
     job = submit(slurm, *launched, "node-less", options=("--nodes=2-3",))
@@ -189,6 +191,7 @@ def test_a_node_whose_rank_dies_twice_is_left_out(slurm, undisturbed, launched, 
 
 
 @pytest.mark.fault(11)
+@pytest.mark.supports("hang", on="Slurm")
 def test_a_rank_that_hangs_is_ended_and_training_goes_on(slurm, undisturbed, launched, measured):
     job = submit(slurm, *launched, "hangs")
     job.until_step(AT_STEP)

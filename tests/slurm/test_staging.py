@@ -9,6 +9,7 @@ from phi3v_dist.data.cache import ShardCache
 
 
 @pytest.mark.slow
+@pytest.mark.supports("cache", on="Slurm")
 def test_each_node_of_a_job_copies_the_shards_before_training_and_keeps_them(slurm, config_file, settings_tree) -> None:
     local = slurm.folder / "local" / "shards"
     words = ("--nodes=2", "slurm/train.sh", config_file, "train.steps=3", "eval.final_samples=2")

@@ -54,6 +54,7 @@ def two_checkpoints(runs, tmp_path) -> Path:
 
 
 @both_dtypes
+@pytest.mark.supports("resume", "bf16", on="2 ranks")
 def test_resume_in_new_processes_equals_the_uninterrupted_run_bit_for_bit(runs, dtype):
     trained, resumed = notes(runs, "train-2"), notes(runs, "resumed-2")
     assert resumed[f"{dtype} continued"] == trained[f"{dtype} uninterrupted"][1]
@@ -88,6 +89,7 @@ def test_a_live_engine_rolled_back_repeats_its_losses(runs, when):
 
 @both_dtypes
 @pytest.mark.parametrize("group", ["resumed-2", "reshard-1", "reshard-3", "reshard-2"])
+@pytest.mark.supports("resume elsewhere", on="more ranks")
 def test_every_master_moment_and_weight_is_equal_at_every_world_size(runs, dtype, group):
     assert notes(runs, group)[f"{dtype} loaded"] == notes(runs, "train-2")[f"{dtype} saved"]
 

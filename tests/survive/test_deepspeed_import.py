@@ -68,6 +68,8 @@ def broken(old: Path, tmp_path: Path) -> Path:
 @pytest.mark.fault(22)
 @pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize("world_size", [2, 3])
+@pytest.mark.supports("deepspeed checkpoint", on="2 ranks")
+@pytest.mark.supports("deepspeed checkpoint", on="more ranks")
 def test_every_master_and_moment_is_what_it_was_and_training_goes_on(old: Path, way: str, world_size: int) -> None:
     before, after = note(old, f"{way}-old"), note(old, f"{way}-{world_size}")
     assert after["digests"] == before["digests"] and len(before["digests"]) > 60

@@ -42,6 +42,7 @@ def test_a_node_holds_the_files_of_its_own_ranks_and_a_manifest_of_all(runs):
         ]  # fmt: skip
 
 
+@pytest.mark.supports("checkpoint.local", on="more ranks")
 def test_a_newer_copy_on_the_nodes_is_resumed_bit_for_bit_with_buffers_that_only_rank_0_has(runs):
     trained, resumed = notes(runs, "trained"), notes(runs, "resumed")
     local = [f"node-{rank}/checkpoints/{COPY}" for rank in range(2)]

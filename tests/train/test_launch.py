@@ -23,6 +23,7 @@ def rates(folder) -> dict[int, float]:
     return {int(row["train/step"]): row["train/lr/text"] for row in read_metrics(folder) if "train/lr/text" in row}
 
 
+@pytest.mark.supports("torchrun", "evaluation", "local", on="2 ranks")
 def test_a_finished_run_leaves_everything_a_person_needs(reference):
     assert sorted(losses(reference)) == list(range(1, 11))
     summary = json.loads((reference / "summary.json").read_text())
@@ -45,6 +46,8 @@ def test_a_finished_run_leaves_everything_a_person_needs(reference):
 
 
 @pytest.mark.parametrize("name", ["single", "deepspeed"])
+@pytest.mark.supports("deepspeed", on="2 ranks")
+@pytest.mark.supports("python", on="one process")
 def test_losses_do_not_depend_on_the_launcher_or_the_number_of_ranks(launched, reference, name):
     config, root = launched
     done = launch(name, config, f"run.name={name}", "data.validation=[]", "checkpoint.every_steps=100")
@@ -98,6 +101,7 @@ def test_rows_with_and_without_pictures_share_a_step(launched):
     assert losses(root / "mixed2") == pytest.approx(losses(root / "mixed1"), rel=SAME_IN_FP32)
 
 
+@pytest.mark.supports("damaged", on="2 ranks")
 def test_a_bad_picture_is_left_out_named_and_the_loss_stays_a_mean(launched, tmp_path):
     """The header is whole, so the sample is planned; the rest is not, so it is quarantined when it is decoded."""
     import io
@@ -141,6 +145,7 @@ def test_one_batch_can_be_learned_by_heart(launched):
     assert found[1] > 3 and found[150] < 0.1
 
 
+@pytest.mark.supports("export", on="2 ranks")
 def test_an_export_gives_the_scores_of_the_run(launched, reference):
     config, root = launched
     done = subprocess.run(
@@ -203,6 +208,7 @@ def test_a_checkpoint_of_an_adapted_run_holds_what_was_trained_and_no_more(adapt
     assert all(checkpoint.get(name).any() for name in stored if "lora_B" in name), "every adapter has learned"
 
 
+@pytest.mark.supports("lora", "resume", on="2 ranks")
 def test_an_adapted_run_continues_bit_for_bit_at_its_world_size_and_nearly_so_at_another(launched, adapted):
     config, root = launched
     for name, how in (("again-2", "torchrun"), ("again-1", "single")):
@@ -220,6 +226,7 @@ def test_an_adapted_run_continues_bit_for_bit_at_its_world_size_and_nearly_so_at
 
 
 @pytest.mark.slow
+@pytest.mark.supports("export lora", "init_from", on="2 ranks")
 def test_an_adapted_run_exports_as_a_whole_and_another_begins_with_it(launched, adapted, tiny_model):
     from phi3v_dist.model.weights import OfficialFolder
 

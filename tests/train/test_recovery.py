@@ -58,6 +58,7 @@ def assert_best_is_kept(run) -> None:
 @pytest.mark.parametrize(
     "point", [pytest.param(kill, marks=() if kill in SAMPLE else pytest.mark.slow) for kill in KILLS]
 )
+@pytest.mark.supports("killed", "resume", on="2 ranks")
 def test_a_run_killed_in_any_phase_ends_as_if_it_had_not_been(launched, reference, point):
     config, root = launched
     name = "killed-" + point.replace(":", "-").replace("*", "all")
@@ -89,6 +90,7 @@ def test_a_run_killed_while_it_loads_a_checkpoint_ends_as_if_it_had_not_been(lau
     [((4, 2), (10, 3)), pytest.param(((3, 2), (5, 3), (7, 1), (10, 4)), marks=pytest.mark.slow)],
     ids=["2-3", "2-3-1-4"],
 )
+@pytest.mark.supports("resume elsewhere", on="more ranks")
 def test_continued_by_other_numbers_of_ranks_a_run_trains_what_two_would_have(launched, reference, parts):
     """parts: last step, number of ranks."""
     config, root = launched

@@ -32,6 +32,7 @@ def assert_same_losses(run: Path, before: Path, steps: range) -> None:
         assert ours[step] == pytest.approx(theirs[step], rel=SAME), step
 
 
+@pytest.mark.supports("sequence 2", on="2 ranks")
 def test_a_run_goes_on_with_rows_shared_by_two_ranks(launched, reference):
     config, _ = launched
     run = continued(config, reference, "shared", 4, ("parallel.sequence=2", "data.validation=[]"), ranks=2)
@@ -45,6 +46,7 @@ def test_a_run_goes_on_with_rows_shared_by_two_ranks(launched, reference):
 
 @pytest.mark.slow
 @pytest.mark.timeout(1800)
+@pytest.mark.supports("sequence 2", "sequence 4", "resume elsewhere", on="more ranks")
 def test_a_run_goes_on_in_groups_of_one_two_and_four_at_several_world_sizes(launched, tmp_path):
     """1 → 2 → 4 → 1 ranks to a row, on 2, 4, 4 and 3 ranks; each compared with the run it goes on from."""
     config, root = launched

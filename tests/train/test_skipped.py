@@ -71,6 +71,7 @@ def test_a_skipped_step_leaves_every_weight_moment_and_count_as_it_was(short):
 @pytest.mark.fault(25)
 @pytest.mark.fault(27)
 @pytest.mark.parametrize("trial", LONG)
+@pytest.mark.supports("bf16", "zero3_offload", on="more ranks")
 def test_it_does_so_in_bf16_with_three_ranks_and_an_offloaded_optimizer(tmp_path, trial):
     command = [sys.executable, str(RANKS), str(tmp_path), trial]
     done = subprocess.run(command, env=environment(), capture_output=True, text=True, timeout=500)

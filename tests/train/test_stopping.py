@@ -28,6 +28,7 @@ def went_on_as_if_nothing_had_happened(root, config, name: str, reference) -> bo
 
 @pytest.mark.fault(9)
 @pytest.mark.parametrize("fault", ["1:forward:5:term", pytest.param("0:optimizer:6:usr1", marks=pytest.mark.slow)])
+@pytest.mark.supports("stop", on="2 ranks")
 def test_a_notice_to_any_one_rank_stops_all_after_the_same_step_and_nothing_is_lost(launched, reference, fault):
     config, root = launched
     name = "noticed-" + fault.split(":")[-1]
@@ -58,6 +59,7 @@ def test_a_run_stops_by_itself_before_the_time_of_its_job_is_up(launched, monkey
 
 @pytest.mark.slow
 @pytest.mark.fault(3)
+@pytest.mark.supports("checkpoint.local", "killed", on="2 ranks")
 def test_a_run_whose_rank_died_goes_on_from_the_copies_on_its_nodes(launched, reference, monkeypatch, tmp_path):
     config, root = launched
     local = (f"checkpoint.local={tmp_path}", "checkpoint.every_steps=2")

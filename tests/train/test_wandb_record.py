@@ -29,6 +29,7 @@ def names(row: dict) -> set[str]:
     return {name.partition(".")[0] for name in row if not name.startswith("_")}
 
 
+@pytest.mark.supports("wandb offline", on="2 ranks")
 def test_wandb_holds_every_row_of_the_record_and_nothing_else(reference, rows):
     recorded = read_rows(reference)
     media = [row for row in rows if names(row) & MEDIA]

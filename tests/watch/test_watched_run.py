@@ -57,6 +57,7 @@ def require_named(tree: dict, folder, fault: str) -> None:
 
 
 @pytest.mark.fault(11)
+@pytest.mark.supports("hang", on="2 ranks")
 def test_a_rank_that_hangs_in_a_real_run_is_named(watched_tree, tmp_path):
     require_named(watched_tree, tmp_path, "1:backward:5:hang")
 

@@ -1,7 +1,7 @@
 """CSV and TSV → rows. The first line names the columns; every value is text, as it stands.
 
 Surprise: a row with more or fewer fields than the header is bad, not filled up: the fields after the slip would all be
-in the wrong columns.
+in the wrong columns. Rows without a single word, which spreadsheets leave below the last one, are empty lines.
 """
 
 import csv
@@ -37,7 +37,7 @@ def read_delimited(path: Path) -> Iterator[Row]:
             begin = lines.line_num + 1
             try:
                 values = next(lines)
-                if values:  # else an empty line
+                if any(value.strip() for value in values):  # else an empty line
                     yield _row(header, values, lines.line_num)
             except StopIteration:
                 return

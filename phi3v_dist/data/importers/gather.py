@@ -7,6 +7,7 @@ what comes after it; drafts without URLs never wait in memory for it, since the 
 
 import itertools
 import re
+import unicodedata
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -89,8 +90,8 @@ def read_pictures(references: Iterable[Reference], fetched: Iterable[Fetched], f
 def _read_file(reference: str, folder: Path) -> bytes:
     if SCHEME.match(reference):
         raise BadRecord("no such picture", f"{shown(reference)}: pictures are fetched by http and https only")
-    path = folder / reference
     try:
+        path = _found(folder, reference)
         if not path.is_file():
             raise BadRecord("no such picture", f"{path}: no such file; relative paths begin in image_root")
         if path.stat().st_size > MAX_PICTURE_BYTES:
@@ -99,7 +100,14 @@ def _read_file(reference: str, folder: Path) -> bytes:
     except (OSError, ValueError) as error:
         if isinstance(error, BadRecord):
             raise
-        raise BadRecord("no such picture", f"{str(path)!r}: {error}") from error
+        raise BadRecord("no such picture", f"{str(folder / reference)!r}: {error}") from error
+
+
+def _found(folder: Path, reference: str) -> Path:
+    """The file of that name, also when the table was typed on another system: `\\` for `/`, accents in one piece."""
+    spellings = dict.fromkeys((reference, reference.replace("\\", "/")))
+    names = [*spellings, *(unicodedata.normalize(form, name) for name in spellings for form in ("NFC", "NFD"))]
+    return next((folder / name for name in names if (folder / name).is_file()), folder / reference)
 
 
 def ordered_map(

@@ -227,6 +227,8 @@ def check_columns(source: Source, settings: ImportSettings) -> None:
         if known and column not in known:
             near = difflib.get_close_matches(column, known, n=1)
             hint = f"; did you mean {near[0]!r}?" if near else ""
+            if near and not near[0].isidentifier() and where.startswith("template"):
+                hint += f" In a template that is {{{{ record[{near[0]!r}] }}}}"
             problems.append(
                 f"{where}: no column {column!r} in the first {len(first)} records of {source.files[0]}{hint} "
                 f"(columns: {', '.join(sorted(known))})"

@@ -14,6 +14,7 @@ from rich.text import Text
 from phi3v_dist.data.importers.packing import NUM_CROPS
 
 ROWS_PER_STEP = 8
+WHOLE_ANSWER = {"pattern": "(.+)", "kind": "fuzzy"}  # exactly right, and how alike; better ones are up to the data
 SHORT_ROW_TOKENS, LONG_ROW_TOKENS = 4096, 131072
 
 
@@ -33,6 +34,7 @@ def starter_config(out: Path, manifest: dict[str, Any], model: Path | None) -> s
             "epochs": 1, "rows_per_step": ROWS_PER_STEP,
             "learning_rate": dict.fromkeys(("text", "vision", "projector"), 1e-5),
         },
+        **({"eval": {"fields": {"answer": WHOLE_ANSWER}}} if "validation" in splits else {}),
     }  # fmt: skip
     command = f"# deepspeed launch/train.py --config {out / 'train.yaml'}\n"
     return f"{command}# Begun by the import; edit it, it is not written again.\n" + yaml.safe_dump(
