@@ -181,7 +181,7 @@ def _check_python(words: list[str]) -> None:
 
         config.parse(LongDocumentSettings if given["long"] else CatalogueSettings, given["settings"])
     elif given.get("config"):
-        _load(given["config"], given.get("overrides") or [word for word in more if "=" in word])
+        _load(str(given["config"]), given.get("overrides") or [word for word in more if "=" in word])
 
 
 def _load(path: str, overrides: Sequence[str]) -> None:
