@@ -88,8 +88,7 @@ def score(asked: argparse.Namespace) -> None:
     settings = settings or settings_around(saved, asked.overrides)
     out = asked.out or (saved.run or settings.run.folder) / "eval" / saved.name
     metrics = evaluate(saved, settings, out, asked.untuned)
-    console = Console()
-    console.print(score_table.printed(metrics), width=None if console.is_terminal else score_table.WIDTH)
+    score_table.widened(Console()).print(score_table.printed(metrics))
     print(f"predictions are in {out}", flush=True)
 
 

@@ -13,8 +13,7 @@ import yaml
 
 from phi3v_dist.config import Settings
 from phi3v_dist.model.hub import DIGESTS_NAME, read_digests
-
-SCORES = re.compile(r"eval/(?!blind/|best_)")
+from phi3v_dist.observe.metrics import is_own_score
 
 
 def model_card(origin: dict[str, Any], settings: Settings, base: Path) -> str:
@@ -26,7 +25,7 @@ def model_card(origin: dict[str, Any], settings: Settings, base: Path) -> str:
     summary = json.loads(summary_path.read_text()) if summary_path.is_file() else {}
     if summary.get("train/step") != origin["step"]:
         summary = {}
-    scores = {name: value for name, value in summary.items() if SCORES.match(name)}
+    scores = {name: value for name, value in summary.items() if is_own_score(name)}
     notices = sorted(path.name for pattern in ("LICENSE*", "NOTICE*") for path in base.glob(pattern))
     licence = _licence(base)
     head = {

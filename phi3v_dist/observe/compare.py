@@ -15,7 +15,7 @@ from phi3v_dist.errors import ConfigError
 from phi3v_dist.observe import figures, layout
 from phi3v_dist.observe.facts import flatten
 from phi3v_dist.observe.figures import Line
-from phi3v_dist.observe.metrics import REGISTRY, STEP, Number, format_number, format_value, lookup
+from phi3v_dist.observe.metrics import REGISTRY, STEP, Number, format_number, format_value, is_own_score, lookup
 from phi3v_dist.observe.report import write_page
 from phi3v_dist.observe.run_folder import Run, read_run
 from phi3v_dist.observe.sections import BLIND, OF_PART, Panel, Section, capital, names_of
@@ -69,7 +69,7 @@ def write_comparison(folders: Sequence[Path], out: Path | None = None) -> Path:
 def final_rows(runs: Sequence[Run]) -> list[Row]:
     """The last value of every metric that has a panel or stands in a summary, the first run's beside the others'."""
     last = [{**run.last, **run.final} for run in runs]
-    names = {name for numbers in last for name in numbers if name != STEP and not OF_PART.fullmatch(name)}
+    names = {name for numbers in last for name in numbers if name != STEP and _is_compared(name)}
     rows = []
     for name in sorted(names, key=lambda name: (not name.startswith("eval/"), _PLACES.get(name, len(_PLACES)), name)):
         metric = lookup(name)
@@ -87,6 +87,11 @@ def differing_settings(runs: Sequence[Run]) -> list[tuple[str, list[str]]]:
     names = dict.fromkeys(name for settings in flat for name in settings)
     found = [(name, [settings.get(name, "–") for settings in flat]) for name in names if name not in OF_THE_RUN_ALONE]
     return [(name, values) for name, values in found if len(set(values)) > 1]
+
+
+def _is_compared(name: str) -> bool:
+    """Of evaluations what the model and its blind control scored."""
+    return not name.startswith("eval/") or is_own_score(name.replace(BLIND, "eval/", 1))
 
 
 def _is_headline(name: str) -> bool:

@@ -6,7 +6,6 @@ anything logs would tear it.
 
 import atexit
 import logging
-import re
 import sys
 import time
 from collections.abc import Mapping
@@ -17,13 +16,12 @@ from rich.progress import BarColumn, Progress, TextColumn
 from rich.table import Table
 
 from phi3v_dist.observe import score_table
-from phi3v_dist.observe.metrics import STEP, Number, format_number, format_seconds, format_value
+from phi3v_dist.observe.metrics import STEP, Number, format_number, format_seconds, format_value, is_own_score
 from phi3v_dist.observe.tracker import Row, Tracker
 
 logger = logging.getLogger(__name__)
 
 LOSS, SPEED = "train/loss", "perf/tokens_per_s_per_gpu"
-IN_A_LINE = re.compile(r"eval/(blind/)?(?!by_|base/|minus_)(?!.*/(low|high)$).*")  # the rest: metrics.jsonl, the report
 LINE = (LOSS, "train/grad_norm", "train/lr/text", SPEED, "time/step_s", "time/data_s")
 
 
@@ -47,7 +45,7 @@ class ConsoleTracker(Tracker):
         if LOSS in row and (step % self.every_n_steps == 0 or step in (1, self.total_steps)):
             numbers = [f"{_short(name)}={_plain(row[name])}" for name in LINE if name in row]
             logger.info(" ".join([f"step={step:.0f}/{self.total_steps}", *numbers, f"eta={eta.replace(' ', '')}"]))
-        names = [name for name in row if IN_A_LINE.fullmatch(name)]
+        names = [name for name in row if is_own_score(name.replace("eval/blind/", "eval/", 1))]
         if scores := [f"{name.removeprefix('eval/')}={_plain(row[name])}" for name in names]:
             logger.info(" ".join([f"eval step={step:.0f}/{self.total_steps}", *scores]))
         if self._bar and LOSS in row:  # other rows may be of steps long past
@@ -57,8 +55,7 @@ class ConsoleTracker(Tracker):
         if self._bar:
             self._bar.close()
         for table in filter(None, (_summary_table(summary), score_table.printed(summary))):
-            width = None if self.console.is_terminal else score_table.WIDTH
-            self.console.print(table, width=width)
+            score_table.widened(self.console).print(table)
 
     def _eta(self, step: Number) -> str:
         """Time left at this attempt's pace so far, evaluations and checkpoints included."""

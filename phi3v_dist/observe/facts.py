@@ -8,14 +8,13 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Any, NamedTuple
 
-from phi3v_dist.observe.metrics import Number, format_number, format_seconds, format_value, lookup
+from phi3v_dist.observe.metrics import Number, format_number, format_seconds, format_value, is_own_score, lookup
 from phi3v_dist.observe.run_folder import Run, is_number, read_lines
 from phi3v_dist.planner.record import read_plan
 from phi3v_dist.printable import printable
 from phi3v_dist.survive.best_file import read_best
 
 RAN_WITH = re.compile(r"(^|\.)(versions\.\w+|commit)$")  # settings that say what the run ran with
-BESIDE = re.compile(r"eval/(blind|base|minus_base|minus_blind)/|eval/by_|.*/(low|high)$")  # have their own place
 COUNTS = ("train/samples", "train/tokens", "train/epoch", "run/world_size", "run/attempt", "data/quarantined")
 QUARANTINE_NAME = "quarantine.jsonl"
 MOST_LISTED, MOST_REASONS, REASON_CHARACTERS = 200_000, 12, 100
@@ -44,7 +43,7 @@ class Reason:
 def evaluation_table(run: Run) -> tuple[list[str], list[list[tuple[str, str]]]]:
     """(column names, rows of (value, the blind control's value)); the first column is the step."""
     names = list(dict.fromkeys(name for step in run.evaluations for name in step.scores))
-    names = [name for name in names if name.startswith("eval/") and not BESIDE.match(name)]
+    names = [name for name in names if is_own_score(name)]
     rows = []
     for step in run.evaluations:
         cells = [(f"{step.step:,}", "")]

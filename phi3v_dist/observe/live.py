@@ -22,7 +22,16 @@ from rich.table import Table
 from rich.text import Text
 
 from phi3v_dist.attempt.attempt import ATTEMPTS_NAME, STOPPED_NAME, SUMMARY_NAME
-from phi3v_dist.observe.metrics import ATTEMPT, STEP, Number, format_number, format_seconds, format_value, lookup
+from phi3v_dist.observe.metrics import (
+    ATTEMPT,
+    STEP,
+    Number,
+    format_number,
+    format_seconds,
+    format_value,
+    is_own_score,
+    lookup,
+)
 from phi3v_dist.observe.run_folder import CONFIG_NAME, require_run_folder
 from phi3v_dist.observe.tracker import RECORD_NAME, parse_row
 from phi3v_dist.printable import printable
@@ -270,9 +279,7 @@ def _goodput(latest: dict[str, Number]) -> str:
 
 
 def _scores(scores: dict[str, Number]) -> str:
-    apart = ("eval/blind/", "eval/by_", "eval/best_", "eval/chance_")
-    shown = [name for name in scores if name.startswith("eval/") and not name.startswith(apart)]
-    spoken = [name for name in shown if (metric := lookup(name)) and metric.panel]
+    spoken = [name for name in scores if is_own_score(name) and (metric := lookup(name)) and metric.panel]
     pairs = [f"{name.removeprefix('eval/')} {format_value(name, scores[name])}" for name in spoken]
     return f"step {scores[STEP]:,.0f}: {', '.join(pairs)}"
 

@@ -28,6 +28,8 @@ _PATTERNS = [
     if PLACEHOLDER.search(metric.name)
 ]
 
+_BESIDE = re.compile(r"eval/((blind|base|minus_blind|minus_base)/|by_|best_|chance_|.*/(low|high)$)")
+
 
 @cache
 def lookup(name: str) -> Metric | None:
@@ -58,6 +60,12 @@ def check(row: Mapping[str, object]) -> None:
             raise AssertionError(f"metric {name!r} is not in the registry (phi3v_dist/observe/metrics.py){hint}")
         if not isinstance(value, int | float):
             raise AssertionError(f"metric {name!r} must be a plain number, got {type(value).__name__}: {value!r}")
+
+
+def is_own_score(name: str) -> bool:
+    """Whether it is of an evaluation, of the model itself and of all samples: no control, difference, end of an
+    interval, part or reference."""
+    return name.startswith("eval/") and not _BESIDE.match(name)
 
 
 def entry_name(name: str) -> str | None:

@@ -8,9 +8,10 @@ they compare sample by sample (`evaluate/intervals.py`). One that holds 0 is wit
 from collections.abc import Mapping
 from dataclasses import astuple, dataclass
 
+from rich.console import Console
 from rich.table import Table
 
-from phi3v_dist.observe.metrics import Number, format_number, format_value, lookup
+from phi3v_dist.observe.metrics import Number, format_number, format_value, is_own_score, lookup
 
 COLUMNS = ("", "model", "untuned", "blind", "− untuned", "− blind", "best reachable")
 LEFT_OUT = ("eval/samples", "eval/skipped")
@@ -32,7 +33,7 @@ class ScoreRow:
 
 def score_rows(numbers: Mapping[str, Number]) -> list[ScoreRow]:
     """Rows in the registry's names, those of parts (`eval.by`) left out."""
-    plain = [name for name in numbers if _is_plain(name)]
+    plain = [name for name in numbers if is_own_score(name) and name not in LEFT_OUT]
     return [
         ScoreRow(
             name.removeprefix("eval/"),
@@ -62,15 +63,16 @@ def printed(numbers: Mapping[str, Number]) -> Table | None:
     return table
 
 
+def widened(console: Console) -> Console:
+    """The same console; into a file or a pipe, wide enough for the table."""
+    if not console.is_terminal:
+        console.width = max(console.width, WIDTH)
+    return console
+
+
 def is_of_scores(name: str) -> bool:
     """Whether a number stands in the table, or would be one too many beside it."""
     return name.startswith("eval/") and name not in LEFT_OUT and not name.startswith("eval/chance_")
-
-
-def _is_plain(name: str) -> bool:
-    """Of the model itself and of all samples: no control, difference, end of an interval or part."""
-    apart = ("eval/base/", "eval/blind/", "eval/minus_", "eval/by_", "eval/best_", "eval/chance_")
-    return is_of_scores(name) and not name.startswith(apart) and not name.endswith(("/low", "/high"))
 
 
 def _figure(numbers: Mapping[str, Number], name: str, side: str) -> str:

@@ -8,6 +8,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from PIL import Image
+
 from phi3v_dist.observe.metrics import STEP
 from phi3v_dist.observe.tracker import Prediction
 
@@ -17,7 +19,8 @@ MEDIA_ROWS = 64  # pictures per evaluation; more make the offline folder and the
 def log_media(run: Any, step: int, predictions: Sequence[Prediction], folder: Path) -> None:
     """folder: to which the thumbnails' paths are relative."""
     shown = predictions[:MEDIA_ROWS]
-    images = [_image(prediction, folder) for prediction in shown]
+    pictures = [_picture(prediction, folder) for prediction in shown]
+    images = _images(pictures, [prediction["prediction"] for prediction in shown])
     run.log(
         {
             STEP: step,
@@ -27,12 +30,26 @@ def log_media(run: Any, step: int, predictions: Sequence[Prediction], folder: Pa
     )
 
 
-def _image(prediction: Prediction, folder: Path) -> Any:
-    import wandb
-
+def _picture(prediction: Prediction, folder: Path) -> Image.Image | None:
     if not prediction["thumbnail"] or not (folder / prediction["thumbnail"]).exists():
         return None
-    return wandb.Image(str(folder / prediction["thumbnail"]), caption=prediction["prediction"])
+    return Image.open(folder / prediction["thumbnail"]).convert("RGB")
+
+
+def _images(pictures: Sequence[Image.Image | None], captions: Sequence[str]) -> list[Any]:
+    """All of one size, on white: W&B shows pictures of several sizes wrongly, and says so at every evaluation."""
+    import wandb
+
+    width, height = (max((picture.size[side] for picture in pictures if picture), default=0) for side in (0, 1))
+    found: list[Any] = []
+    for picture, caption in zip(pictures, captions, strict=True):
+        if picture is None:
+            found.append(None)
+            continue
+        sheet = Image.new("RGB", (width, height), "white")
+        sheet.paste(picture, ((width - picture.width) // 2, (height - picture.height) // 2))
+        found.append(wandb.Image(sheet, caption=caption, file_type="jpg"))
+    return found
 
 
 def _table(predictions: Sequence[Prediction], images: Sequence[Any]) -> Any:
