@@ -36,6 +36,7 @@ def assert_learned(found: list[dict], num_tokens: int, num_pictures: int) -> Non
     assert found[0]["steps"][1]["loss"] == found[1]["steps"][1]["loss"]
 
 
+@pytest.mark.slow
 def test_a_row_far_beyond_the_original_length_trains(tmp_path):
     found = train_twice(tmp_path, 9000, 6, timeout_s=280)
     assert_learned(found, 9000, 6)

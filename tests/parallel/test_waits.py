@@ -24,6 +24,7 @@ def ranks(tmp_path_factory) -> list[dict]:
     return json.loads((folder / "2:waits:fp32.json").read_text())
 
 
+@pytest.mark.slow
 @pytest.mark.fault(14)
 @pytest.mark.parametrize("what", ["sleeps", "is stopped"])
 def test_a_slow_rank_is_named_once_with_its_host(ranks, what):

@@ -45,7 +45,7 @@ def test_a_finished_run_leaves_everything_a_person_needs(reference):
     assert len(list((reference / "wandb").glob("offline-run-*"))) == 1
 
 
-@pytest.mark.parametrize("name", ["single", "deepspeed"])
+@pytest.mark.parametrize("name", [pytest.param("single", marks=pytest.mark.slow), "deepspeed"])
 @pytest.mark.supports("deepspeed", on="2 ranks")
 @pytest.mark.supports("python", on="one process")
 def test_losses_do_not_depend_on_the_launcher_or_the_number_of_ranks(launched, reference, name):

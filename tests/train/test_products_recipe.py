@@ -91,6 +91,7 @@ def test_a_thing_in_several_colours_is_in_one_split(world: Path) -> None:
     assert min(len(train), len(validation)) >= 2
 
 
+@pytest.mark.slow
 def test_the_recipe_trains_on_it_and_scores_every_product(world: Path) -> None:
     words = [word for word in TINY if not word.startswith("eval.reference")]
     short = ["train.epochs=null", "train.steps=2", "eval.max_new_tokens=40", "observe.wandb=disabled"]

@@ -84,10 +84,11 @@ def test_a_run_killed_while_it_loads_a_checkpoint_ends_as_if_it_had_not_been(lau
     assert_same_run(root / "killed-loading", reference)
 
 
+@pytest.mark.slow
 @pytest.mark.fault(22, 63)
 @pytest.mark.parametrize(
     "parts",
-    [((4, 2), (10, 3)), pytest.param(((3, 2), (5, 3), (7, 1), (10, 4)), marks=pytest.mark.slow)],
+    [((4, 2), (10, 3)), ((3, 2), (5, 3), (7, 1), (10, 4))],
     ids=["2-3", "2-3-1-4"],
 )
 @pytest.mark.supports("resume elsewhere", on="more ranks")

@@ -42,6 +42,7 @@ def test_a_notice_to_any_one_rank_stops_all_after_the_same_step_and_nothing_is_l
     assert attempts == [1] * step + [2] * (10 - step), "no step was done twice"
 
 
+@pytest.mark.slow
 @pytest.mark.fault(9)
 def test_a_run_stops_by_itself_before_the_time_of_its_job_is_up(launched, monkeypatch):
     config, root = launched
