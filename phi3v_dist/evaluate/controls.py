@@ -15,13 +15,15 @@ import numpy as np
 from phi3v_dist.config import FieldSettings
 from phi3v_dist.evaluate.breakdown import Judged
 from phi3v_dist.evaluate.intervals import Column
-from phi3v_dist.evaluate.recorded import Answer, Name, loss_and_labels, read_answers
+from phi3v_dist.evaluate.recorded import Answer, loss_and_labels, read_answers
 from phi3v_dist.evaluate.score import columns, score_answer
 
+Asked = tuple[str, str, str]  # shard, key, true answer: with another truth it is another question
 
-def read_judged(folder: Path, fields: Mapping[str, FieldSettings]) -> dict[Name, Judged]:
-    """(shard, key) → what an earlier evaluation's answer is worth by the fields of now."""
-    return {name: _judged(answer, fields) for name, answer in read_answers(folder).items()}
+
+def read_judged(folder: Path, fields: Mapping[str, FieldSettings]) -> dict[Asked, Judged]:
+    """(shard, key, truth) → what an earlier evaluation's answer is worth by the fields of now."""
+    return {(*name, answer["target"]): _judged(answer, fields) for name, answer in read_answers(folder).items()}
 
 
 def _judged(answer: Answer, fields: Mapping[str, FieldSettings]) -> Judged:
@@ -54,7 +56,7 @@ def with_controls(judged: Sequence[Judged], base: Sequence[Judged | None]) -> di
 def _columns(judged: Sequence[Judged | None]) -> dict[str, Column]:
     tokens = np.array([one.label_tokens if one else 0 for one in judged], dtype=np.float64)
     sums = np.array([one.loss_sum if one else 0.0 for one in judged], dtype=np.float64)
-    means = np.divide(sums, tokens, out=np.full_like(sums, np.nan), where=tokens > 0)
+    means = np.divide(sums, tokens, out=np.zeros_like(sums), where=tokens > 0)
     return {"loss": Column(means, weights=tokens)} | columns([one.score if one else None for one in judged])
 
 
@@ -69,7 +71,7 @@ def _values(prefix: str, found: Mapping[str, Column]) -> Iterator[tuple[str, flo
 def _differences(
     prefix: str, own: Mapping[str, Column], others: Mapping[str, Column]
 ) -> Iterator[tuple[str, float]]:  # fmt: skip
-    for name in own.keys() & others.keys():
+    for name in (name for name in own if name in others):
         if difference := own[name].minus(others[name]):
             yield f"{prefix}/{name}", difference[0]
             yield from _ends(f"{prefix}/{name}", difference[1])

@@ -113,7 +113,9 @@ class Evaluator:
         """Metrics of all ranks' rows, and the records."""
         judged: list[Judged] = [row.pop("judged") for row in rows]
         known = read_judged(base, self.settings.fields) if base else {}
-        untuned = [known.get((row["shard"], row["key"])) for row in rows]
+        untuned = [known.get((row["shard"], row["key"], row["target"])) for row in rows]
+        if base and rows and not any(untuned):
+            log.warning("%s: none of these samples was asked there, so nothing is compared with it", base)
         for complaint in complaints(judged, self.settings.by):
             log.warning("%s", complaint)
         metrics = {"eval/skipped": float(num_asked - len(rows))} | with_controls(judged, untuned)

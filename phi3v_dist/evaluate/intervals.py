@@ -30,7 +30,7 @@ Statistic = Literal["mean", "share", "median"]
 class Column:
     """One number a sample.
 
-    values: NaN where a sample has none.
+    values: NaN where a sample has none; with weights, their 0 says so.
     statistic: "share" is a mean of what is so or not, `whole` (1, or 100 for percent) or 0.
     weights: of a mean, such as the label tokens of each sample; None: all alike.
     """
@@ -42,9 +42,8 @@ class Column:
 
     @property
     def known(self) -> np.ndarray:
-        """[samples] whether it has a number that counts."""
-        known: np.ndarray = ~np.isnan(self.values)
-        return known if self.weights is None else known & (self.weights > 0)
+        """[samples] whether it has a number that counts. A loss that is not finite counts, and shows in the mean."""
+        return ~np.isnan(self.values) if self.weights is None else np.asarray(self.weights > 0)
 
     def of(self, rows: np.ndarray) -> "Column":
         """The same for some samples, by a mask or by their numbers."""

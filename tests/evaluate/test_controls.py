@@ -88,8 +88,8 @@ def test_records_are_judged_by_the_fields_of_now_and_damaged_lines_are_counted(t
     (tmp_path / "predictions.jsonl").write_text("\n".join(map(json.dumps, lines)) + '\n{"')
     with caplog.at_level(logging.WARNING):
         found = read_judged(tmp_path, FIELDS)
-    assert set(found) == {("a.tar", "1"), ("a.tar", "2")}
-    one = found["a.tar", "1"]
+    assert set(found) == {("a.tar", "1", TRUTH), ("a.tar", "2", TRUTH)}
+    one = found["a.tar", "1", TRUTH]
     assert (one.loss_sum, one.label_tokens, one.score.fields["price"].error, one.score.parsed) == (2.0, 4, 10.0, False)
-    assert found["a.tar", "2"].label_tokens == 0
+    assert found["a.tar", "2", TRUTH].label_tokens == 0
     assert "3 damaged lines" in caplog.text and str(tmp_path) in caplog.text

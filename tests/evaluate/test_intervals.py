@@ -17,7 +17,8 @@ def column(*values, **how):
 def test_values_are_those_of_the_samples_that_have_one():
     assert column(1, NAN, 4, 1).value() == 2
     assert column(1, NAN, 4, 1, statistic="median").value() == 1
-    assert column(1, NAN, 4, 9, weights=np.array([1.0, 5, 3, 0])).value() == pytest.approx(13 / 4)
+    assert column(1, 4, NAN, weights=np.array([1.0, 3, 0])).value() == pytest.approx(13 / 4)
+    assert np.isnan(column(1, NAN, weights=np.array([1.0, 3])).value()), "a loss that is not finite is not passed over"
     assert column(NAN, NAN).value() is None and column().value() is None
 
 
