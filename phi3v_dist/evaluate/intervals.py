@@ -10,7 +10,6 @@ values of a share are the same, resampling cannot vary: Wilson's interval says w
 (https://doi.org/10.1080/01621459.1927.10502953).
 """
 
-import math
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Literal
@@ -60,8 +59,8 @@ class Column:
         if len(own.values) < MIN_SAMPLES:
             return None
         if self.statistic == "share" and (own.values == own.values[0]).all():
-            low, high = _wilson(float(own.values[0]) / self.whole, len(own.values))
-            return self.whole * low, self.whole * high
+            unseen = self.whole * _possible_frac(len(own.values))
+            return max(0.0, own.values[0] - unseen), min(self.whole, own.values[0] + unseen)
         return _percentiles(np.concatenate([own._statistic(rows) for rows in _resamples(len(own.values))]))
 
     def minus(self, other: "Column") -> tuple[float, tuple[float, float] | None] | None:
@@ -73,6 +72,10 @@ class Column:
             return None
         if both.sum() < MIN_SAMPLES:
             return mine - theirs, None
+        if self.statistic == "share" and np.ptp(one.values - two.values) == 0:
+            unseen = self.whole * _possible_frac(int(both.sum()))  # pairs that would have differed by one more or less
+            difference = mine - theirs
+            return difference, (max(-self.whole, difference - unseen), min(self.whole, difference + unseen))
         resamples = [one._statistic(rows) - two._statistic(rows) for rows in _resamples(int(both.sum()))]
         return mine - theirs, _percentiles(np.concatenate(resamples))
 
@@ -99,7 +102,6 @@ def _percentiles(resamples: Float[np.ndarray, " resamples"]) -> tuple[float, flo
     return float(low), float(high)
 
 
-def _wilson(share: float, num_samples: int) -> tuple[float, float]:
-    middle = (share + Z**2 / (2 * num_samples)) / (1 + Z**2 / num_samples)
-    half = Z / (1 + Z**2 / num_samples) * math.sqrt(Z**2 / (4 * num_samples**2) + share * (1 - share) / num_samples)
-    return max(0.0, middle - half), min(1.0, middle + half)
+def _possible_frac(num_samples: int) -> float:
+    """The upper end of Wilson's interval for something that none of so many samples had."""
+    return Z**2 / (num_samples + Z**2)

@@ -81,6 +81,17 @@ def test_a_difference_counts_the_samples_that_both_have():
     assert column(1, NAN).minus(column(NAN, 1)) is None
 
 
+def test_two_models_that_are_always_right_may_still_differ_by_what_so_many_samples_leave_possible():
+    right, wrong = (column(*[whole] * 240, statistic="share") for whole in (1.0, 0.0))
+    difference, (low, high) = right.minus(right)
+    assert (difference, low, high) == (0, pytest.approx(-0.01575, abs=1e-5), pytest.approx(0.01575, abs=1e-5))
+    assert (
+        column(*[1.0, 0.0] * 120, statistic="share").minus(column(*[1.0, 0.0] * 120, statistic="share"))[1][1] == high
+    )
+    difference, (low, high) = right.minus(wrong)
+    assert (difference, low, high) == (1, pytest.approx(1 - 0.01575, abs=1e-5), 1)
+
+
 def test_a_weighted_difference_is_of_the_two_weighted_means():
     tokens = np.array([1.0, 3.0] * 20)
     one = Column(np.array([2.0, 4.0] * 20), weights=tokens)
