@@ -32,7 +32,6 @@ def assert_same_losses(run: Path, before: Path, steps: range) -> None:
         assert ours[step] == pytest.approx(theirs[step], rel=SAME), step
 
 
-@pytest.mark.slow
 @pytest.mark.supports("sequence 2", on="2 ranks")
 def test_a_run_goes_on_with_rows_shared_by_two_ranks(launched, reference):
     config, _ = launched
