@@ -93,6 +93,8 @@ def train(run: Path, attempt: int, last: int = LAST) -> None:
                 saver.begin(None, position(step), must_last=True)
             saver.edge(step)
     saver.settle()
+    if last == LAST:
+        saver.checkpoints.finish()
 
 
 def names(run: Path) -> list[int | None]:
