@@ -55,7 +55,8 @@ def printed(numbers: Mapping[str, Number]) -> Table | None:
     if not rows:
         return None
     counts = [f"{numbers['eval/samples']:,.0f} samples"] if "eval/samples" in numbers else []
-    table = Table(title=" · ".join(["scores, in brackets 95 % intervals", *counts]))
+    has_intervals = any("(" in cell for row in rows for cell in row)
+    table = Table(title=" · ".join(["scores, in brackets 95 % intervals" if has_intervals else "scores", *counts]))
     for place in used:
         table.add_column(COLUMNS[place], justify="right" if place else "left", overflow="fold")
     for row in rows:
