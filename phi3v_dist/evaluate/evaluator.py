@@ -103,7 +103,8 @@ class Evaluator:
         (given_up,) = self.topology.sum([float(stop())])
         if given_up:
             return None
-        rows = sorted((row for part in self.topology.gather(rows) for row in part), key=lambda r: place[r["sample_id"]])
+        everyone = (row for part in self.topology.gather_on_main(rows) for row in part)
+        rows = sorted(everyone, key=lambda row: place[row["sample_id"]])
         metrics = self._conclude(rows, len(sample_ids), folder, base) if self.topology.is_main else {}
         return self.topology.broadcast(metrics)
 

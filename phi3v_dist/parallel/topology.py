@@ -166,6 +166,14 @@ class Topology:
             dist.all_gather_object(values, value)
         return values
 
+    def gather_on_main(self, value: Any) -> list[Any]:
+        """Every rank's value, on rank 0; nothing on the others, which need not hold what may be large."""
+        if self.world_size == 1:
+            return [value]
+        values = [None] * self.world_size if self.is_main else None
+        dist.gather_object(value, values, dst=0)
+        return values or []
+
 
 def _port(world_size: int) -> int:
     """A free port for one process alone; more of them must have been told theirs."""

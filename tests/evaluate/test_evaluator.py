@@ -236,7 +236,7 @@ class OneOfSeveral(Topology):
         self.given["sum"].append(values)
         return [sum(column) for column in zip(*self.given["sum"], strict=True)]
 
-    def gather(self, value):
+    def gather_on_main(self, value):
         self.given["gather"].append(copy.deepcopy(value))  # as a message between processes would be
         return copy.deepcopy(self.given["gather"])
 
