@@ -10,11 +10,10 @@ python launch/export.py runs/adapted --merge                 a LoRA run: the who
 import argparse
 from pathlib import Path
 
-import yaml
-
+from phi3v_dist import config
 from phi3v_dist.cli import run_script
 from phi3v_dist.config import Settings
-from phi3v_dist.errors import CheckpointError
+from phi3v_dist.errors import CheckpointError, ConfigError
 from phi3v_dist.model.export import export
 from phi3v_dist.model.sources import TrainedWeights, initial_weights
 from phi3v_dist.survive.best_file import BEST_NAME, best_checkpoint, read_best
@@ -65,19 +64,12 @@ def best_of(checkpoints: Path) -> Path:
 
 def settings_of(run: Path, base: Path | None) -> Settings:
     """The settings a run folder records, its model folder replaced by `base` where that is given."""
-    path = run / "config.yaml"
-    if not path.is_file():
-        raise CheckpointError(f"{run}: no config.yaml, so this is no run folder")
     try:
-        tree = yaml.safe_load(path.read_text())
-        tree.pop("environment", None)
-        tree["run"] |= {"root": str(run.parent), "name": run.name}  # it may have been moved
-        if base:
-            tree["model"]["path"] = str(base)
-        return Settings.model_validate(tree)
-    except (yaml.YAMLError, ValueError, AttributeError, TypeError, KeyError) as error:
-        cause = " ".join(str(error).split())
-        raise CheckpointError(f"{path}: not the settings of a run that this release understands: {cause}") from error
+        settings = config.of_run(run)
+    except ConfigError as error:
+        raise CheckpointError(error.problems) from error
+    moved = {"model": settings.model.model_copy(update={"path": base})} if base else {}
+    return settings.model_copy(update=moved)
 
 
 def cli() -> None:

@@ -228,7 +228,7 @@ def audit_run(arguments: argparse.Namespace) -> None:
     if arguments.preview and arguments.step is None:
         raise ConfigError("--preview shows the samples of one step: give --step N too")
     folder = arguments.run_folder
-    settings = audit_report.settings_of(folder, arguments.settings)
+    settings = config.of_run(folder, arguments.settings)
     reader = LedgerReader(folder / LEDGER_NAME)
     data = Data.open(settings.data.train, settings)
     if arguments.step is not None:

@@ -420,6 +420,29 @@ def load(
     return settings
 
 
+def of_run(run: Path, overrides: Sequence[str] = ()) -> Settings:
+    """The settings that a run recorded, wherever it lies now, and on top what was moved since.
+
+    Raises:
+        ConfigError: the folder is no run's, or a word is no setting.
+    """
+    path = run / "config.yaml"
+    if not path.is_file():
+        raise ConfigError(f"{run}: no config.yaml, so this is no run folder")
+    try:
+        tree, problems = merge(path, overrides)
+    except ConfigError as error:
+        tree, problems = {}, error.problems
+    tree.pop("environment", None)
+    tree["run"] = {**(tree.get("run") or {}), "root": str(run.resolve().parent), "name": run.resolve().name}
+    settings, mistakes = validate(Settings, tree)
+    if problems or mistakes or settings is None:
+        raise ConfigError(
+            [f"{path}: not the settings of a run that this release understands: {one}" for one in problems + mistakes]
+        )
+    return settings
+
+
 def parse(kind: type[DataclassT], words: Sequence[str]) -> DataclassT:
     """A settings dataclass of its own, such as the sample catalogue's, from `key=value` words alone.
 

@@ -160,6 +160,15 @@ def environment(**extra: str) -> dict[str, str]:
 COLLECTED = pytest.StashKey[list[pytest.Item]]()
 
 
+@pytest.fixture
+def all_tests(request: pytest.FixtureRequest) -> list[pytest.Item]:
+    """Every test that there is, also slow ones; skips where only some files were asked for."""
+    items = request.config.stash[COLLECTED]
+    if {item.path for item in items} < set(TESTS.rglob("test_*.py")):
+        pytest.skip("only some files of tests were asked for")
+    return items
+
+
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Keeps all tests for test_fault_table.py, before `-m "not slow"` leaves some out."""

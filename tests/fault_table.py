@@ -72,6 +72,16 @@ def _why_untested(row: dict[str, str]) -> str:
     return f"no test: {row['untested']}" if "untested" in row else "not yet"
 
 
+def collected() -> list[pytest.Item]:
+    """All tests. Ends the program where they cannot be collected."""
+    collector, printed = _Collector(), io.StringIO()
+    with contextlib.redirect_stdout(printed):
+        code = pytest.main(["--collect-only", "-q", "-p", "no:cacheprovider", str(TESTS)], plugins=[collector])
+    if code != pytest.ExitCode.OK:
+        sys.exit(f"{printed.getvalue()}\nthe tests cannot be collected, so the page cannot be written")
+    return collector.items
+
+
 class _Collector:
     """As a pytest plugin, keeps all tests, before any is left out."""
 
@@ -83,12 +93,7 @@ class _Collector:
 
 
 def main() -> None:
-    collector, printed = _Collector(), io.StringIO()
-    with contextlib.redirect_stdout(printed):
-        code = pytest.main(["--collect-only", "-q", "-p", "no:cacheprovider", str(TESTS)], plugins=[collector])
-    if code != pytest.ExitCode.OK:
-        sys.exit(f"{printed.getvalue()}\nthe tests cannot be collected, so the page cannot be written")
-    PAGE.write_text(page(rows_of(collector.items)), encoding="utf-8")
+    PAGE.write_text(page(rows_of(collected())), encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -6,16 +6,13 @@ What comes in: rows by hand, and `@pytest.mark.supports(ROW, on=PLACE)` on tests
 "–", not tested. It may work; nobody has shown it.
 """
 
-import contextlib
-import io
-import sys
 from collections import defaultdict
 from collections.abc import Iterable
 from pathlib import Path
 
 import pytest
 import yaml
-from fault_table import TESTS, _Collector
+from fault_table import TESTS, collected
 
 PAGE = TESTS.parent / "docs" / "support.md"
 PLACES = {  # as marks name them → as the page does
@@ -78,12 +75,7 @@ def _cell(files: dict[Path, bool]) -> str:
 
 
 def main() -> None:
-    collector, printed = _Collector(), io.StringIO()
-    with contextlib.redirect_stdout(printed):
-        code = pytest.main(["--collect-only", "-q", "-p", "no:cacheprovider", str(TESTS)], plugins=[collector])
-    if code != pytest.ExitCode.OK:
-        sys.exit(f"{printed.getvalue()}\nthe tests cannot be collected, so the page cannot be written")
-    PAGE.write_text(page(cells_of(collector.items)), encoding="utf-8")
+    PAGE.write_text(page(cells_of(collected())), encoding="utf-8")
 
 
 if __name__ == "__main__":

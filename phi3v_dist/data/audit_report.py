@@ -5,21 +5,18 @@ Surprise: the head of the newest checkpoint is read too. A ledger cut at the bor
 only the checkpoint knows that there was more.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 from rich.table import Table
 from rich.text import Text
 
-from phi3v_dist.config import Settings
-from phi3v_dist.config_file import merge, validate
 from phi3v_dist.data.audit import Audit, SourceAudit
 from phi3v_dist.data.ledger import Head, Record, Status
 from phi3v_dist.data.plan import Lengths
 from phi3v_dist.data.quarantine import QUARANTINE_NAME, entries
 from phi3v_dist.data.shards import ShardTable
-from phi3v_dist.errors import ConfigError
 from phi3v_dist.printable import printable
 from phi3v_dist.survive.checkpoint import committed
 from phi3v_dist.survive.manifest import DamagedError, read_manifest
@@ -37,24 +34,6 @@ COUNTS: dict[str, Callable[[SourceAudit], str]] = {
     "lost": lambda source: f"{source.lost:,}",
     "repeated": lambda source: f"{source.repeated:,}",
 }
-
-
-def settings_of(run: Path, overrides: Sequence[str]) -> Settings:
-    """The settings that a run recorded, and on top what was moved since.
-
-    Raises:
-        ConfigError: the folder is no run's, or a word is no setting.
-    """
-    path = run / "config.yaml"
-    if not path.is_file():
-        raise ConfigError(f"{run}: no config.yaml, so this is no run folder")
-    tree, problems = merge(path, overrides)
-    tree.pop("environment", None)
-    tree["run"] = {**(tree.get("run") or {}), "root": str(run.resolve().parent), "name": run.resolve().name}
-    settings, mistakes = validate(Settings, tree)
-    if problems or mistakes or settings is None:
-        raise ConfigError([f"{path}: {problem}" for problem in problems + mistakes])
-    return settings
 
 
 def newest_head(run: Path) -> Head | None:

@@ -7,9 +7,8 @@ the model's own, so neither training shards nor the folder that the run began wi
 
 from pathlib import Path
 
-from phi3v_dist import run
+from phi3v_dist import config, run
 from phi3v_dist.config import Settings
-from phi3v_dist.data.audit_report import settings_of
 from phi3v_dist.errors import ConfigError, DataError
 from phi3v_dist.evaluate.evaluator import Evaluator
 from phi3v_dist.evaluate.records import PREDICTIONS_NAME
@@ -21,7 +20,7 @@ def settings_around(saved: SavedModel, overrides: list[str]) -> Settings:
     """Those of the run in which a model lies. Raises ConfigError when it lies in none."""
     if saved.run is None:
         raise ConfigError(f"{saved.weights.where} lies in no run folder, which would say what to ask: give --config")
-    return settings_of(saved.run, overrides)
+    return config.of_run(saved.run, overrides)
 
 
 def evaluate(saved: SavedModel, settings: Settings, out: Path, untuned: Path | None = None) -> dict[str, float]:

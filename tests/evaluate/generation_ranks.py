@@ -9,9 +9,6 @@ test_generation_ranks.py.
 """
 
 import json
-import logging
-import os
-import socket
 import sys
 from itertools import islice
 from pathlib import Path
@@ -19,8 +16,10 @@ from typing import Any
 
 import torch
 import torch._inductor.compile_fx  # noqa: F401  # a first deepspeed.initialize imports it: once here, for all groups
-import torch.multiprocessing as mp
 import xxhash
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+from forked_ranks import fork_ranks, joined, num_ranks
 
 from phi3v_dist import config, run
 from phi3v_dist.config import Settings
@@ -122,30 +121,18 @@ def run_trial(settings: Settings, topology: Topology, what: str) -> dict:
     return notes | {"state": topology.gather(state(engine))}
 
 
-def run_rank(rank: int, world_size: int, folder: Path, trials: list[str], port: int) -> None:
-    logging.basicConfig(level=logging.ERROR)
-    os.environ.update(
-        RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world_size), LOCAL_WORLD_SIZE=str(world_size),
-        MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port),
-    )  # fmt: skip
-    topology = Topology.from_environment()
-    topology.start(TIMEOUT_S)
-    for trial in trials:
-        torch.manual_seed(0)
-        notes = run_trial(config.load(folder / "config.yaml"), topology, trial.split(":")[1])
-        if topology.is_main:
-            (folder / f"{trial}.json").write_text(json.dumps(notes))
-    topology.stop()
+def run_rank(rank: int, world_size: int, port: int, trials: list[str], folder: Path) -> None:
+    with joined(rank, world_size, port, TIMEOUT_S) as topology:
+        for trial in trials:
+            torch.manual_seed(0)
+            notes = run_trial(config.load(folder / "config.yaml"), topology, trial.split(":")[1])
+            if topology.is_main:
+                (folder / f"{trial}.json").write_text(json.dumps(notes))
 
 
 def main() -> None:
     folder, trials = Path(sys.argv[1]), sys.argv[2:]
-    for world_size in sorted({int(trial.split(":")[0]) for trial in trials}):
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            port = int(probe.getsockname()[1])
-        mine = [trial for trial in trials if trial.startswith(f"{world_size}:")]
-        mp.start_processes(run_rank, (world_size, folder, mine, port), nprocs=world_size, start_method="fork")
+    fork_ranks(run_rank, sorted(trials, key=num_ranks), folder)
 
 
 if __name__ == "__main__":

@@ -5,12 +5,21 @@ from pathlib import Path
 
 import torch
 import yaml
+from safetensors.torch import load_file
 from torch import Tensor
 
+from phi3v_dist.model.phi3v import Phi3VForCausalLM
 from phi3v_dist.parallel.fingerprint import fingerprint, fingerprint_text
 from phi3v_dist.parallel.partitions import TensorSpec
 from phi3v_dist.survive.manifest import FORMAT, FORMAT_VERSION, UPGRADE, rank_file_name, write_manifest
 from phi3v_dist.survive.rank_files import write_rank_file
+
+
+def trained_further(folder: Path) -> dict[str, Tensor]:
+    """The parameters of the model in a folder, each a little off what is stored there."""
+    tensors = load_file(folder / "model.safetensors")
+    parameters = dict(Phi3VForCausalLM.from_pretrained(folder).named_parameters())
+    return {name: tensors[name] + 0.01 for name in parameters}
 
 
 class InMemory:

@@ -8,13 +8,12 @@ import pytest
 import torch
 import yaml
 from safetensors.torch import load_file, save_file
-from stored import write_checkpoint, write_run
+from stored import trained_further, write_checkpoint, write_run
 
 from phi3v_dist.config import LoraSettings
 from phi3v_dist.errors import CheckpointError
 from phi3v_dist.model.adapters import write_adapter
 from phi3v_dist.model.origin import ORIGIN_NAME
-from phi3v_dist.model.phi3v import Phi3VForCausalLM
 from phi3v_dist.model.saved import SavedModel
 
 ADAPTED = "model.layers.0.self_attn.o_proj"
@@ -22,9 +21,7 @@ ADAPTED = "model.layers.0.self_attn.o_proj"
 
 @pytest.fixture
 def trained(tiny_model):
-    tensors = load_file(tiny_model / "model.safetensors")
-    parameters = dict(Phi3VForCausalLM.from_pretrained(tiny_model).named_parameters())
-    return {name: tensors[name] + 0.01 for name in parameters}
+    return trained_further(tiny_model)
 
 
 @pytest.fixture

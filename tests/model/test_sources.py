@@ -7,8 +7,7 @@ import re
 import pytest
 import torch
 import yaml
-from safetensors.torch import load_file
-from stored import write_checkpoint, write_run
+from stored import trained_further, write_checkpoint, write_run
 
 from phi3v_dist.config import Settings
 from phi3v_dist.errors import CheckpointError
@@ -21,9 +20,7 @@ from phi3v_dist.model.weights import OfficialFolder, is_untrained, load_weights
 
 @pytest.fixture
 def trained(tiny_model):
-    tensors = load_file(tiny_model / "model.safetensors")
-    parameters = dict(Phi3VForCausalLM.from_pretrained(tiny_model).named_parameters())
-    return {name: tensors[name] + 0.01 for name in parameters}
+    return trained_further(tiny_model)
 
 
 @pytest.fixture

@@ -9,9 +9,6 @@ in ../survive/checkpoint_ranks.py, and join as torchrun's would. Tests: test_equ
 """
 
 import json
-import logging
-import os
-import socket
 import sys
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -24,8 +21,10 @@ from types import SimpleNamespace
 import numpy as np
 import torch
 import torch._inductor.compile_fx  # a first deepspeed.initialize imports it: once here, for all groups
-import torch.multiprocessing as mp
 from deepspeed.utils import safe_get_full_grad
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+from forked_ranks import fork_ranks, joined, num_ranks
 
 from phi3v_dist.config import Settings
 from phi3v_dist.data.batch import Example
@@ -313,19 +312,12 @@ def compare(
     return total_loss / num_labels, differences, lengths
 
 
-def run_rank(rank: int, world_size: int, folder: Path, trials: list[str], port: int) -> None:
-    logging.basicConfig(level=logging.ERROR)
-    os.environ.update(
-        RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world_size), LOCAL_WORLD_SIZE=str(world_size),
-        MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port),
-    )  # fmt: skip
-    topology = Topology.from_environment()
-    topology.start(TIMEOUT_S)
-    for trial in trials:
-        notes = run_trial(folder, topology, Trial.named(trial))
-        if topology.is_main:
-            (folder / f"{trial}.json").write_text(json.dumps(notes))
-    topology.stop()
+def run_rank(rank: int, world_size: int, port: int, trials: list[str], folder: Path) -> None:
+    with joined(rank, world_size, port, TIMEOUT_S) as topology:
+        for trial in trials:
+            notes = run_trial(folder, topology, Trial.named(trial))
+            if topology.is_main:
+                (folder / f"{trial}.json").write_text(json.dumps(notes))
 
 
 def main() -> None:
@@ -335,13 +327,7 @@ def main() -> None:
     config = json.loads((folder / "grouped" / "config.json").read_text())
     config["original_max_position_embeddings"] = ORIGINAL_TOKENS
     (folder / "grouped" / "config.json").write_text(json.dumps(config))
-    for world_size in sorted({int(trial.split(":")[0]) for trial in trials}):
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            port = int(probe.getsockname()[1])
-        mine = [trial for trial in trials if trial.startswith(f"{world_size}:")]
-        arguments = (world_size, folder, mine, port)
-        mp.start_processes(run_rank, arguments, nprocs=world_size, start_method="fork")
+    fork_ranks(run_rank, sorted(trials, key=num_ranks), folder)
 
 
 if __name__ == "__main__":

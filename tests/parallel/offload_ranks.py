@@ -8,21 +8,19 @@ and its save is written while training goes on. Asserting is done by test_offloa
 """
 
 import json
-import logging
-import os
-import socket
 import sys
 from itertools import islice
 from pathlib import Path
 
 import torch
-import torch.multiprocessing as mp
 
+sys.path.insert(0, str(Path(__file__).parents[1]))
 sys.path.insert(0, str(Path(__file__).parent))
 sys.path.insert(0, str(Path(__file__).parents[1] / "train"))
 import collective_ranks
 import numbers_ranks
 from deepspeed.utils import groups
+from forked_ranks import fork_ranks, joined
 
 from phi3v_dist.config import Settings
 from phi3v_dist.evaluate.generate import local_copy, plain_linear
@@ -132,37 +130,21 @@ def built_with(engine) -> dict:
     }  # fmt: skip
 
 
-def run_rank(rank: int, world_size: int, folder: Path, trials: list[str], port: int) -> None:
-    logging.basicConfig(level=logging.ERROR)
-    local = min(world_size, RANKS_PER_NODE)
-    os.environ.update(
-        RANK=str(rank), LOCAL_RANK=str(rank % local), WORLD_SIZE=str(world_size), LOCAL_WORLD_SIZE=str(local),
-        MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port),
-    )  # fmt: skip
-    topology = Topology.from_environment()
-    topology.start(collective_ranks.TIMEOUT_S)
-    for trial in trials:
-        _, name, *files = trial.split(":")
-        numbers_ranks.set_fault(f"0:backward:{SKIPPED}:nan")
-        notes = topology.gather({"train": run_train, "resume": run_resume}[name](folder, topology, *files))
-        if topology.is_main:
-            (folder / f"{trial}.json").write_text(json.dumps(notes))
-    topology.stop()
+def run_rank(rank: int, world_size: int, port: int, trials: list[str], folder: Path) -> None:
+    with joined(rank, world_size, port, collective_ranks.TIMEOUT_S, RANKS_PER_NODE) as topology:
+        for trial in trials:
+            _, name, *files = trial.split(":")
+            numbers_ranks.set_fault(f"0:backward:{SKIPPED}:nan")
+            notes = topology.gather({"train": run_train, "resume": run_resume}[name](folder, topology, *files))
+            if topology.is_main:
+                (folder / f"{trial}.json").write_text(json.dumps(notes))
 
 
 def main() -> None:
     folder, trials = Path(sys.argv[1]), sys.argv[2:]
     if not (folder / "model").exists():
         write_tiny(folder / "model", ["A red coat costs 12."], clip=collective_ranks.CLIP, decoder=DECODER)
-    while trials:  # in the order given; neighbours of one world size share their processes
-        world_size = int(trials[0].split(":")[0])
-        mine = [trials.pop(0)]
-        while trials and trials[0].startswith(f"{world_size}:"):
-            mine.append(trials.pop(0))
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            port = int(probe.getsockname()[1])
-        mp.start_processes(run_rank, (world_size, folder, mine, port), nprocs=world_size, start_method="fork")
+    fork_ranks(run_rank, trials, folder)  # in the order given
 
 
 if __name__ == "__main__":

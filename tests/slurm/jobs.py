@@ -15,6 +15,7 @@ import torch
 from conftest import REPOSITORY
 from launching import losses
 
+from phi3v_dist import config
 from phi3v_dist.cluster import starts
 from phi3v_dist.data import audit, audit_report
 from phi3v_dist.data.ledger import LEDGER_NAME, LedgerReader
@@ -110,7 +111,7 @@ def ledger(run: Path) -> list[tuple]:
 
 def assert_each_sample_once(run: Path) -> None:
     """As `launch/prepare.py audit` finds it."""
-    settings = audit_report.settings_of(run, [])
+    settings = config.of_run(run)
     data = Data.open(settings.data.train, settings)
     head, listed = audit_report.newest_head(run), audit_report.listed_in(run)
     reader = LedgerReader(run / LEDGER_NAME)

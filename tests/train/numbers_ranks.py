@@ -7,11 +7,9 @@ A trial is ranks : what goes wrong : dtype. Surprise: model, rows and the way of
 """
 
 import json
-import logging
 import math
 import os
 import signal
-import socket
 import statistics
 import sys
 import threading
@@ -21,12 +19,13 @@ from pathlib import Path
 
 import numpy as np
 import torch
-import torch.multiprocessing as mp
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "parallel"))
+sys.path.insert(0, str(Path(__file__).parents[1]))
 import collective_ranks
 import xxhash
 from deepspeed.comm import comm
+from forked_ranks import fork_ranks, joined, num_ranks
 
 from phi3v_dist.config import Settings
 from phi3v_dist.data.samples import BadSample
@@ -257,32 +256,20 @@ def hold_back(pid: int, is_over: threading.Event) -> None:
 TRIALS = {"waits": run_waits, "flips": run_flips, "skips": run_skips, "mismatch": run_mismatch}
 
 
-def run_rank(rank: int, world_size: int, folder: Path, trials: list[str], port: int) -> None:
-    logging.basicConfig(level=logging.ERROR)
-    os.environ.update(
-        RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world_size), LOCAL_WORLD_SIZE=str(world_size),
-        MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port),
-    )  # fmt: skip
-    topology = Topology.from_environment()
-    topology.start(collective_ranks.TIMEOUT_S)
-    for trial in trials:
-        _, name, dtype = trial.split(":")
-        set_fault("")
-        notes = topology.gather(TRIALS[name](folder / "model", topology, dtype))
-        if topology.is_main:
-            (folder / f"{trial}.json").write_text(json.dumps(notes))
-    topology.stop()
+def run_rank(rank: int, world_size: int, port: int, trials: list[str], folder: Path) -> None:
+    with joined(rank, world_size, port, collective_ranks.TIMEOUT_S) as topology:
+        for trial in trials:
+            _, name, dtype = trial.split(":")
+            set_fault("")
+            notes = topology.gather(TRIALS[name](folder / "model", topology, dtype))
+            if topology.is_main:
+                (folder / f"{trial}.json").write_text(json.dumps(notes))
 
 
 def main() -> None:
     folder, trials = Path(sys.argv[1]), sys.argv[2:]
     write_tiny(folder / "model", ["A red coat costs 12."], clip=collective_ranks.CLIP, decoder=collective_ranks.DECODER)
-    for world_size in sorted({int(trial.split(":")[0]) for trial in trials}):
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            port = int(probe.getsockname()[1])
-        mine = [trial for trial in trials if trial.startswith(f"{world_size}:")]
-        mp.start_processes(run_rank, (world_size, folder, mine, port), nprocs=world_size, start_method="fork")
+    fork_ranks(run_rank, sorted(trials, key=num_ranks), folder)
 
 
 if __name__ == "__main__":

@@ -18,7 +18,8 @@ from conftest import REPOSITORY, environment
 from launching import TIMEOUT_S, free_port
 from simulated_run import open_data, planner_of
 
-from phi3v_dist.data import audit_report, identity
+from phi3v_dist.config import of_run
+from phi3v_dist.data import identity
 from phi3v_dist.data.audit import audit
 from phi3v_dist.data.ledger import Head, LedgerReader
 from phi3v_dist.errors import DataError
@@ -173,7 +174,7 @@ def prove(run: Path, num_ranks: set[int]) -> None:
     assert done.returncode == 0, done.stdout + done.stderr
     print(done.stdout)
     assert "0 lost, 0 repeated" in done.stdout and "in flight:" not in done.stdout
-    settings = audit_report.settings_of(run, [])
+    settings = of_run(run)
     data = Data.open(settings.data.train, settings)
     planner = plan(settings, data)
     records = [record for record, _ in LedgerReader(run / "ledger.bin")]
