@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 
 import deepspeed  # noqa: F401
+import fork_server
 import transformers.modeling_utils  # noqa: F401
 from jaxtyping import install_import_hook
 
@@ -23,6 +24,7 @@ import webdataset  # noqa: E402
 import yaml  # noqa: E402
 from PIL import Image  # noqa: E402
 
+fork_server.install()
 torch.set_num_threads(1)  # two threads on a busy machine wait for each other, ten times slower
 TESTS = Path(__file__).parent
 REPOSITORY = TESTS.parent
