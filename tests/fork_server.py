@@ -13,6 +13,7 @@ Note: a launcher starts ranks, but a process with threads cannot be forked safel
 own, forked before the launcher's program runs.
 """
 
+import atexit
 import ctypes
 import gc
 import importlib
@@ -28,6 +29,7 @@ import threading
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import NoReturn
 
 TESTS = Path(__file__).resolve().parent
 REPOSITORY = TESTS.parent
@@ -293,13 +295,32 @@ def _become(program: Program) -> None:
     _server = None
 
 
-def run(program: Program) -> None:
+def run(program: Program) -> NoReturn:
+    """Run `program` in this process and end it with its exit code."""
     while program.is_launcher and _server is None:
         program = _give_server(program)
-    if program.is_module:
-        runpy.run_module(program.name, run_name="__main__", alter_sys=True)
-    else:
-        runpy.run_path(program.name, run_name="__main__")
+
+    exit_code: object = 0
+    try:
+        if program.is_module:
+            runpy.run_module(program.name, run_name="__main__", alter_sys=True)
+        else:
+            runpy.run_path(program.name, run_name="__main__")
+    except SystemExit as error:
+        exit_code = error.code or 0
+    except BaseException:
+        sys.excepthook(*sys.exc_info())
+        exit_code = 1
+    if not isinstance(exit_code, int):
+        print(exit_code, file=sys.stderr)
+        exit_code = 1
+
+    # As the interpreter ends, but for freeing each module: that copies all memory shared with the server.
+    threading._shutdown()
+    atexit._run_exitfuncs()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(exit_code & 0xFF)
 
 
 def _give_server(launcher: Program) -> Program:
