@@ -10,7 +10,7 @@ from pathlib import Path
 from phi3v_dist.resources import REPOSITORY
 
 SCRIPTS = "launch"
-LAUNCHED = re.compile(rf"\b(deepspeed|torchrun)(\b(?:[^\n]|(?<=\\)\n)*?){SCRIPTS}/(\w+)\.py")
+LAUNCHED = re.compile(rf"(?<![\w.-])(deepspeed|torchrun)( (?:[^\n]|(?<=\\)\n)*?){SCRIPTS}/(\w+)\.py")
 SPELLINGS = (  # in the repository → in an installation
     (LAUNCHED, r"\1\2--module phi3v_dist.cli.\3"),
     (re.compile(rf"(?:\bpython )?\b{SCRIPTS}/(\w+)\.py"), r"phi3v-\1"),

@@ -56,6 +56,7 @@ def test_with_python_m_the_working_directory_decides(tmp_path, monkeypatch):
         ),
         ("srun python launch/doctor.py --config x", "srun phi3v-doctor --config x"),
         ("torchrun is one launcher.\nThen python launch/report.py", "torchrun is one launcher.\nThen phi3v-report"),
+        ("parallel.deepspeed=x.json (launch/check.py --nodes 1)", "parallel.deepspeed=x.json (phi3v-check --nodes 1)"),
         ("mylaunch/train.py and launch/other.txt stay", "mylaunch/train.py and launch/other.txt stay"),
     ],
 )
