@@ -24,3 +24,5 @@ Follow a training sample from a tar file to a point on a chart:
 
 `run.py` names every part once, in this order: read it first.
 """
+
+__version__ = "0.1.0"

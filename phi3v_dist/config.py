@@ -7,6 +7,7 @@ aside, and the rest is checked all the same, files and batch arithmetic included
 
 import contextlib
 import itertools
+import logging
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import fields
@@ -27,10 +28,11 @@ from pydantic import (
 )
 from pydantic_core import PydanticCustomError
 
-from phi3v_dist import secrets
+from phi3v_dist import resources, secrets
 from phi3v_dist.config_file import describe, key_values, merge, validate, with_lines
 from phi3v_dist.errors import ConfigError
 
+log = logging.getLogger(__name__)
 DataclassT = TypeVar("DataclassT")
 RAN_WITH = {"versions", "commit", "world_size"}  # of `environment` in RUN/config.yaml; `Run.record` writes it
 LongRopeRule = Literal["document", "max_position", "key_length", "short", "long"]  # model/rope.py says what each does
@@ -101,7 +103,9 @@ def _as_list(value: Any) -> Any:
 class SourceSettings(Section):
     """Tar shards that share a format."""
 
-    shards: Annotated[list[str], BeforeValidator(_as_list)] = Field(min_length=1)
+    shards: Annotated[list[str], BeforeValidator(_as_list, json_schema_input_type=str | list[str])] = Field(
+        min_length=1
+    )
     """Paths, or addresses with `https://`, `s3://`, `gs://`; `{000..007}` is expanded, and `*` where files can be
     listed. Every named shard must exist."""
     name: str | None = None
@@ -399,18 +403,22 @@ def load(
     """Merge a YAML file with `key=value` overrides and validate.
 
     Args:
+        path: the file, or a recipe that ships with the package.
         check: further looks at the settings (files, arithmetic), returning one message per problem; it is also given
             settings whose bad keys were replaced by their defaults, so that all mistakes are shown together.
 
     Raises:
         ConfigError: with one message per mistake: the key, the value, and what to change.
     """
-    tree, problems = merge(Path(path), overrides)
+    given, path = Path(path), resources.find(Path(path), "configs")
+    if path != given:
+        log.info("%s is not here: using the recipe that ships with phi3v-dist, %s", given, path)
+    tree, problems = merge(path, overrides)
     recorded = tree.get("environment")  # of a run's own config.yaml: what it ran with, and no setting
     if isinstance(recorded, dict) and set(recorded) == RAN_WITH:
         del tree["environment"]
     settings, mistakes = validate(Settings, tree)
-    problems += with_lines(mistakes, Path(path), overrides)
+    problems += with_lines(mistakes, path, overrides)
     if settings is not None:
         wrong = {mistake.split("`")[1] for mistake in mistakes}  # for these keys a default stands in; nobody chose it
         further = _contradictions(settings) + (check(settings) if check else [])
@@ -459,6 +467,11 @@ def parse(kind: type[DataclassT], words: Sequence[str]) -> DataclassT:
     if mistakes:
         raise ConfigError([describe(mistake, known) for mistake in mistakes])
     return settings
+
+
+def json_schema() -> dict[str, Any]:
+    """JSON schema of the YAML files, for editors; descriptions name commands as they are typed in the repository."""
+    return {"$schema": "https://json-schema.org/draft/2020-12/schema"} | Settings.model_json_schema()
 
 
 def dump(settings: Settings) -> dict[str, Any]:

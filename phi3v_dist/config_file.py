@@ -15,6 +15,7 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from pydantic import BaseModel, ValidationError
 
+from phi3v_dist import resources
 from phi3v_dist.errors import ConfigError
 
 SectionT = TypeVar("SectionT", bound=BaseModel)
@@ -32,9 +33,7 @@ def merge(path: Path | None, overrides: Sequence[str], option: str = "--config")
         ConfigError: the file is missing or is not YAML with sections.
     """
     if path and not path.is_file():
-        near = difflib.get_close_matches(path.name, [p.name for p in path.parent.glob("*.yaml")], n=1)
-        hint = f"; did you mean {path.parent / near[0]}?" if near else ""
-        raise ConfigError(f"{option} {path}: no such file{hint}")
+        raise ConfigError(f"{option} {path}: no such file{resources.suggestion(path, 'configs')}")
     problems: list[str] = []
     try:
         merged = OmegaConf.load(path) if path else OmegaConf.create()

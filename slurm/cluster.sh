@@ -32,9 +32,9 @@ here() { # here COMMAND…: on this node, where the software is; not to be ended
   exec "${inside[@]}" "$@"
 }
 
-ask() { # ask VERB WORDS…: launch/job.py's answer, in the array `answer`
+ask() { # ask VERB WORDS…: phi3v_dist.cli.job's answer, in the array `answer`
   local lines line
-  lines=$(here python launch/job.py "$@") || give_up $? "launch/job.py $1 ended with $?"
+  lines=$(here python -m phi3v_dist.cli.job "$@") || give_up $? "phi3v_dist.cli.job $1 ended with $?"
   answer=()
   while IFS= read -r line; do
     [[ ! $line =~ ^[a-z]+= ]] || answer[${line%%=*}]=${line#*=} # a module or library may print lines of its own

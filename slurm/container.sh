@@ -3,7 +3,7 @@
 # torch. Run by phi3v.def, or by hand for pyxis; docs/gpu-setup.md says how. The program itself stays outside: a job
 # uses the repository that it was submitted from.
 #
-#   slurm/container.sh FOLDER       FOLDER: with setup.cfg, pyproject.toml, constraints.txt, phi3v_dist and launch
+#   slurm/container.sh FOLDER       FOLDER: the repository, or what phi3v.def copies of it
 set -euo pipefail
 : "${FLASH_ATTN:=2.8.3.post2}" # another one, or `none`
 : "${MAX_JOBS:=4}"             # compilers at a time: each needs several GB of memory
@@ -18,7 +18,7 @@ printf '#!/bin/sh\nexec %s/bin/python "$@"\n' "$VENV" >/usr/local/bin/python # p
 chmod +x /usr/local/bin/python
 export PATH=$VENV/bin:$PATH
 build=$(mktemp -d) # pip writes beside what it builds
-cp -r "$folder"/{setup.cfg,pyproject.toml,constraints.txt,README.md,LICENSE,phi3v_dist,launch} "$build"
+cp -r "$folder"/{setup.py,setup.cfg,pyproject.toml,constraints.txt,README.md,LICENSE,phi3v_dist,launch,ds_configs,slurm} "$build"
 pip install --no-cache-dir --constraint "$build/constraints.txt" "$build"
 pip uninstall --yes phi3v-dist
 rm -r "$build"

@@ -30,17 +30,17 @@ dry_run() {
   set -- "$1" "${@:2+${#file[@]}}"
   [[ -z $PHI3V_STAGE ]] || set -- "$@" "data.cache.path=$PHI3V_STAGE" data.cache.local_shards=true
   printf '\nWould run, on %s node(s):\n  srun --ntasks-per-node=%s' "$nodes" "${PHI3V_RANKS_PER_NODE:-GPUS_OF_A_NODE}"
-  printf ' %q' "${container[@]}" "${inside[@]}" python launch/train.py --config "$@"
+  printf ' %q' "${container[@]}" "${inside[@]}" python -m phi3v_dist.cli.train --config "$@"
   printf '\n\n'
   if ((${#container[@]})); then
     echo "The settings were not looked at: what could do so is in $PHI3V_PYXIS"
   elif [[ -n ${sweep:-} ]]; then
     echo "What the tasks add, and their runs:"
-    "${inside[@]}" python launch/job.py sweep --file "${file[0]}" --config "$@" || exit $?
+    "${inside[@]}" python -m phi3v_dist.cli.job sweep --file "${file[0]}" --config "$@" || exit $?
   else
     echo "The settings say, for $((nodes * ranks)) rank(s), $ranks on each node (PHI3V_RANKS_PER_NODE=… says another number):"
-    "${inside[@]}" python launch/check.py --world_size "$((nodes * ranks))" --config "$@" || exit $?
-    "${inside[@]}" python launch/check.py --nodes "$nodes" --gpus-per-node "$ranks" --brief --config "$@" || exit $?
+    "${inside[@]}" python -m phi3v_dist.cli.check --world_size "$((nodes * ranks))" --config "$@" || exit $?
+    "${inside[@]}" python -m phi3v_dist.cli.check --nodes "$nodes" --gpus-per-node "$ranks" --brief --config "$@" || exit $?
   fi
   command -v sbatch >/dev/null || give_up 0 "there is no sbatch here, so Slurm was not asked"
   printf '\nSlurm says:\n'

@@ -13,12 +13,13 @@ PHI3V_APPTAINER=${PHI3V_APPTAINER:-}
 # What containers see of the file systems beside the repository, as SOURCE:TARGET, comma-separated
 PHI3V_MOUNTS=${PHI3V_MOUNTS:-}
 [[ -z $PHI3V_STAGE ]] || PHI3V_MOUNTS=${PHI3V_MOUNTS:+$PHI3V_MOUNTS,}$PHI3V_STAGE:$PHI3V_STAGE
-# --- 3. a virtual environment: the one that `make setup` makes, or the folder of a conda environment -------------------
+# --- 3. a virtual environment, or the folder of a conda environment: here the one that `make setup` makes --------------
 PHI3V_VENV=${PHI3V_VENV:-$PWD/.venv}
 
-container=()                                   # options of srun
-inside=()                                      # words before a command
-if [[ -n $PHI3V_PYXIS$PHI3V_APPTAINER ]]; then # images hold libraries; the program is this repository
+container=() # options of srun
+inside=()    # words before a command
+# Images hold libraries; the program is this repository, if this is one
+if [[ -n $PHI3V_PYXIS$PHI3V_APPTAINER && -d phi3v_dist ]]; then
   export PYTHONPATH=$PWD${PYTHONPATH:+:$PYTHONPATH}
 fi
 if [[ -n $PHI3V_PYXIS ]]; then
@@ -33,6 +34,6 @@ elif [[ -n $PHI3V_APPTAINER ]]; then
   inside+=("$PHI3V_APPTAINER")
 else
   [[ -x $PHI3V_VENV/bin/python ]] ||
-    give_up 5 "there is no Python at $PHI3V_VENV/bin/python: run 'make setup' on the login node, or see slurm/env.sh"
+    give_up 5 "there is no Python at $PHI3V_VENV/bin/python: run 'make setup' on the login node, or set PHI3V_VENV (slurm/env.sh)"
   export PATH=$PHI3V_VENV/bin:$PATH
 fi

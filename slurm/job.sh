@@ -1,6 +1,6 @@
 # shellcheck shell=bash disable=SC2034,SC2154 # its variables are also those of cluster.sh, env.sh and train.sh
 # What slurm/train.sh does, step by step. Bash starts and ends things, since Slurm's programs are not to be had inside
-# containers; launch/job.py, inside, says what to do. Its answers are lines of name=value.
+# containers; phi3v_dist.cli.job, inside, says what to do. Its answers are lines of name=value.
 
 : "${PHI3V_NODES:=}"           # nodes to train on; those beyond are spares; default: all of the job
 : "${PHI3V_MIN_NODES:=}"       # train on as few as this rather than wait for others; default: PHI3V_NODES
@@ -53,7 +53,7 @@ settings_of_task() { # settings_of_task CONFIG FILE [key=value…]: with what th
   [[ -n ${SLURM_ARRAY_TASK_ID:-} ]] || give_up 2 "a sweep is an array: sbatch --array=0-N slurm/sweep.sh CONFIG.yaml FILE"
   (($# >= 2)) || give_up 2 "no sweep is named. Usage: sbatch --array=0-N slurm/sweep.sh CONFIG.yaml FILE [key=value…]"
   settings=(--config "$1" "${@:3}")
-  words=$(here python launch/job.py sweep --file "$2" --task "$SLURM_ARRAY_TASK_ID" "${settings[@]}") || exit $?
+  words=$(here python -m phi3v_dist.cli.job sweep --file "$2" --task "$SLURM_ARRAY_TASK_ID" "${settings[@]}") || exit $?
   mapfile -t words < <(sed -n 's/^word=//p' <<<"$words")
   say "task $SLURM_ARRAY_TASK_ID: ${words[*]}"
   settings+=("${words[@]}")
@@ -106,7 +106,7 @@ choose_nodes() { # choose_nodes SETTINGS…: nodes examine themselves; those tha
     hosts=$(shielded hosts_of_job)
     call_deputy
     export PHI3V_EXAMINE_S # within which the doctor makes an end
-    on_nodes examine "$hosts" 1 --no-kill --kill-on-bad-exit=0 -- python launch/doctor.py --report "$run/preflight" \
+    on_nodes examine "$hosts" 1 --no-kill --kill-on-bad-exit=0 -- python -m phi3v_dist.cli.doctor --report "$run/preflight" \
       --token "$life" --ranks-per-node "$ranks_per_node" "$@" &
     wait_for_reports $! "$(count "$hosts")"
     ask nodes "$run" --life "$life" --hosts "$hosts" --wanted "$wanted" --least "$least" \
@@ -141,7 +141,7 @@ stage() { # stage SETTINGS…: each node copies the shards to its own disk, if a
   local waited_s=0 noticed_s=0
   [[ -n $PHI3V_STAGE ]] || return 0
   say "each node copies the shards to $PHI3V_STAGE"
-  on_nodes stage "$use" 1 --no-kill --kill-on-bad-exit=0 -- python launch/prepare.py stage "$@" &
+  on_nodes stage "$use" 1 --no-kill --kill-on-bad-exit=0 -- python -m phi3v_dist.cli.prepare stage "$@" &
   step_pid=$!
   [[ -z $noticed ]] || notice "$noticed" # it came while the step began
   while kill -0 "$step_pid" 2>/dev/null; do
@@ -233,7 +233,7 @@ own_attempt() { # folder of the attempt that this start has made; nothing before
   done
 }
 
-judge() { # judge OPTION…, of launch/job.py: how the start ended. Returns when another one in place may help
+judge() { # judge OPTION…, of phi3v_dist.cli.job: how the start ended. Returns when another one in place may help
   ask judge "$run" --life "$life" "$@"
   rm -f "$run/attempts/last-word-$life.json"
   case ${answer[action]} in

@@ -21,7 +21,7 @@ set -euo pipefail
 sweep=yes
 [[ -n ${SLURM_JOB_ID:-} ]] || cd "$(dirname "${BASH_SOURCE[0]}")/.."
 if [[ ! -f slurm/train.sh ]]; then
-  echo "slurm/sweep.sh: $PWD is not the repository: submit the job there, or with sbatch --chdir" >&2
+  echo "slurm/sweep.sh: $PWD holds no slurm/job.sh: submit the job in the folder that does, or with sbatch --chdir" >&2
   exit 5
 fi
 source slurm/train.sh

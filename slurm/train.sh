@@ -16,13 +16,14 @@
 #
 # Whole nodes are asked for, with all their GPUs, cores and memory. Two minutes before the time limit the job saves, is
 # queued again and goes on. Settings are given as arguments and stay arguments: no shell reads a word of them. What the
-# environment of sbatch may say (PHI3V_…) is in job.sh and README.md beside this file. Submit it in the repository.
+# environment of sbatch may say (PHI3V_…) is in job.sh and README.md beside this file. Submit it in the folder that holds
+# slurm/: the repository, or where phi3v-init has copied these scripts.
 set -eEuo pipefail
 trap 'echo "slurm/train.sh: $BASH_COMMAND (line $LINENO of ${BASH_SOURCE[0]}) failed with $?" >&2' ERR
 
 [[ -n ${SLURM_JOB_ID:-} ]] || cd "$(dirname "${BASH_SOURCE[0]}")/.." # in a job, Slurm runs a copy from elsewhere
 if [[ ! -f slurm/job.sh ]]; then
-  echo "slurm/train.sh: $PWD is not the repository: submit the job there, or with sbatch --chdir" >&2
+  echo "slurm/train.sh: $PWD holds no slurm/job.sh: submit the job in the folder that does, or with sbatch --chdir" >&2
   exit 5
 fi
 source slurm/cluster.sh
@@ -47,7 +48,7 @@ while true; do
   stage "${settings[@]}"
   tell_ranks
   on_nodes train "$use" "$ranks_per_node" --cpus-per-task="$(cpus_per_rank)" --kill-on-bad-exit=1 --wait=60 -- \
-    python launch/train.py "${settings[@]}" &
+    python -m phi3v_dist.cli.train "${settings[@]}" &
   watch_over $!
   judge --exit-code "$status" ${noticed:+--noticed}
 done

@@ -24,6 +24,7 @@ from typing import Any
 
 import torch
 
+from phi3v_dist import resources
 from phi3v_dist.attempt.build_cache import leftover_locks
 from phi3v_dist.config_file import flattened
 from phi3v_dist.errors import LaunchError
@@ -90,7 +91,7 @@ def facts(settings: dict[str, Any]) -> dict[str, str]:
     found = {"python": platform.python_version()} | versions(VERSIONS)
     found["source files"] = digest_of_files(PACKAGE)
     found["settings"] = _digest(json.dumps(settings, sort_keys=True).encode())
-    deepspeed = Path(settings.get("parallel.deepspeed", ""))
+    deepspeed = resources.find(Path(settings.get("parallel.deepspeed", "")), "ds_configs")
     found["DeepSpeed JSON"] = _digest(deepspeed.read_bytes()) if deepspeed.is_file() else "missing"
     found["accelerator"] = torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
     found["CUDA"] = str(torch.version.cuda)

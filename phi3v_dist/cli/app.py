@@ -5,6 +5,7 @@ with an error, because a launcher kills the others at the first exit, and it is 
 a run leaves on the disk is for its owner alone (umask 077), whatever the shell's own umask is.
 """
 
+import argparse
 import logging
 import os
 import sys
@@ -14,13 +15,29 @@ from collections.abc import Callable
 
 from rich.console import Console
 
+from phi3v_dist import __version__
 from phi3v_dist.attempt.build_cache import own_build_folder
 from phi3v_dist.errors import Phi3VError
+from phi3v_dist.invocation import as_typed
 from phi3v_dist.printable import printable
 from phi3v_dist.secrets import guard_process, redacted
 from phi3v_dist.watch import faults, heartbeat
 
 OWNER_ONLY = 0o077
+
+
+def new_parser(name: str, doc: str | None) -> argparse.ArgumentParser:
+    """A parser with `--version`, whose help is the text `doc` with commands as they are typed here.
+
+    name: of the command, and so of its script in `launch/`.
+    """
+    parser = argparse.ArgumentParser(
+        prog=as_typed(f"python launch/{name}.py"),
+        description=as_typed(doc or ""),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--version", action="version", version=f"phi3v-dist {__version__}")
+    return parser
 
 
 class _OwnLines(logging.Formatter):

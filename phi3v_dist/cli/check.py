@@ -7,25 +7,30 @@ python launch/check.py --config launch/configs/quickstart.yaml --goodput --step-
     --restart-s 240                                 what failures will cost, by nodes and time between checkpoints
 python launch/check.py --config launch/configs/quickstart.yaml --nodes 2 --gpu h100-80
                                                     what a step will take there; --recommend OUT.yaml, --json
+python launch/check.py --schema > settings.schema.json
+                                                    settings that editors can complete and explain
 """
 
 import argparse
 import itertools
+import json
 import sys
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from rich.table import Table
 from rich.text import Text
 
 from phi3v_dist import config, run
-from phi3v_dist.cli.app import plain_console, run_script
+from phi3v_dist.cli.app import new_parser, plain_console, run_script
 from phi3v_dist.config import Settings
 from phi3v_dist.data import outcomes, preview
 from phi3v_dist.data.order import Order
 from phi3v_dist.data.plan import PlannedRow
 from phi3v_dist.data.samples import BadSample
 from phi3v_dist.errors import ConfigError
+from phi3v_dist.invocation import as_typed
 from phi3v_dist.planner import door
 from phi3v_dist.survive.goodput import Costs, costs_of, poisson, simulate
 from phi3v_dist.survive.interval import about, choose
@@ -42,13 +47,24 @@ COSTS = {  # option and field of `Costs` → what it says
 EXAMPLE_COSTS = "--step-s 4 --blocked-s 0.2 --write-s 30 --restart-s 240"
 
 
-def run_command() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--config", required=True)
+class PrintSchema(argparse.Action):
+    """As `--version`: print and exit, whatever else is given or missing."""
+
+    def __call__(self, parser: argparse.ArgumentParser, *_: Any) -> None:
+        print(as_typed(json.dumps(config.json_schema(), indent=2, ensure_ascii=False)))
+        parser.exit()
+
+
+def build_parser() -> argparse.ArgumentParser:
+    parser = new_parser("check", __doc__)
+    parser.add_argument("--config", required=True, help="YAML file, or a recipe that ships with phi3v-dist")
     parser.add_argument("--world_size", type=int, default=1, help="ranks that the job will have")
     parser.add_argument("--show-labels", type=int, metavar="N", help="print the first N samples, trained tokens marked")
     parser.add_argument(
         "--name", type=int, default=3, metavar="N", help="samples named of each kind cut or left out (default 3)"
+    )
+    parser.add_argument(
+        "--schema", action=PrintSchema, nargs=0, help="print the JSON schema of the settings for editors"
     )
     goodput = parser.add_argument_group("goodput", "share of wall time that ends up in the weights, when things fail")
     goodput.add_argument("--goodput", action="store_true", help="only print the expected goodput; reads no data")
@@ -57,7 +73,11 @@ def run_command() -> None:
         goodput.add_argument(f"--{name.replace('_', '-')}", type=float, metavar="S", help=what)
     door.add_options(parser)
     parser.add_argument("overrides", nargs="*", help="settings as key=value")
-    arguments = parser.parse_intermixed_args()
+    return parser
+
+
+def run_command() -> None:
+    arguments = build_parser().parse_intermixed_args()
     if arguments.goodput or arguments.goodput_of:
         return show_goodput(config.load(arguments.config, arguments.overrides), costs_from(arguments))
     if door.is_asked(arguments):
@@ -186,7 +206,7 @@ def show_goodput(settings: Settings, costs: Costs) -> None:
 
 
 def main() -> None:
-    """Entry point of the installed command."""
+    """Entry point of `phi3v-check` and `launch/check.py`."""
     run_script(run_command, private=False)  # it writes indexes beside shards, and those are meant to be shared
 
 

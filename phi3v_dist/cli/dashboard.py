@@ -10,13 +10,13 @@ import argparse
 import json
 from pathlib import Path
 
-from phi3v_dist.cli.app import run_script
+from phi3v_dist.cli.app import new_parser, run_script
 from phi3v_dist.errors import ConfigError, DataError, Phi3VError
 from phi3v_dist.observe import dashboard, wandb_sync
 
 
-def run_command() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def build_parser() -> argparse.ArgumentParser:
+    parser = new_parser("dashboard", __doc__)
     what = parser.add_mutually_exclusive_group(required=True)
     what.add_argument("--json", action="store_true", help="print the workspace")
     what.add_argument("--push", action="store_true", help="save the workspace")
@@ -25,7 +25,11 @@ def run_command() -> None:
     parser.add_argument("--entity", help="the user or team; default: that of RUN, else the key's own")
     parser.add_argument("--project", help="default: that of RUN")
     parser.add_argument("runs", nargs="*", type=Path, metavar="RUN", help="a run folder, e.g. runs/quickstart")
-    arguments = parser.parse_args()
+    return parser
+
+
+def run_command() -> None:
+    arguments = build_parser().parse_args()
     if arguments.sync:
         _sync(arguments)
         return
@@ -69,7 +73,7 @@ def _sync(arguments: argparse.Namespace) -> None:
 
 
 def main() -> None:
-    """Entry point of the installed command."""
+    """Entry point of `phi3v-dashboard` and `launch/dashboard.py`."""
     run_script(run_command)
 
 

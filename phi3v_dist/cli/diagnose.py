@@ -13,15 +13,19 @@ from pathlib import Path
 
 from rich.text import Text
 
-from phi3v_dist.cli.app import plain_console, run_script
+from phi3v_dist.cli.app import new_parser, plain_console, run_script
 from phi3v_dist.watch.diagnose import diagnose
 
 
-def run_command() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def build_parser() -> argparse.ArgumentParser:
+    parser = new_parser("diagnose", __doc__)
     parser.add_argument("run", type=Path, metavar="RUN", help="a run folder, e.g. runs/quickstart")
     parser.add_argument("--json", action="store_true", help="plain data for scripts")
-    arguments = parser.parse_args()
+    return parser
+
+
+def run_command() -> None:
+    arguments = build_parser().parse_args()
     diagnosis = diagnose(arguments.run)
     if arguments.json:
         print(json.dumps(diagnosis.facts, indent=2))
@@ -34,7 +38,7 @@ def run_command() -> None:
 
 
 def main() -> None:
-    """Entry point of the installed command."""
+    """Entry point of `phi3v-diagnose` and `launch/diagnose.py`."""
     run_script(run_command)
 
 

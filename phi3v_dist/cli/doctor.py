@@ -23,7 +23,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from phi3v_dist import config
-from phi3v_dist.cli.app import run_script
+from phi3v_dist.cli.app import new_parser, run_script
 from phi3v_dist.errors import ConfigError, LaunchError
 from phi3v_dist.printable import printable
 
@@ -31,10 +31,9 @@ TOKEN = r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}"
 LAST_REPORTS_S = 10.0  # for the other nodes to write theirs, once this one is through with the network
 
 
-def run_command() -> None:
-    began_s = time.monotonic()
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--config", required=True, help="a YAML file of launch/configs/")
+def build_parser() -> argparse.ArgumentParser:
+    parser = new_parser("doctor", __doc__)
+    parser.add_argument("--config", required=True, help="YAML file, or a recipe that ships with phi3v-dist")
     parser.add_argument("--report", type=Path, metavar="FOLDER", help="where reports go (default: RUN/preflight)")
     parser.add_argument("--token", help="name of this start, the same on all nodes; the job then judges the reports")
     parser.add_argument("--ranks-per-node", type=int, metavar="N", help="ranks, and GPUs, that each node must have")
@@ -46,7 +45,12 @@ def run_command() -> None:
         help="longest time of all (default: PHI3V_EXAMINE_S, else 240)",
     )  # fmt: skip
     parser.add_argument("overrides", nargs="*", help="settings as key=value")
-    arguments = parser.parse_intermixed_args()
+    return parser
+
+
+def run_command() -> None:
+    began_s = time.monotonic()
+    arguments = build_parser().parse_intermixed_args()
     check_words(arguments)
     with ended_within(arguments.limit_s):
         code = look(arguments, began_s)
@@ -160,7 +164,7 @@ def judge_all(folder: Path, token: str, num_nodes: int) -> int:
 
 
 def main() -> None:
-    """Entry point of the installed command."""
+    """Entry point of `phi3v-doctor` and `launch/doctor.py`."""
     run_script(run_command)
 
 

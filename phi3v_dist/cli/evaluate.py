@@ -16,7 +16,7 @@ from pathlib import Path
 from rich.console import Console
 
 from phi3v_dist import config
-from phi3v_dist.cli.app import run_script
+from phi3v_dist.cli.app import new_parser, run_script
 from phi3v_dist.errors import ConfigError
 from phi3v_dist.evaluate.alone import evaluate, settings_around
 from phi3v_dist.evaluate.predict import predict
@@ -27,8 +27,8 @@ from phi3v_dist.parallel.topology import Topology
 from phi3v_dist.printable import printable
 
 
-def run_command() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def build_parser() -> argparse.ArgumentParser:
+    parser = new_parser("evaluate", __doc__)
     parser.add_argument("--model", type=Path, help="default: the run's export, or else its newest checkpoint")
     parser.add_argument("--base", type=Path, help="model folder that a run or an adapter began with, if it moved")
     scores = parser.add_argument_group("scores and predictions")
@@ -45,11 +45,15 @@ def run_command() -> None:
         "--predict", type=Path, nargs="*", metavar="IMAGE", help="pictures, in the order shown; or none"
     )
     asking.add_argument("--prompt", help="the question; plain words, which stand after the pictures")
-    asking.add_argument("--max_new_tokens", type=int, default=256)
+    asking.add_argument("--max_new_tokens", type=int, default=256, help="longest answer (default 256)")
     asking.add_argument("--temperature", type=float, default=0.0, help="0: the likeliest token each time")
     asking.add_argument("--top_p", type=float, default=1.0, help="draw among the likeliest of this probability")
     asking.add_argument("--seed", type=int, default=0, help="of the draws")
-    arguments = parser.parse_args()
+    return parser
+
+
+def run_command() -> None:
+    arguments = build_parser().parse_args()
     if arguments.predict is None and arguments.prompt is None:
         score(arguments)
     else:
@@ -93,7 +97,7 @@ def score(asked: argparse.Namespace) -> None:
 
 
 def main() -> None:
-    """Entry point of the installed command."""
+    """Entry point of `phi3v-evaluate` and `launch/evaluate.py`."""
     run_script(run_command)
 
 

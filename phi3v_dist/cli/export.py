@@ -11,7 +11,7 @@ import argparse
 from pathlib import Path
 
 from phi3v_dist import config
-from phi3v_dist.cli.app import run_script
+from phi3v_dist.cli.app import new_parser, run_script
 from phi3v_dist.config import Settings
 from phi3v_dist.errors import CheckpointError, ConfigError
 from phi3v_dist.model.export import export
@@ -21,8 +21,8 @@ from phi3v_dist.survive.checkpoint import Checkpoints, read_tensors
 from phi3v_dist.survive.rank_files import TensorReader
 
 
-def run_command() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def build_parser() -> argparse.ArgumentParser:
+    parser = new_parser("export", __doc__)
     parser.add_argument("run", type=Path, help="a run folder")
     parser.add_argument("--out", type=Path, help="default: RUN/export")
     which = parser.add_mutually_exclusive_group()
@@ -30,7 +30,11 @@ def run_command() -> None:
     which.add_argument("--best", action="store_true", help="the checkpoint that checkpoints/best.json names")
     parser.add_argument("--merge", action="store_true", help="add LoRA adapters to the weights")
     parser.add_argument("--base", type=Path, help="model folder the run began with, if it moved")
-    arguments = parser.parse_args()
+    return parser
+
+
+def run_command() -> None:
+    arguments = build_parser().parse_args()
     run = arguments.run.resolve()
     settings = settings_of(run, arguments.base)
     folder = run / "checkpoints"
@@ -74,7 +78,7 @@ def settings_of(run: Path, base: Path | None) -> Settings:
 
 
 def main() -> None:
-    """Entry point of the installed command."""
+    """Entry point of `phi3v-export` and `launch/export.py`."""
     run_script(run_command)
 
 

@@ -18,37 +18,42 @@ from pathlib import Path
 
 from phi3v_dist import config
 from phi3v_dist.attempt.finished import is_finished
-from phi3v_dist.cli.app import run_script
+from phi3v_dist.cli.app import new_parser, run_script
 from phi3v_dist.cluster import judge, nodes, starts, sweep
 from phi3v_dist.cluster.findings import summarize
 from phi3v_dist.cluster.report import FOLDER_NAME, read_reports
 from phi3v_dist.cluster.starts import End, Life
 from phi3v_dist.errors import ConfigError, CrashLoopError
+from phi3v_dist.invocation import as_typed
 from phi3v_dist.watch.attempts import best_step
 
+CONFIG, OVERRIDES = "YAML file with the settings of the run", "settings as key=value"
+RUN, LIFE = "the run folder", "this start: the job, how often it was requeued, its start since then"
 log = logging.getLogger(__name__)
 
 
-def run_command() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def build_parser() -> argparse.ArgumentParser:
+    parser = new_parser("job", __doc__)
     verbs = parser.add_subparsers(dest="verb", required=True, metavar="begin | nodes | judge | sweep")
     verb = verbs.add_parser("begin", help="where the run is, and whether the job may begin")
-    verb.add_argument("--config", required=True)
+    verb.add_argument("--config", required=True, help=CONFIG)
     verb.add_argument("--restarts", type=count, default=0, metavar="N", help="how often the job has come back")
     verb.add_argument("--most", type=count, metavar="M", help="how often it may")
-    verb.add_argument("overrides", nargs="*")
-    verb = verbs.add_parser("nodes", help="which nodes to train on, after launch/doctor.py")
-    verb.add_argument("run", type=Path)
-    verb.add_argument("--life", type=life, required=True, metavar="JOB.RESTART.NUMBER")
-    verb.add_argument("--hosts", type=lambda text: text.split(","), required=True, metavar="A,B,…")
+    verb.add_argument("overrides", nargs="*", help=OVERRIDES)
+    verb = verbs.add_parser("nodes", help=f"which nodes to train on, after {as_typed('launch/doctor.py')}")
+    verb.add_argument("run", type=Path, help=RUN)
+    verb.add_argument("--life", type=life, required=True, metavar="JOB.RESTART.NUMBER", help=LIFE)
+    verb.add_argument(
+        "--hosts", type=lambda text: text.split(","), required=True, metavar="A,B,…", help="nodes of the job"
+    )
     verb.add_argument("--wanted", type=count, required=True, help="nodes to train on; those beyond are spares")
     verb.add_argument("--least", type=count, required=True, help="nodes with which to train rather than wait")
     verb.add_argument("--waited", type=count, default=0, metavar="N", help="answers `wait` in a row until now")
     verb.add_argument("--noticed", action="store_true", help="the job was told that it is going to be ended")
     verb.add_argument("--time-left", type=seconds, default=None, metavar="S", help="until Slurm ends the job")
     verb = verbs.add_parser("judge", help="how the start ended, and what to do now")
-    verb.add_argument("run", type=Path)
-    verb.add_argument("--life", type=life, required=True, metavar="JOB.RESTART.NUMBER")
+    verb.add_argument("run", type=Path, help=RUN)
+    verb.add_argument("--life", type=life, required=True, metavar="JOB.RESTART.NUMBER", help=LIFE)
     ending = verb.add_mutually_exclusive_group(required=True)
     ending.add_argument("--exit-code", type=int, help="of srun")
     ending.add_argument("--not-begun", action="store_true", help="it was asked to stop before its ranks began")
@@ -56,9 +61,13 @@ def run_command() -> None:
     verb = verbs.add_parser("sweep", help="what a task of slurm/sweep.sh adds to the settings, one a line")
     verb.add_argument("--file", type=Path, required=True, help="a line of key=value words for each task")
     verb.add_argument("--task", type=int, metavar="N", help="from 0; without it, all tasks are shown")
-    verb.add_argument("--config", required=True)
-    verb.add_argument("overrides", nargs="*")
-    arguments = parser.parse_args()
+    verb.add_argument("--config", required=True, help=CONFIG)
+    verb.add_argument("overrides", nargs="*", help=OVERRIDES)
+    return parser
+
+
+def run_command() -> None:
+    arguments = build_parser().parse_args()
     logging.getLogger().handlers[0].setStream(sys.stderr)  # type: ignore[attr-defined]  # stdout is the answer
     {"begin": begin, "nodes": choose_nodes, "judge": judge_start, "sweep": show_sweep}[arguments.verb](arguments)
 
@@ -170,7 +179,7 @@ def show_sweep(arguments: argparse.Namespace) -> None:
 
 
 def main() -> None:
-    """Entry point of the installed command."""
+    """Entry point of `phi3v-job` and `launch/job.py`."""
     run_script(run_command)
 
 

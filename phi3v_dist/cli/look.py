@@ -34,13 +34,13 @@ LONGEST_ROW = 131072
 def add_commands(commands: Any) -> None:
     """Add the four commands to prepare.py's parser."""
     index = commands.add_parser("index", help="index tar shards and name what is wrong with them")
-    index.add_argument("words", nargs="+", metavar="SHARDS")
+    index.add_argument("words", nargs="+", metavar="SHARDS", help="paths or patterns of tars")
     index.set_defaults(run=index_shards, config=None, prompt=None, answer=None, system=None)
     lint = _add(commands, "lint", "every problem of shards, by kind, with what to do; exit code 3 if there is one")
     lint.add_argument("--deep", action="store_true", help="read every byte and compare it with the index's checksums")
     lint.add_argument("--decode", action="store_true", help="decode every picture")
     lint.add_argument("--name", type=_count, default=5, metavar="N", help="findings named of each kind (default 5)")
-    lint.add_argument("--threads", type=_count, default=4)
+    lint.add_argument("--threads", type=_count, default=4, metavar="N", help="shards read at the same time (default 4)")
     lint.set_defaults(run=lint_shards)
     stats = _add(commands, "stats", "samples, pictures and tokens at 4 and 16 crops, and which rows they fit into")
     stats.add_argument(
@@ -50,8 +50,8 @@ def add_commands(commands: Any) -> None:
     stats.set_defaults(run=show_stats)
     preview = _add(commands, "preview", "an HTML page of samples with pictures, prompt and trained tokens")
     preview.add_argument("--model", type=Path, help="model folder, where no --config names one")
-    preview.add_argument("--out", type=Path, default=Path("preview.html"))
-    preview.add_argument("--split", choices=("train", "validation"), default="train")
+    preview.add_argument("--out", type=Path, default=Path("preview.html"), metavar="HTML", help="page to write")
+    preview.add_argument("--split", choices=("train", "validation"), default="train", help="which shards (train)")
     which = preview.add_mutually_exclusive_group()
     which.add_argument(
         "--num", type=_count, default=20, metavar="N", help="the first N of the run's order (default 20)"

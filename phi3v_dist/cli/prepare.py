@@ -17,7 +17,8 @@ python launch/prepare.py weights microsoft/Phi-3.5-vision-instruct --out models/
 python launch/prepare.py audit runs/quickstart                  was each sample trained exactly once per epoch?
 python launch/prepare.py audit runs/quickstart --step 120 --preview
                                                                 the samples of a step, and a page that shows them
-python launch/prepare.py weights --verify models/phi-3.5-vision read it again and compare
+python launch/prepare.py weights --verify models/phi-3.5-vision
+                                                                read it again and compare
 python launch/prepare.py stage --config my.yaml data.cache.path=/local/shards data.cache.local_shards=true
                                                                 copy the shards of a run to this node's own disk
 python launch/prepare.py checkpoint old/checkpoints --config my.yaml run.name=continued
@@ -40,21 +41,22 @@ from rich.progress import MofNCompleteColumn, Progress, TaskID
 from phi3v_dist import config
 from phi3v_dist.attempt.requests import NOTICES
 from phi3v_dist.cli import look
-from phi3v_dist.cli.app import OWNER_ONLY, plain_console, run_script
+from phi3v_dist.cli.app import OWNER_ONLY, new_parser, plain_console, run_script
 from phi3v_dist.config import SourceSettings
 from phi3v_dist.data.shards import ShardTable
 from phi3v_dist.errors import ConfigError, DataError
+from phi3v_dist.invocation import as_typed
 
 if TYPE_CHECKING:
     from phi3v_dist.data.importers.documents import DocumentsReport
     from phi3v_dist.data.importers.sample import CatalogueReport
 
 
-def run_command() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def build_parser() -> argparse.ArgumentParser:
+    parser = new_parser("prepare", __doc__)
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     sample = commands.add_parser("sample", help="draw a product catalogue, in train and validation shards")
-    sample.add_argument("--out", type=Path, required=True)
+    sample.add_argument("--out", type=Path, required=True, help="folder for shards and their indexes")
     sample.add_argument(
         "--long", action="store_true", help="long documents of many pictures instead, with questions that ask for one"
     )
@@ -65,8 +67,8 @@ def run_command() -> None:
     )  # fmt: skip
     sample.set_defaults(run=write_sample)
     tiny = commands.add_parser("tiny", help="write a small random Phi-3-V, tokenizer included")
-    tiny.add_argument("--out", type=Path, required=True)
-    tiny.add_argument("--seed", type=int, default=0)
+    tiny.add_argument("--out", type=Path, required=True, help="model folder to write")
+    tiny.add_argument("--seed", type=int, default=0, help="of the random weights (default 0)")
     tiny.set_defaults(run=write_tiny_model)
     look.add_commands(commands)
     imports = commands.add_parser(
@@ -74,7 +76,7 @@ def run_command() -> None:
         help="write shards from CSV, JSON, Parquet, LLaVA, chat, Hugging Face data sets or folders of pictures",
     )
     imports.add_argument("source", help="file, 'pattern*', folder, or OWNER/NAME of the Hugging Face hub")
-    imports.add_argument("--out", type=Path, required=True)
+    imports.add_argument("--out", type=Path, required=True, help="folder for the shards and a config to train with")
     imports.add_argument("--mapping", type=Path, help="YAML that says what columns become; key=value words override it")
     imports.add_argument("--model", type=Path, help="model folder, whose tokenizer counts the text too")
     imports.add_argument("--num-ranks", type=int, help="ranks that will read the shards")
@@ -82,13 +84,13 @@ def run_command() -> None:
     weights = commands.add_parser(
         "weights", help="fetch a Phi-3-V of the Hugging Face hub into a folder, or verify one"
     )
-    weights.add_argument("repo", nargs="?", metavar="OWNER/NAME")
+    weights.add_argument("repo", nargs="?", metavar="OWNER/NAME", help="model on the hub")
     weights.add_argument("--out", type=Path, help="folder to write; there already, it is verified")
     weights.add_argument("--revision", default="main", help="branch, tag or commit; default: main")
     weights.add_argument("--verify", type=Path, metavar="FOLDER", help="read a fetched folder again and compare")
     weights.set_defaults(run=fetch_weights)
     audit = commands.add_parser("audit", help="prove from a run's ledger that each sample was trained once per epoch")
-    audit.add_argument("run_folder", type=Path, metavar="RUN")
+    audit.add_argument("run_folder", type=Path, metavar="RUN", help="a run folder")
     audit.add_argument("settings", nargs="*", help="key=value for what was moved since, such as model.path=…")
     audit.add_argument("--step", type=int, help="name the samples of this step instead")
     audit.add_argument(
@@ -110,6 +112,11 @@ def run_command() -> None:
     staging = commands.add_parser("stage", help="copy the shards of a run to this node's own disk, before it begins")
     staging.add_argument("--config", required=True, help="of the run; key=value words override it")
     staging.set_defaults(run=stage_shards)
+    return parser
+
+
+def run_command() -> None:
+    parser = build_parser()
     arguments, words = parser.parse_known_args()  # argparse takes no `*` in two places
     if words and arguments.run not in (import_records, import_deepspeed, stage_shards):
         parser.error(f"unrecognized arguments: {' '.join(words)}")
@@ -124,7 +131,7 @@ def write_sample(arguments: argparse.Namespace) -> None:
     if arguments.long != (arguments.model is not None):
         raise ConfigError(
             "--long counts tokens with the processor of a model: give --long --model FOLDER together, for example "
-            "--model data/tiny-phi3v (made by `prepare.py tiny --out data/tiny-phi3v`)"
+            f"--model data/tiny-phi3v (made by `{as_typed('launch/prepare.py')} tiny --out data/tiny-phi3v`)"
         )
     with Progress(*Progress.get_default_columns(), disable=not sys.stdout.isatty()) as bar:
         task = bar.add_task("drawing")
@@ -215,9 +222,9 @@ def import_deepspeed(arguments: argparse.Namespace) -> None:
     source = DeepSpeedCheckpoint.open(arguments.source, arguments.tag)
     folder = import_checkpoint(source, settings)
     logging.info(
-        "%s: weights and optimizer of %s, step %s, saved by %d ranks. launch/train.py goes on from it on any number of "
+        "%s: weights and optimizer of %s, step %s, saved by %d ranks. %s goes on from it on any number of "
         "ranks; its data begins at the start, and its steps and learning rates count from 1",
-        *(folder, source.folder, source.head.get("global_steps"), source.world_size),
+        *(folder, source.folder, source.head.get("global_steps"), source.world_size, as_typed("launch/train.py")),
     )
 
 
@@ -261,7 +268,7 @@ def audit_run(arguments: argparse.Namespace) -> None:
 
 
 def main() -> None:
-    """Entry point of the installed command."""
+    """Entry point of `phi3v-prepare` and `launch/prepare.py`."""
     run_script(run_command, private=False)  # shards and models are meant to be shared
 
 

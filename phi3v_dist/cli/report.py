@@ -15,7 +15,7 @@ and fetch nothing.
 import argparse
 from pathlib import Path
 
-from phi3v_dist.cli.app import plain_console, run_script
+from phi3v_dist.cli.app import new_parser, plain_console, run_script
 from phi3v_dist.errors import ConfigError
 from phi3v_dist.observe.answers import ANSWERS_NAME
 from phi3v_dist.observe.changes import CHANGES_NAME
@@ -24,8 +24,8 @@ from phi3v_dist.observe.live import watch
 from phi3v_dist.observe.report import write_changes, write_report
 
 
-def run_command() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def build_parser() -> argparse.ArgumentParser:
+    parser = new_parser("report", __doc__)
     parser.add_argument("runs", nargs="*", type=Path, metavar="RUN", help="a run folder, e.g. runs/quickstart")
     parser.add_argument("--out", type=Path, metavar="FILE", help="of the page that compares runs or evaluations")
     parser.add_argument(
@@ -33,6 +33,11 @@ def run_command() -> None:
     )
     parser.add_argument("--watch", action="store_true", help="show one run in the terminal until it ends")
     parser.add_argument("--every", type=float, default=2.0, metavar="SECONDS", help="between looks of --watch (2)")
+    return parser
+
+
+def run_command() -> None:
+    parser = build_parser()
     arguments = parser.parse_args()
     if arguments.changes:
         if arguments.runs or arguments.watch:
@@ -68,7 +73,7 @@ def run_command() -> None:
 
 
 def main() -> None:
-    """Entry point of the installed command."""
+    """Entry point of `phi3v-report` and `launch/report.py`."""
     run_script(run_command)
 
 

@@ -11,24 +11,28 @@ import argparse
 import sys
 from pathlib import Path
 
-from phi3v_dist.cli.app import run_script
+from phi3v_dist.cli.app import new_parser, run_script
 from phi3v_dist.errors import ConfigError
 from phi3v_dist.watch.supervise import Supervisor
 
 
-def run_command() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def build_parser() -> argparse.ArgumentParser:
+    parser = new_parser("supervise", __doc__)
     parser.add_argument("--restarts", type=int, default=5, metavar="N", help="at most (default 5)")
     parser.add_argument("run", type=Path, metavar="RUN_FOLDER", help="where the command trains: runs/<name>")
     parser.add_argument("command", nargs="+", metavar="COMMAND", help="after --: how the run is launched")
-    arguments = parser.parse_args()
+    return parser
+
+
+def run_command() -> None:
+    arguments = build_parser().parse_args()
     if arguments.restarts < 0:
         raise ConfigError(f"--restarts is {arguments.restarts}: it must be at least 0")
     sys.exit(Supervisor(arguments.command, arguments.run, arguments.restarts).supervise())
 
 
 def main() -> None:
-    """Entry point of the installed command."""
+    """Entry point of `phi3v-supervise` and `launch/supervise.py`."""
     run_script(run_command)
 
 

@@ -13,16 +13,29 @@ import argparse
 import logging
 
 from phi3v_dist.attempt.requests import Requests
-from phi3v_dist.cli.app import run_script, say_attempt
+from phi3v_dist.cli.app import new_parser, run_script, say_attempt
+
+
+def build_parser() -> argparse.ArgumentParser:
+    parser = new_parser("train", __doc__)
+    parser.add_argument("--config", required=True, help="YAML file, or a recipe that ships with phi3v-dist")
+    parser.add_argument("--local_rank", help=argparse.SUPPRESS)  # some launchers add it; the environment has it too
+    parser.add_argument("overrides", nargs="*", help="settings as key=value")
+    return parser
 
 
 def run_command() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--config", required=True, help="a YAML file of launch/configs/")
-    parser.add_argument("--local_rank", help=argparse.SUPPRESS)  # some launchers add it; the environment has it too
-    parser.add_argument("overrides", nargs="*", help="settings as key=value")
-    arguments = parser.parse_args()
+    arguments = build_parser().parse_args()
     requests = Requests.listen()  # before the imports that take seconds: until then a signal is a crash
+    from torch.distributed.elastic.multiprocessing.errors import record
+
+    from phi3v_dist.cli.error_file import RedactingErrorHandler
+
+    record(train, RedactingErrorHandler())(arguments, requests)
+
+
+def train(arguments: argparse.Namespace, requests: Requests) -> None:
+    """Train until the run is finished or is asked to stop."""
     from phi3v_dist import config, run
     from phi3v_dist.attempt.finished import is_finished
     from phi3v_dist.parallel.topology import Topology
@@ -63,7 +76,7 @@ def run_command() -> None:
 
 
 def main() -> None:
-    """Entry point of the installed command."""
+    """Entry point of `phi3v-train` and `launch/train.py`."""
     run_script(run_command)
 
 

@@ -26,6 +26,7 @@ from phi3v_dist.config import SourceSettings
 from phi3v_dist.data.pictures import PICTURE_ERRORS, decode_image
 from phi3v_dist.data.templates import describe_fields, fill_template
 from phi3v_dist.errors import DataError
+from phi3v_dist.invocation import as_typed
 from phi3v_dist.printable import printable
 
 ROLES = ("system", "user", "assistant")
@@ -223,7 +224,7 @@ def _shown_picture(part: Mapping[str, Any], image_names: list[str], next_image: 
     if isinstance(name, str) and ":" in name:
         raise ValueError(
             f"a turn shows the picture at {name[:60]!r}, which is not in the shard: nothing is fetched in training. "
-            "`launch/prepare.py import` fetches pictures into shards"
+            f"`{as_typed('launch/prepare.py')} import` fetches pictures into shards"
         )
     shown = "one more picture" if name is None else f"picture {str(name)[:60]!r}"
     raise ValueError(f"a turn shows {shown}; the sample has: {', '.join(image_names) or 'none'}")

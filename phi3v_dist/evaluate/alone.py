@@ -12,6 +12,7 @@ from phi3v_dist.config import Settings
 from phi3v_dist.errors import ConfigError, DataError
 from phi3v_dist.evaluate.evaluator import Evaluator
 from phi3v_dist.evaluate.records import PREDICTIONS_NAME
+from phi3v_dist.invocation import as_typed
 from phi3v_dist.model.saved import SavedModel
 from phi3v_dist.parallel.topology import Topology
 
@@ -46,7 +47,9 @@ def evaluate(saved: SavedModel, settings: Settings, out: Path, untuned: Path | N
     data = run.Data.open(settings.data.validation, settings.model_copy(update=of_model))
     sample_ids = run.fixed_order(data.lengths, settings.data.row_length_tokens)
     if not sample_ids:
-        raise DataError(f"none of the {len(data.table)} samples of `data.validation` can be used: see launch/check.py")
+        raise DataError(
+            f"none of the {len(data.table)} samples of `data.validation` can be used: see {as_typed('launch/check.py')}"
+        )
     said = "longrope" in settings.model.model_fields_set  # else the rule that the model was trained under
     model = saved.load(settings.model.longrope if said else None, settings.model.attention)
     topology = Topology()

@@ -20,6 +20,7 @@ from typing import Any, Literal
 from pydantic import BaseModel, ValidationError
 
 from phi3v_dist.errors import CheckpointError
+from phi3v_dist.invocation import as_typed
 
 DIGESTS_NAME = "digests.json"
 MODEL_TYPE = "phi3_v"
@@ -123,10 +124,12 @@ def read_digests(folder: Path) -> Digests:
         return Digests.model_validate_json(path.read_bytes())
     except OSError as error:
         raise CheckpointError(
-            f"{path} cannot be read: {error.strerror}; launch/prepare.py weights writes it"
+            f"{path} cannot be read: {error.strerror}; {as_typed('launch/prepare.py')} weights writes it"
         ) from error
     except ValidationError as error:
-        raise CheckpointError(f"{path} is not what launch/prepare.py weights writes: fetch the folder again") from error
+        raise CheckpointError(
+            f"{path} is not what {as_typed('launch/prepare.py')} weights writes: fetch the folder again"
+        ) from error
 
 
 def _wrong_sizes(folder: Path, listed: dict[str, FileDigest]) -> dict[str, str]:

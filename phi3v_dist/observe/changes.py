@@ -13,6 +13,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from phi3v_dist.errors import ConfigError
+from phi3v_dist.invocation import as_typed
 from phi3v_dist.observe.answers import (
     MOST_ROWS,
     Cell,
@@ -127,7 +128,7 @@ def read_answers(folder: Path, notes: list[str]) -> Answers:
     if not path.is_file():
         raise ConfigError(
             f"{folder} is no evaluation's folder: it holds no predictions.jsonl. Name one, such as "
-            "RUN/eval/step-000200 or what launch/evaluate.py wrote, or a run for its newest one"
+            f"RUN/eval/step-000200 or what {as_typed('launch/evaluate.py')} wrote, or a run for its newest one"
         )
     predictions = read_lines(path, is_prediction, notes)
     if not predictions:

@@ -118,7 +118,7 @@ def report(entity: str) -> Any:
     for title, panels in _sections():
         blocks += [wr.H2(title), wr.P(intros.get(title, "What is different between the runs, and what came of it?"))]
         blocks.append(wr.PanelGrid(runsets=[wr.Runset(name="Runs")], panels=_laid_out(panels)))
-    return wr.Report(project="", entity=entity, title=NAME, description="Made by launch/dashboard.py", blocks=blocks)
+    return wr.Report(project="", entity=entity, title=NAME, description="Made by phi3v-dashboard", blocks=blocks)
 
 
 def _laid_out(panels: list[Any]) -> list[Any]:

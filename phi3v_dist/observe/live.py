@@ -22,6 +22,7 @@ from rich.table import Table
 from rich.text import Text
 
 from phi3v_dist.attempt.attempt import ATTEMPTS_NAME, STOPPED_NAME, SUMMARY_NAME
+from phi3v_dist.invocation import as_typed
 from phi3v_dist.observe.metrics import (
     ATTEMPT,
     STEP,
@@ -193,7 +194,7 @@ def _state(run: Path, record: Record, now_s: float) -> str:
     age_s = max(0.0, now_s - record.latest["time"])
     limit_s = max(SILENT_S, SILENT_STEPS * record.latest.get(STEP_S, 0.0))
     seen = f"{attempt}last row {format_seconds(round(age_s))} ago"
-    return f"running, {seen}" if age_s < limit_s else f"silent: {seen}; see launch/diagnose.py {run}"
+    return f"running, {seen}" if age_s < limit_s else f"silent: {seen}; see {as_typed('launch/diagnose.py')} {run}"
 
 
 def _has_ended(run: Path) -> bool:

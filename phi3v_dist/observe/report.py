@@ -16,6 +16,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
 from phi3v_dist.errors import ConfigError
+from phi3v_dist.invocation import as_typed
 from phi3v_dist.observe import facts, gantt, hard_samples, heatmap
 from phi3v_dist.observe.answers import ANSWERS_NAME, answer_table
 from phi3v_dist.observe.changes import CHANGES_NAME, Changes, answers_of, changes, read_answers
@@ -161,7 +162,7 @@ def _status(run: Run) -> str:
 
 def _missing(run: Run) -> list[str]:
     """What is not there, and how to get it."""
-    command = f"`deepspeed launch/train.py --config YOUR.yaml run.name={run.name}`"
+    command = f"`{as_typed('deepspeed launch/train.py')} --config YOUR.yaml run.name={run.name}`"
     notes = []
     if not run.history:
         notes.append(f"Nothing was logged yet: metrics.jsonl is missing or empty. To train: {command}.")

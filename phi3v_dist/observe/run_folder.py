@@ -18,6 +18,7 @@ import numpy as np
 import yaml
 
 from phi3v_dist.errors import ConfigError
+from phi3v_dist.invocation import as_typed
 from phi3v_dist.observe.figures import Series
 from phi3v_dist.observe.metrics import ATTEMPT, FIELD, STEP, Number, entry_name
 from phi3v_dist.observe.tracker import RECORD_NAME, read_metrics
@@ -127,9 +128,10 @@ def require_run_folder(folder: Path) -> None:
         found = "there is no such folder"
         if folder.exists():
             found = f"it holds neither {CONFIG_NAME} nor {RECORD_NAME}" if folder.is_dir() else "it is a file"
+        command = as_typed("deepspeed launch/train.py --config launch/configs/quickstart.yaml")
         raise ConfigError(
-            f"{folder} is not a run folder: {found}. Name a folder that launch/train.py made (runs/<name>), or make "
-            "one with `deepspeed launch/train.py --config launch/configs/quickstart.yaml`"
+            f"{folder} is not a run folder: {found}. Name a folder that {as_typed('launch/train.py')} made "
+            f"(runs/<name>), or make one with `{command}`"
         )
 
 

@@ -21,6 +21,7 @@ from typing import Any
 
 import psutil
 
+from phi3v_dist.invocation import as_typed
 from phi3v_dist.observe import wandb_client
 from phi3v_dist.observe.alerts import Alerts, Said
 from phi3v_dist.observe.metrics import PLACEHOLDER, REGISTRY, STEP
@@ -150,7 +151,7 @@ class WandbTracker(Tracker):
 
     def _sync_command(self) -> str:
         """What uploads everything of this run that is still on the disk: one folder for each attempt, oldest first."""
-        return f"python launch/dashboard.py --sync {self.run_folder}"
+        return f"{as_typed('python launch/dashboard.py')} --sync {self.run_folder}"
 
     # The thread.
 

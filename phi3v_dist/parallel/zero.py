@@ -17,6 +17,7 @@ import torch
 from torch import nn
 from transformers.initialization import no_init_weights
 
+from phi3v_dist import resources
 from phi3v_dist.config import Settings
 from phi3v_dist.data.plan import accumulation
 from phi3v_dist.errors import ConfigError
@@ -53,15 +54,14 @@ KNOWN = {  # top-level keys of DeepSpeed 0.19 that may stand beside ours; it ign
 
 
 def read(path: Path) -> dict[str, Any]:
-    """The JSON as it is.
+    """The JSON as it is; a file that ships with the package if there is none at `path`.
 
     Raises:
         ConfigError: no such file, not JSON, or without a ZeRO section.
     """
+    path = resources.find(path, "ds_configs")
     if not path.is_file():
-        near = difflib.get_close_matches(path.name, [p.name for p in path.parent.glob("*.json")], n=1)
-        hint = f"; did you mean {path.parent / near[0]}?" if near else ""
-        raise ConfigError(f"`parallel.deepspeed` {path}: no such file{hint}")
+        raise ConfigError(f"`parallel.deepspeed` {path}: no such file{resources.suggestion(path, 'ds_configs')}")
     try:
         config = json.loads(path.read_text())
     except ValueError as error:
@@ -97,7 +97,7 @@ def problems(settings: Settings, world_size: int) -> list[str]:
 
 
 def _json_problems(config: dict[str, Any], settings: Settings, world_size: int) -> list[str]:
-    path = settings.parallel.deepspeed
+    path = resources.find(settings.parallel.deepspeed, "ds_configs")
     found = [f"{path}: `{key}` does not belong here: {where}" for key, where in REFUSED.items() if key in config]
     for key in sorted(config.keys() - KNOWN):
         near = difflib.get_close_matches(key, KNOWN, n=1)

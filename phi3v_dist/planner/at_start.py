@@ -16,6 +16,7 @@ import torch
 
 from phi3v_dist.config import Settings
 from phi3v_dist.data.plan import PlannedRow
+from phi3v_dist.invocation import as_typed
 from phi3v_dist.model.build import compute_dtype
 from phi3v_dist.model.official_config import read_config
 from phi3v_dist.parallel import zero
@@ -47,7 +48,9 @@ def write_plan(settings: Settings, world_size: int, device: torch.device, rows: 
     parts = ", ".join(f"{name} {size / GIB:.2f}" for name, size in largest)
     log.info("plan     %.2f GiB a rank at the worst moment (%s); docs/planner.md", known["peak_bytes"] / GIB, parts)
     if device.type == "cuda" and known["peak_bytes"] > torch.cuda.mem_get_info(device)[1]:
-        log.warning("plan     that is more than this GPU has; launch/check.py --nodes N says what to change")
+        log.warning(
+            "plan     that is more than this GPU has; %s --nodes N says what to change", as_typed("launch/check.py")
+        )
 
 
 def _compute(

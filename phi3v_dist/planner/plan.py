@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 
+from phi3v_dist import resources
 from phi3v_dist.config import Settings
 from phi3v_dist.errors import ConfigError
 from phi3v_dist.model import build as model_build
@@ -187,10 +188,10 @@ def sharing(config: dict[str, Any], cluster: Cluster) -> list[int]:
 
 
 def smaller_files(current: Path) -> list[Path]:
-    """The files beside this one that keep less on a GPU, the cheapest first."""
+    """The files beside this one, or those that ship, that keep less on a GPU, the cheapest first."""
     names = list(SMALLER_FILES)
     begin = names.index(current.name) + 1 if current.name in names else 0
-    return [path for path in map(current.with_name, names[begin:]) if path.is_file()]
+    return [path for path in map(current.with_name, names[begin:]) if resources.find(path, "ds_configs").is_file()]
 
 
 def ladder(settings: Settings, config: dict[str, Any], cluster: Cluster) -> Iterator[tuple[str, Changes]]:

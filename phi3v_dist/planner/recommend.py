@@ -6,18 +6,20 @@ seconds, so the candidates are sorted first; and those that differ by DeepSpeed'
 """
 
 import itertools
-import json
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import yaml
 
+from phi3v_dist import resources
 from phi3v_dist.config import Settings
 from phi3v_dist.config_file import merge
 from phi3v_dist.errors import ConfigError
+from phi3v_dist.invocation import as_typed
 from phi3v_dist.model import build as model_build
 from phi3v_dist.model.official_config import read_config
+from phi3v_dist.parallel import zero
 from phi3v_dist.planner.cost import HOST_COPY_BANDWIDTH, Cluster, cost
 from phi3v_dist.planner.plan import Changes, Plan, changed, make_plan, sharing, smaller_files, trained_parameters
 from phi3v_dist.planner.row import RowShape
@@ -60,13 +62,13 @@ def recommend(
 
 def write_config(path: Path, config: Path, overrides: Sequence[str], changes: Changes) -> None:
     """The YAML file `config` with the words of the command line and these changes in it, as another file."""
-    tree, _ = merge(config, overrides)  # they were found right when the settings were loaded
+    tree, _ = merge(resources.find(config, "configs"), overrides)  # they were found right when the settings were loaded
     for key, value in changes.items():
         section, _, name = key.partition(".")
         part = tree.setdefault(section, {})
         part[name] = str(value) if isinstance(value, Path) else value
     text = yaml.safe_dump(tree, sort_keys=False)
-    write_durably(path, f"# {config}, as launch/check.py --recommend changed it\n{text}")
+    write_durably(path, f"# {config}, as {as_typed('launch/check.py')} --recommend changed it\n{text}")
 
 
 def _candidates(settings: Settings, config: dict[str, Any], cluster: Cluster) -> Iterator[Changes]:
@@ -98,7 +100,7 @@ def _slowness(
         kept = 2 * config["hidden_size"] * config["num_hidden_layers"] * row.tokens / sequence
         seconds += found.micro_steps * kept / HOST_COPY_BANDWIDTH
     files = [settings.parallel.deepspeed, *smaller_files(settings.parallel.deepspeed)]
-    zero_config = json.loads(chosen.parallel.deepspeed.read_text())["zero_optimization"]
+    zero_config = zero.read(chosen.parallel.deepspeed)["zero_optimization"]
     if is_offloaded(zero_config, "offload_optimizer"):
         seconds += 16 * trained / cluster.ranks / CPU_ADAM_BANDWIDTH
     if is_offloaded(zero_config, "offload_param"):  # each pass needs all of them, of which every rank brings its share

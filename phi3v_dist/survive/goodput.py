@@ -18,6 +18,7 @@ from statistics import mean, median
 from typing import Any
 
 from phi3v_dist.errors import ConfigError, DataError
+from phi3v_dist.invocation import as_typed
 from phi3v_dist.observe.metrics import ATTEMPT, STEP, Number
 from phi3v_dist.observe.tracker import read_metrics, read_rows
 from phi3v_dist.survive.timeline import BLOCKED_S, EVAL_S, SAVE_S, STEP_S, Span, parts, timeline
@@ -183,7 +184,9 @@ def _rows(run_folder: Path) -> list[dict[str, Number]]:
     rows = read_rows(run_folder)
     if not any(STEP_S in row for row in rows):
         found = "no step in it is done" if rows else "it has no metrics.jsonl"
-        raise ConfigError(f"{run_folder} cannot say what a run costs: {found}. Name a folder that launch/train.py made")
+        raise ConfigError(
+            f"{run_folder} cannot say what a run costs: {found}. Name a folder that {as_typed('launch/train.py')} made"
+        )
     return rows
 
 

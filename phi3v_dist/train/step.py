@@ -21,6 +21,7 @@ from torch import Tensor
 from phi3v_dist.data.batch import Batch, Filling
 from phi3v_dist.data.plan import PlannedStep
 from phi3v_dist.errors import OutOfMemoryError, OutOfStepError
+from phi3v_dist.invocation import as_typed
 from phi3v_dist.parallel import partitions
 from phi3v_dist.parallel.local_gradients import LocalGradients
 from phi3v_dist.parallel.topology import Topology
@@ -249,6 +250,7 @@ def _memory_report(
     found.append(
         "keep `model.gradient_checkpointing` on, raise `parallel.sequence` (so many ranks share each row), set "
         "`model.offload_activations`, take ds_configs/zero3_offload.json, or lower `data.row_length_tokens`; "
-        "launch/check.py --nodes N says what fits. Started again, the run goes on from its last checkpoint"
+        f"{as_typed('launch/check.py')} --nodes N says what fits. Started again, the run goes on from its last "
+        "checkpoint"
     )
     return found

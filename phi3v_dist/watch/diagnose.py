@@ -12,6 +12,7 @@ from rich.console import RenderableType
 from rich.table import Table
 
 from phi3v_dist.errors import ConfigError
+from phi3v_dist.invocation import as_typed
 from phi3v_dist.observe.tracker import RECORD_NAME
 from phi3v_dist.printable import printable
 from phi3v_dist.watch import flight_recorder
@@ -99,7 +100,9 @@ def diagnose(run: Path) -> Diagnosis:
         found = "there is no such folder"
         if run.exists():
             found = "it holds neither config.yaml, metrics.jsonl nor attempts" if run.is_dir() else "it is a file"
-        raise ConfigError(f"{run} is not a run folder: {found}. Name a folder that launch/train.py made (runs/<name>)")
+        raise ConfigError(
+            f"{run} is not a run folder: {found}. Name a folder that {as_typed('launch/train.py')} made (runs/<name>)"
+        )
     attempts = read_attempts(run)
     is_refused = bool(attempts) and attempts[-1].refused_checkpoints
     checkpoint = None if is_refused else newest_checkpoint(run)

@@ -15,7 +15,7 @@ import yaml
 from conftest import REPOSITORY, environment
 
 RECORDS = """#!/bin/bash
-# stands in for a program: writes down its name and words; answers for launch/job.py
+# stands in for a program: writes down its name and words; answers for phi3v_dist.cli.job
 { printf '%s\\0' "${0##*/}" "$@"; printf '\\n\\0'; } >>"$RECORD"
 for word in "$@"; do
   case $word in
@@ -93,9 +93,9 @@ def test_ranks_start_where_the_software_is_with_the_words_as_they_were_typed(sta
     done = start(stand_ins, "c.yaml", *HARM, PHI3V_RANKS_PER_NODE="2", **env)
     assert done.returncode == 0, done.stdout + done.stderr
     starts = recorded(stand_ins)
-    (ranks,) = [words for words in starts if words[0] == "srun" and "launch/train.py" in words]
-    assert ranks[-len(HARM) - 4 :] == ["python", "launch/train.py", "--config", "c.yaml", *HARM]
-    options = ranks[1 : -len(HARM) - 4]
+    (ranks,) = [words for words in starts if words[0] == "srun" and "phi3v_dist.cli.train" in words]
+    assert ranks[-len(HARM) - 5 :] == ["python", "-m", "phi3v_dist.cli.train", "--config", "c.yaml", *HARM]
+    options = ranks[1 : -len(HARM) - 5]
     assert options[len(options) - len(inside) :] == inside and set(container) <= set(options)
     assert {
         "--ntasks-per-node=2",
@@ -106,8 +106,8 @@ def test_ranks_start_where_the_software_is_with_the_words_as_they_were_typed(sta
     } <= set(options)
     (log,) = [word for word in options if word.startswith("--output=")]
     assert log == f"--output={tmp_path}/run $(touch fired) %%j/logs/%N.log"  # %% is % to Slurm
-    asked = [words for words in starts if "launch/job.py" in words]
-    assert [words[words.index("launch/job.py") + 1] for words in asked] == ["begin", "nodes", "judge"]
+    asked = [words for words in starts if "phi3v_dist.cli.job" in words]
+    assert [words[words.index("phi3v_dist.cli.job") + 1] for words in asked] == ["begin", "nodes", "judge"]
     assert {words[0] for words in asked} == {"venv": {"python"}, "apptainer": {"apptainer"}, "pyxis": {"srun"}}[way]
     assert asked[0][-len(HARM) - 2 :] == ["--config", "c.yaml", *HARM]
 
@@ -131,7 +131,7 @@ def test_what_cannot_work_is_said_before_any_srun(stand_ins, env, code, message)
 def test_a_job_submitted_elsewhere_says_so(stand_ins, tmp_path, script):
     done = start(stand_ins, "c.yaml", script=script, cwd=tmp_path)
     assert done.returncode == 5 and recorded(stand_ins) == []
-    assert f"slurm/{script}: {tmp_path} is not the repository: submit the job there" in done.stderr
+    assert f"slurm/{script}: {tmp_path} holds no slurm/job.sh: submit the job in the folder that does" in done.stderr
 
 
 @pytest.mark.parametrize(

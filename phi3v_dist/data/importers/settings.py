@@ -12,6 +12,7 @@ from typing import Annotated, Any
 from pydantic import BeforeValidator, Field, field_validator
 from pydantic_core import PydanticCustomError
 
+from phi3v_dist import resources
 from phi3v_dist.config import Section
 from phi3v_dist.config_file import key_values, merge, validate
 from phi3v_dist.data.importers.download import DownloadSettings
@@ -120,7 +121,8 @@ class ImportSettings(Section):
 
 
 def load(mapping: Path | None, words: Sequence[str]) -> ImportSettings:
-    """The mapping with the words over it. Raises ConfigError: one message per mistake."""
+    """The mapping, or one that ships, with the words over it. Raises ConfigError: one message per mistake."""
+    mapping = mapping and resources.find(mapping, "configs")
     tree, problems = merge(mapping, [_quoted(word) for word in key_values(words)], option="--mapping")
     settings, mistakes = validate(ImportSettings, tree)
     problems += mistakes or (settings.contradictions() if settings else [])

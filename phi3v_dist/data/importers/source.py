@@ -17,6 +17,7 @@ from phi3v_dist.data.importers.picture_folder import open_picture_folder
 from phi3v_dist.data.importers.records import Row, Source
 from phi3v_dist.data.importers.settings import ImportSettings
 from phi3v_dist.errors import DataError
+from phi3v_dist.invocation import as_typed
 
 READERS: dict[str, Callable[[Path], Iterator[Row]]] = {
     ".csv": read_delimited, ".tsv": read_delimited, ".json": read_json_list, ".jsonl": read_json_lines,
@@ -61,7 +62,7 @@ def _open_folder(folder: Path, settings: ImportSettings) -> Source:
     if any(folder.glob("*.tar")):
         raise DataError(
             f"{folder}: holds tar shards, which need no import: they train as they are. Index and look at them with "
-            f"`python launch/prepare.py index '{folder}/*.tar'`"
+            f"`{as_typed('python launch/prepare.py')} index '{folder}/*.tar'`"
         )
     if tables := sorted(path.name for path in folder.iterdir() if _kind(path) in READERS):
         raise DataError(

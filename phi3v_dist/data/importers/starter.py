@@ -12,6 +12,7 @@ from rich.table import Table
 from rich.text import Text
 
 from phi3v_dist.data.importers.packing import NUM_CROPS
+from phi3v_dist.invocation import as_typed
 
 ROWS_PER_STEP = 8
 WHOLE_ANSWER = {"pattern": "(.+)", "kind": "fuzzy"}  # exactly right, and how alike; better ones are up to the data
@@ -36,7 +37,7 @@ def starter_config(out: Path, manifest: dict[str, Any], model: Path | None) -> s
         },
         **({"eval": {"fields": {"answer": WHOLE_ANSWER}}} if "validation" in splits else {}),
     }  # fmt: skip
-    command = f"# deepspeed launch/train.py --config {out / 'train.yaml'}\n"
+    command = f"# {as_typed('deepspeed launch/train.py')} --config {out / 'train.yaml'}\n"
     return f"{command}# Begun by the import; edit it, it is not written again.\n" + yaml.safe_dump(
         tree, sort_keys=False
     )
@@ -83,7 +84,7 @@ def tables(out: Path, manifest: dict[str, Any]) -> RenderableType:
     if "train" not in splits:
         lines.append("no train split: too few samples for its share")
     lines += ["", "what to train with is in train.yaml: look at `model.path` first"]
-    lines += [f"next: python launch/check.py --config {out / 'train.yaml'}"]
+    lines += [f"next: {as_typed('python launch/check.py')} --config {out / 'train.yaml'}"]
     return Group(table, Text("\n".join(lines), overflow="ignore", no_wrap=True))  # a path can be copied
 
 
