@@ -2,7 +2,8 @@
 
 What comes in: a Markdown page. What goes out: `Command`s as typed, with the remark behind `#`; and an error for one
 whose program, options, settings or files are not there. Surprise: nothing is started. The parsers are the real ones,
-stopped after they have parsed: argparse's of `launch/*.py`, DeepSpeed's and torchrun's, and `config.load` for settings.
+stopped after they have parsed: argparse's of `phi3v_dist/cli/*.py`, DeepSpeed's and torchrun's, and `config.load` for
+settings.
 
 A fence without a language, or with `bash` or `sh`, holds commands; of one that has a line beginning with `$ ` only such
 lines are, the others are output. `text`, `yaml`, `python`, `diff` and so on hold none.
@@ -141,7 +142,7 @@ def _check_words(words: Sequence[str]) -> None:
                 _check_python(rest[rest.index("python") + 1 :])
         case _ if program.startswith("phi3v-"):
             script = program.removeprefix("phi3v-")
-            known = f"{program} = launch.{script}:cli" in (REPOSITORY / "setup.cfg").read_text()
+            known = f"{program} = phi3v_dist.cli.{script}:main" in (REPOSITORY / "setup.cfg").read_text()
             assert known, f"setup.cfg has no command {program}"
             _check_python([f"launch/{script}.py", *rest])
         case _:
@@ -220,7 +221,7 @@ def parsed(script: str, words: Sequence[str]) -> tuple[argparse.Namespace, list[
 
         return parse
 
-    module = importlib.import_module(script.removesuffix(".py").replace("/", "."))
+    module = importlib.import_module(f"phi3v_dist.cli.{Path(script).stem}")
     names = ("parse_args", "parse_known_args", "parse_intermixed_args", "parse_known_intermixed_args")
     with (
         mock.patch.multiple(argparse.ArgumentParser, **{name: stopping(name) for name in names}),
@@ -228,7 +229,7 @@ def parsed(script: str, words: Sequence[str]) -> tuple[argparse.Namespace, list[
         _no_exit(),
     ):
         try:
-            module.main()
+            module.run_command()
         except _Parsed:
             return kept["result"]
     raise AssertionError(f"{script} parses nothing")

@@ -10,7 +10,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from launch import train
+from phi3v_dist.cli import train
 from phi3v_dist.train import loop
 
 trained = loop.train_step
@@ -29,4 +29,4 @@ def crashing_step(engine, plan, batches, rates, topology, *more):
 
 if __name__ == "__main__":
     loop.train_step = crashing_step
-    train.cli()
+    train.main()

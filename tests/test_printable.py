@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from phi3v_dist.cli import run_script
+from phi3v_dist.cli.app import run_script
 from phi3v_dist.config import SourceSettings
 from phi3v_dist.data.fetch import Fetcher
 from phi3v_dist.data.samples import BadSample

@@ -121,7 +121,7 @@ def test_a_presigned_address_is_allowed_and_redacted_where_settings_are_written(
 
 CRASH = """
 import logging, os, sys, threading, warnings
-from phi3v_dist.cli import run_script
+from phi3v_dist.cli.app import run_script
 secret = os.environ["AWS_SECRET_ACCESS_KEY"]
 
 def main():
@@ -301,7 +301,7 @@ def test_going_on_evaluation_export_and_report_leak_nothing_and_run_nothing(worl
 @pytest.mark.fault(87)
 @pytest.mark.parametrize("tag", ["!!python/object/apply:os.system", "!!python/object/new:os.system"])
 def test_yaml_that_asks_for_a_command_is_refused_wherever_it_is_read(tag, tmp_path):
-    from launch.export import settings_of
+    from phi3v_dist.cli.export import settings_of
     from phi3v_dist.observe.run_folder import read_run
 
     path = tmp_path / "config.yaml"
@@ -326,7 +326,7 @@ def test_templates_in_settings_reach_no_attributes(template, tmp_path):
 
 
 def test_a_formatter_keeps_its_lines(canaries):
-    from phi3v_dist.cli import _OwnLines
+    from phi3v_dist.cli.app import _OwnLines
 
     record = logging.LogRecord("x", logging.INFO, "f", 1, "a %s\nb", (CANARIES["HF_TOKEN"],), None)
     assert _OwnLines("%(message)s").format(record) == "a ***\n    b"

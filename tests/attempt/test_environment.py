@@ -14,7 +14,7 @@ from conftest import environment as of_process
 from launching import free_port
 
 from phi3v_dist.attempt import build_cache, environment
-from phi3v_dist.cli import OWNER_ONLY
+from phi3v_dist.cli.app import OWNER_ONLY
 from phi3v_dist.parallel.topology import Topology
 from phi3v_dist.survive import durable
 
@@ -121,7 +121,7 @@ def test_a_folder_that_anybody_may_exchange_is_warned_of(mode, warned, tmp_path,
 @pytest.mark.fault(18)
 def test_a_taken_port_is_named_with_its_holder():
     code = (
-        "from phi3v_dist.cli import run_script\n"
+        "from phi3v_dist.cli.app import run_script\n"
         "from phi3v_dist.parallel.topology import Topology\n"
         "run_script(lambda: Topology.from_environment().start(20.0))\n"
     )

@@ -10,7 +10,7 @@ import threading
 import pytest
 from conftest import REPOSITORY, environment
 
-from launch import doctor
+from phi3v_dist.cli import doctor
 from phi3v_dist.cluster.findings import summarize
 from phi3v_dist.cluster.report import read_reports
 from phi3v_dist.errors import ConfigError
@@ -59,14 +59,14 @@ def test_by_hand_on_two_machines_the_first_process_prints_one_table(config_file,
 def test_wrong_words_are_refused_by_name(words, message, config_file, monkeypatch):
     monkeypatch.setattr(sys, "argv", ["doctor.py", "--config", str(config_file), *words])
     with pytest.raises(ConfigError, match=re.escape(message)):
-        doctor.main()
+        doctor.run_command()
 
 
 def test_a_node_that_cannot_read_its_settings_reports_that(tmp_path, monkeypatch):
     words = ["--config", str(tmp_path / "gone.yaml"), "--report", str(tmp_path / "preflight"), "--token", "7.0.1"]
     monkeypatch.setattr(sys, "argv", ["doctor.py", *words])
     with pytest.raises(ConfigError):
-        doctor.main()
+        doctor.run_command()
     timers = [thread for thread in threading.enumerate() if isinstance(thread, threading.Timer)]
     assert all(timer.finished.is_set() for timer in timers), "one would end this process later"
     (report,) = read_reports(tmp_path / "preflight")
@@ -79,7 +79,7 @@ def test_a_report_folder_that_cannot_be_written_is_an_error_with_its_name(config
     words = ["--config", str(config_file), "--report", str(tmp_path / "file" / "preflight"), "--token", "7.0.1"]
     monkeypatch.setattr(sys, "argv", ["doctor.py", *words])
     with pytest.raises(ConfigError, match="file/preflight: the report cannot be written"):
-        doctor.main()
+        doctor.run_command()
 
 
 def test_it_ends_in_time_when_the_file_system_of_the_reports_does_not_answer(config_file, tmp_path):

@@ -11,9 +11,9 @@ import pytest
 import yaml
 from conftest import write_samples
 
-from launch import prepare
 from phi3v_dist import config
-from phi3v_dist.cli import plain_console
+from phi3v_dist.cli import prepare
+from phi3v_dist.cli.app import plain_console
 from phi3v_dist.data import audit_report, identity
 from phi3v_dist.data.audit import Audit, SourceAudit, audit, step_of
 from phi3v_dist.data.ledger import Head, Ledger, LedgerReader, Record, Status
@@ -76,7 +76,7 @@ def world(tiny_model: Path, tmp_path_factory: Any) -> World:
 def command(*words: object, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, "argv", ["prepare.py", "audit", *map(str, words)])
     monkeypatch.setenv("COLUMNS", "80")
-    prepare.main()
+    prepare.run_command()
 
 
 def test_a_finished_run_is_proven_by_source(world: World) -> None:

@@ -19,8 +19,8 @@ from loopback import HTML_AS_JPEG, Fault, LoopbackServer, status
 from PIL import Image
 from test_import import QUESTION, failures, picture, record, run, samples, write_json_lines
 
-from launch import prepare
 from phi3v_dist import config
+from phi3v_dist.cli import prepare
 from phi3v_dist.config import SourceSettings
 from phi3v_dist.data.importers import importer, settings, survey
 from phi3v_dist.data.importers.assignment import _cut
@@ -228,8 +228,8 @@ def test_a_killed_import_is_finished_by_the_same_command(forty: Path, tmp_path: 
         "    if arguments[2]:\n"
         "        os.kill(os.getpid(), signal.SIGKILL)\n"
         "writing._finish = kill\n"
-        "from launch import prepare\n"
-        "prepare.main()\n"
+        "from phi3v_dist.cli import prepare\n"
+        "prepare.run_command()\n"
     )
     command = [sys.executable, "-c", script, "import", str(forty), "--out", str(out), *words]
     killed = subprocess.run(command, env=environment(), capture_output=True, text=True)
@@ -416,7 +416,7 @@ def test_the_command_prints_what_it_did_and_a_configuration_that_loads(
         str(tmp_path / "mapping.yaml"),
     ]
     monkeypatch.setattr(sys, "argv", ["prepare.py", *words, "--num-ranks", "2", "--model", str(tiny_model), "seed=3"])
-    prepare.main()
+    prepare.run_command()
     printed = capsys.readouterr().out
     assert "40 of 40 records became samples" in printed and "tokens at 16 crops" in printed
     assert f"launch/check.py --config {out / 'train.yaml'}" in " ".join(printed.split())
@@ -426,11 +426,11 @@ def test_the_command_prints_what_it_did_and_a_configuration_that_loads(
     assert ShardTable.open(loaded.data.train).shards and ShardTable.open(loaded.data.validation).shards
     (out / "train.yaml").write_text("# mine\n")
     (out / "import.json").unlink()
-    prepare.main()
+    prepare.run_command()
     assert (out / "train.yaml").read_text() == "# mine\n", "edits stay"
     monkeypatch.setattr(sys, "argv", ["prepare.py", "index", "x.tar", "--many"])
     with pytest.raises(SystemExit):
-        prepare.main()
+        prepare.run_command()
 
 
 @pytest.mark.parametrize("recipe", sorted((REPOSITORY / "launch/configs/imports").glob("*.yaml")), ids=lambda p: p.stem)

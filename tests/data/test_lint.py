@@ -11,7 +11,7 @@ import pytest
 from conftest import picture
 from webdataset import TarWriter
 
-from launch import prepare
+from phi3v_dist.cli import prepare
 from phi3v_dist.config import SourceSettings
 from phi3v_dist.data import lint as lint_module
 from phi3v_dist.data.lint import NOTICES, PROBLEMS, LintOptions, Report, lint
@@ -153,7 +153,7 @@ def test_every_kind_says_what_to_do() -> None:
 def run_lint(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, *words: str) -> str:
     monkeypatch.setattr(sys, "argv", ["prepare.py", "lint", *words])
     try:
-        prepare.main()
+        prepare.run_command()
     except DataError as error:
         return capsys.readouterr().out + error.report()
     return capsys.readouterr().out
@@ -201,7 +201,7 @@ def test_wrong_words_are_answered(
 ) -> None:
     monkeypatch.setattr(sys, "argv", ["prepare.py", "lint", *words])
     with pytest.raises(error, match=reason):
-        prepare.main()
+        prepare.run_command()
 
 
 def test_a_webdataset_writer_and_a_caption_file_are_enough(

@@ -10,7 +10,7 @@ import pytest
 import torch
 import webdataset
 
-from launch import prepare
+from phi3v_dist.cli import prepare
 from phi3v_dist.config import SourceSettings
 from phi3v_dist.data.fetch import Fetcher
 from phi3v_dist.data.importers.catalogue.chapters import LongDocumentSettings, chance, plan_documents
@@ -177,7 +177,7 @@ def test_settings_that_cannot_be_are_all_named() -> None:
 def test_long_and_model_go_together(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, words: list[str]) -> None:
     monkeypatch.setattr("sys.argv", ["prepare.py", "sample", "--out", str(tmp_path / "out"), *words])
     with pytest.raises(ConfigError, match="give --long --model FOLDER together"):
-        prepare.main()
+        prepare.run_command()
 
 
 def test_the_command_writes_documents_and_says_what_guessing_is_worth(
@@ -186,7 +186,7 @@ def test_the_command_writes_documents_and_says_what_guessing_is_worth(
     settings = ["document_tokens=[2000]", "train_documents=0", "validation_documents=1", "text_tokens_per_page=300"]
     words = ["sample", "--long", "--out", str(tmp_path / "out"), "--model", str(tiny_model), *settings]
     monkeypatch.setattr("sys.argv", ["prepare.py", *words])
-    prepare.main()
+    prepare.run_command()
     out = capsys.readouterr().out
     assert "2,000" in out and "right by guessing" in out
     assert len(records(tmp_path / "out", "validation")) == 1

@@ -14,8 +14,8 @@ from conftest import REPOSITORY, environment, picture
 from rich.console import Console
 from webdataset import TarWriter
 
-from launch import check
 from phi3v_dist import config, run
+from phi3v_dist.cli import check
 from phi3v_dist.data.batch import Example
 from phi3v_dist.data.preview import render, trained_share
 from phi3v_dist.data.processor import Phi3VProcessor
@@ -72,7 +72,7 @@ def test_the_share_is_of_all_tokens() -> None:
 def check_output(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, *words: str) -> str:
     monkeypatch.setattr(sys, "argv", ["check.py", *words])
     monkeypatch.setattr(sys.stdout, "reconfigure", lambda **_: None, raising=False)
-    check.main()
+    check.run_command()
     return capsys.readouterr().out
 
 
@@ -100,7 +100,7 @@ def test_check_prints_the_first_samples_of_the_runs_order_and_the_shares(
 def test_wrong_numbers_are_refused(words: tuple[str, str], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, "argv", ["check.py", "--config", "none.yaml", *words])
     with pytest.raises(ConfigError, match=f"{words[0]} is {words[1]}: it must be at least"):
-        check.main()
+        check.run_command()
 
 
 def test_check_counts_and_names_what_is_cut_and_left_out(settings_tree: dict, tmp_path: Path) -> None:

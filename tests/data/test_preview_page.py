@@ -14,8 +14,8 @@ from conftest import picture
 from PIL import Image
 from webdataset import TarWriter
 
-from launch import prepare
 from phi3v_dist import run
+from phi3v_dist.cli import prepare
 from phi3v_dist.config import Settings
 from phi3v_dist.data.preview_page import find_samples, write_preview
 from phi3v_dist.errors import ConfigError
@@ -136,7 +136,7 @@ def test_a_page_that_cannot_be_written_is_named(data: run.Data, tmp_path: Path) 
 
 def prepare_preview(monkeypatch: pytest.MonkeyPatch, *words: str) -> None:
     monkeypatch.setattr(sys, "argv", ["prepare.py", "preview", *words])
-    prepare.main()
+    prepare.run_command()
 
 
 def names(path: Path) -> list[str]:

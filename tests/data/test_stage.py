@@ -26,7 +26,7 @@ SLOW = """
 import atexit, os, time
 from pathlib import Path
 from phi3v_dist.data import cache
-from launch import prepare
+from phi3v_dist.cli import prepare
 pieces = []
 cache.PIECE_BYTES = 1 << 12
 cache.heartbeat.read_on = lambda: (pieces.append(1), time.sleep(0.05))

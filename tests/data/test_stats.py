@@ -8,7 +8,7 @@ import pytest
 from conftest import picture
 from webdataset import TarWriter
 
-from launch import prepare
+from phi3v_dist.cli import prepare
 from phi3v_dist.config import SourceSettings
 from phi3v_dist.data.crops import num_image_tokens
 from phi3v_dist.data.lengths import measure
@@ -62,7 +62,7 @@ def test_what_cannot_be_used_is_counted_and_named(tmp_path: Path, tiny_model: Pa
 
 def run_stats(monkeypatch: pytest.MonkeyPatch, *words: str) -> None:
     monkeypatch.setattr(sys, "argv", ["prepare.py", "stats", *words])
-    prepare.main()
+    prepare.run_command()
 
 
 def test_the_command_prints_tables_or_json(

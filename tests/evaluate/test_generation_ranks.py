@@ -18,8 +18,8 @@ from generation_ranks import DRAWN, recorded
 from safetensors.torch import load_file, save_file
 from test_generate import reference
 
-from launch import evaluate as script
 from phi3v_dist import run as parts
+from phi3v_dist.cli import evaluate as script
 from phi3v_dist.config import load
 from phi3v_dist.errors import Phi3VError
 from phi3v_dist.evaluate import evaluator as module
@@ -212,7 +212,7 @@ def test_the_records_of_two_ranks_hold_each_sample_once(folder, notes):
 
 def test_a_run_is_evaluated_by_its_name_alone(folder, notes, monkeypatch):
     monkeypatch.setattr(sys, "argv", ["evaluate.py", "--model", str(folder / "run"), "eval.batch_samples=7"])
-    script.main()
+    script.run_command()
     ours, theirs = (
         {row["key"]: (row["prediction"], row["blind"]["prediction"] if row["blind"] else None) for row in rows(found)}
         for found in (folder / "run" / "eval" / name for name in ("checkpoint-00000002", "step-000002"))
@@ -235,5 +235,5 @@ def test_what_cannot_be_evaluated_says_why(folder, notes, monkeypatch, tmp_path)
     ):
         monkeypatch.setattr(sys, "argv", ["evaluate.py", *map(str, words)])
         with pytest.raises(Phi3VError) as error:
-            script.main()
+            script.run_command()
         assert message in error.value.report()

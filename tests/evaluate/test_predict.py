@@ -9,7 +9,7 @@ import pytest
 from conftest import picture
 from PIL import Image
 
-from launch import evaluate as script
+from phi3v_dist.cli import evaluate as script
 from phi3v_dist.data.processor import Phi3VProcessor
 from phi3v_dist.data.samples import Message
 from phi3v_dist.errors import Phi3VError
@@ -29,7 +29,7 @@ def ask(monkeypatch, tiny_model):
 
     def ask(*words: object) -> None:
         monkeypatch.setattr(sys, "argv", ["evaluate.py", *map(str, words)])
-        script.main()
+        script.run_command()
 
     level = logging.getLogger().level
     yield ask

@@ -15,7 +15,7 @@ from conftest import REPOSITORY, environment
 from safetensors.torch import load_file, save_file
 from stored import write_checkpoint, write_run
 
-from launch.export import main
+from phi3v_dist.cli.export import run_command
 from phi3v_dist.config import Settings
 from phi3v_dist.errors import CheckpointError, Phi3VError
 from phi3v_dist.model import export as module
@@ -297,7 +297,7 @@ def refused(monkeypatch, *words) -> str:
     """What the command prints before it exits with 4; within this process, as another needs seconds to start."""
     monkeypatch.setattr(sys, "argv", ["export.py", *map(str, words)])
     with pytest.raises(Phi3VError) as caught:
-        main()
+        run_command()
     assert caught.value.exit_code == 4
     return caught.value.report()
 
@@ -325,7 +325,7 @@ def test_the_best_checkpoint_is_exported_although_a_newer_one_is_there(base, tra
     assert "names no checkpoint that is there" in refused(monkeypatch, run, "--best")
     (run / "checkpoints" / BEST_NAME).write_text('{"step": 3, "metric": "eval/loss", "value": 1.5}')
     monkeypatch.setattr(sys, "argv", ["export.py", str(run), "--best"])
-    main()
+    run_command()
     written = load_file(run / "export" / "model.safetensors")
     assert all(torch.equal(written[name], tensor) for name, tensor in trained.items())
 

@@ -14,8 +14,8 @@ from threading import Thread
 import pytest
 from conftest import REPOSITORY, environment
 
-from launch import prepare as launch_prepare
 from phi3v_dist import config, run
+from phi3v_dist.cli import prepare as launch_prepare
 from phi3v_dist.errors import CheckpointError, ConfigError
 from phi3v_dist.model import hub
 
@@ -251,7 +251,7 @@ def test_the_command_fetches_verifies_and_says_what_it_needs(
 
     def prepare(*words: str) -> None:
         monkeypatch.setattr(sys, "argv", ["prepare.py", "weights", *words])
-        launch_prepare.main()
+        launch_prepare.run_command()
 
     prepare("--verify", str(out))
     (out / "LICENSE").unlink()

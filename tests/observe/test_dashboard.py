@@ -17,7 +17,7 @@ from conftest import REPOSITORY, environment
 from wandb_stub import ENTITY, WandbStub, answer
 from wandb_world import DUMMY_KEY, fresh_client, stub  # noqa: F401
 
-from launch import dashboard as script
+from phi3v_dist.cli import dashboard as script
 from phi3v_dist.config import Settings
 from phi3v_dist.errors import ConfigError, LaunchError, Phi3VError
 from phi3v_dist.observe.layout import SECTIONS, metrics_of
@@ -128,7 +128,7 @@ def test_push_saves_the_workspace_that_json_prints_in_the_project_of_the_run(
 ) -> None:
     run = run_folder(tmp_path / "run", wandb_project="pictures")
     monkeypatch.setattr(sys, "argv", ["dashboard.py", "--push", str(run)])
-    script.main()
+    script.run_command()
     (view,) = stub.views
     assert (view["entityName"], view["projectName"], view["type"]) == (ENTITY, "pictures", "project-view")
     words = [sys.executable, "launch/dashboard.py", "--json"]
@@ -137,7 +137,7 @@ def test_push_saves_the_workspace_that_json_prints_in_the_project_of_the_run(
     assert dashboard.without_ids(json.loads(view["spec"])) == json.loads(printed.stdout)
 
     monkeypatch.setattr(sys, "argv", ["dashboard.py", "--report", str(run), "--entity", "team"])
-    script.main()
+    script.run_command()
     out = capsys.readouterr()
     assert out.out.count(stub.url) == 2 and DUMMY_KEY not in out.out + out.err
     report = stub.views[1]
@@ -190,7 +190,7 @@ def test_wrong_input_is_told_in_words(
         monkeypatch.setenv("WANDB_API_KEY", key)
     monkeypatch.setattr(sys, "argv", ["dashboard.py", *words])
     with pytest.raises((SystemExit, Phi3VError)) as found:
-        script.main()
+        script.run_command()
     error = found.value
     text = capsys.readouterr().err if isinstance(error, SystemExit) else error.report()
     assert said in text and (error.code if isinstance(error, SystemExit) else error.exit_code) == code

@@ -10,7 +10,7 @@ import wandb
 from wandb_stub import WandbStub, answer
 from wandb_world import DUMMY_KEY, fresh_client, offline_runs, stub, train  # noqa: F401
 
-from launch import dashboard as script
+from phi3v_dist.cli import dashboard as script
 from phi3v_dist.errors import ConfigError, Phi3VError
 from phi3v_dist.observe import wandb_sync
 from phi3v_dist.observe.wandb_tracker import WandbTracker
@@ -30,7 +30,7 @@ def dashboard(monkeypatch: pytest.MonkeyPatch, *words: object) -> list[str]:
     """The script in this process; the problems it ends with."""
     monkeypatch.setattr(sys, "argv", ["dashboard.py", *map(str, words)])
     try:
-        script.main()
+        script.run_command()
     except Phi3VError as error:
         assert error.exit_code != 0
         return error.problems

@@ -64,7 +64,7 @@ def test_ranks_wait_for_rank_0_longer_than_for_each_other(env):
 def test_tasks_of_srun_meet_without_a_word_about_where():
     """As in a plain `salloc`: nothing but what srun sets for each task."""
     code = (
-        "from phi3v_dist.cli import run_script\n"
+        "from phi3v_dist.cli.app import run_script\n"
         "from phi3v_dist.parallel.topology import Topology\n"
         "def main():\n"
         "    topology = Topology.from_environment(); topology.start(60.0)\n"

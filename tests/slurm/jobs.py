@@ -33,7 +33,7 @@ SETTINGS = (
 SLOW = [f"{rank}:{phase}:*:slow" for phase in ("forward", "optimizer", "data", "backward") for rank in (0, 1)]
 TRAIN = REPOSITORY / "slurm" / "train.sh"
 IMPORTS = {  # program → what it imports before it does anything
-    "launch/job.py": "launch.job",
+    "launch/job.py": "phi3v_dist.cli.job",
     "launch/doctor.py": "phi3v_dist.cluster.preflight, phi3v_dist.config, phi3v_dist.parallel.topology",
 }
 TIMED_IMPORT = "import time, psutil, {}; print(time.time() - psutil.Process().create_time())"

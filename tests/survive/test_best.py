@@ -11,9 +11,9 @@ from typing import Any
 import pytest
 from writer_ranks import made_up
 
-from launch.export import best_of
 from phi3v_dist.attempt.attempt import Attempt
 from phi3v_dist.attempt.requests import Requests
+from phi3v_dist.cli.export import best_of
 from phi3v_dist.config import CheckpointSettings, FieldSettings, Settings
 from phi3v_dist.errors import CheckpointError
 from phi3v_dist.evaluate.recorded import comparable_metrics, metric_over

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from launch import check as launch_check
+from phi3v_dist.cli import check as launch_check
 from phi3v_dist.errors import ConfigError, DataError
 from phi3v_dist.survive.goodput import Costs, costs_of, measured, poisson, simulate
 from phi3v_dist.survive.interval import daly_s
@@ -178,7 +178,7 @@ def test_what_is_no_run_is_named(tmp_path: Path) -> None:
 
 def check(monkeypatch: pytest.MonkeyPatch, config_file: Path, *words: str) -> None:
     monkeypatch.setattr(sys, "argv", ["check.py", "--config", str(config_file), *words])
-    launch_check.main()
+    launch_check.run_command()
 
 
 def test_check_prints_what_failures_will_cost_without_reading_data(

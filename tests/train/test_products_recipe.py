@@ -14,8 +14,8 @@ import webdataset
 from conftest import REPOSITORY, environment, picture
 from loopback import HTML_AS_JPEG, LoopbackServer, status
 
-from launch import check, prepare
 from phi3v_dist import config
+from phi3v_dist.cli import check, prepare
 from phi3v_dist.evaluate.score import read_field
 
 NAME = "DBQ/Burberry.Product.prices.United.States"
@@ -66,7 +66,7 @@ def world(tmp_path_factory: pytest.TempPathFactory, tiny_model: Path) -> Path:
         begin = HEADER.index(f"launch/prepare.py import {NAME}")
         words = shlex.split(HEADER[begin:].splitlines()[0])[1:]
         patch.setattr(sys, "argv", ["prepare.py", *words, "validation_frac=0.3"])
-        prepare.main()
+        prepare.run_command()
     return folder
 
 
@@ -114,11 +114,11 @@ def test_the_recipe_takes_the_drawn_products_as_they_are(
         (tmp_path / name).symlink_to(REPOSITORY / name)
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "argv", ["prepare.py", "sample", "--out", "data/products", "num_products=16"])
-    prepare.main()
+    prepare.run_command()
     (tmp_path / "data/tiny-phi3v").symlink_to(tiny_model)
     command = ["check.py", "--config", "launch/configs/products.yaml", "--show-labels", "1", *TINY]
     monkeypatch.setattr(sys, "argv", command)
-    check.main()
+    check.run_command()
     printed = " ".join(capsys.readouterr().out.split())
     assert "What is shown in this image?" in printed and "⟦Product: " in printed
 

@@ -20,7 +20,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.text import Text
 
 from phi3v_dist import config
-from phi3v_dist.cli import plain_console
+from phi3v_dist.cli.app import plain_console
 from phi3v_dist.config import Settings, SourceSettings
 from phi3v_dist.data.fetch import Fetcher
 from phi3v_dist.data.samples import BadSample, default_source
