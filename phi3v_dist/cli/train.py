@@ -23,7 +23,10 @@ def run_command() -> None:
     parser.add_argument("overrides", nargs="*", help="settings as key=value")
     arguments = parser.parse_args()
     requests = Requests.listen()  # before the imports that take seconds: until then a signal is a crash
-    from phi3v_dist import config, run
+    from phi3v_dist import config, versions
+
+    versions.require()  # before the imports that may fail for want of the right version, and take seconds
+    from phi3v_dist import run
     from phi3v_dist.attempt.finished import is_finished
     from phi3v_dist.parallel.topology import Topology
     from phi3v_dist.parallel.waits import WAITS

@@ -13,17 +13,16 @@ import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
-from importlib.metadata import version
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from phi3v_dist import versions
 from phi3v_dist.errors import CheckpointError
 from phi3v_dist.parallel.fingerprint import fingerprint, fingerprint_text
 
-TESTED_DEEPSPEED = "0.19.8"
 COUNTERS = ("global_steps", "global_samples", "skipped_steps", "micro_steps")
 HOW_IT_STEPS = ("foreach", "fused", "capturable", "differentiable")  # of a parameter group: the engine's own choice
 LOSS_SCALE_NUMBERS = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")
@@ -445,13 +444,8 @@ def _dtype_name(tensor: Tensor) -> str:
 
 
 def _require_supported(engine: Any) -> None:
-    found = version("deepspeed").split("+")[0]  # a local build adds +<commit>
-    if found != TESTED_DEEPSPEED:
-        raise CheckpointError(
-            f"saving and loading reach inside DeepSpeed and are tested with {TESTED_DEEPSPEED}; {found} is installed. "
-            f"Install deepspeed=={TESTED_DEEPSPEED}, or run tests/survive/test_checkpoint.py with the new version and, "
-            "when it passes, change TESTED_DEEPSPEED in phi3v_dist/parallel/partitions.py."
-        )
+    if wrong := versions.problems("deepspeed"):
+        raise CheckpointError(wrong)
     if engine.zero_optimization_stage() != 3:
         stage = engine.zero_optimization_stage()
         raise CheckpointError(f"checkpoints hold ZeRO-3 partitions; this engine runs stage {stage}. Set stage 3.")
