@@ -40,6 +40,8 @@ lint: setup
 	ruff check .
 	ruff format --check .
 	mypy
+	python tests/declared.py $(VENV)/declared
+	deptry phi3v_dist launch
 	shellcheck $(SHELL_FILES)
 	shfmt --diff --indent 2 $(SHELL_FILES)
 

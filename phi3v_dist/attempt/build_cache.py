@@ -18,6 +18,7 @@ from pathlib import Path
 
 import psutil
 
+from phi3v_dist import versions
 from phi3v_dist.errors import LaunchError
 from phi3v_dist.parallel.variables import host_name
 
@@ -65,11 +66,13 @@ def build(name: str) -> None:
 
     Raises:
         LaunchError: there is none of that name, or what it needs is not installed.
+        ConfigError: another version of DeepSpeed is installed.
     """
     own_build_folder()
     problems = leftover_locks()
     if problems:
         raise LaunchError(problems)
+    versions.require("deepspeed")
     from deepspeed.ops.op_builder.all_ops import ALL_OPS
 
     builder = ALL_OPS.get(name)

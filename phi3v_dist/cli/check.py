@@ -12,30 +12,22 @@ python launch/check.py --schema > settings.schema.json
 """
 
 import argparse
-import itertools
 import json
-import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from rich.table import Table
-from rich.text import Text
 
-from phi3v_dist import config, run
+from phi3v_dist import config, versions
 from phi3v_dist.cli.app import new_parser, plain_console, run_script
 from phi3v_dist.config import Settings
-from phi3v_dist.data import outcomes, preview
-from phi3v_dist.data.order import Order
-from phi3v_dist.data.plan import PlannedRow
-from phi3v_dist.data.samples import BadSample
 from phi3v_dist.errors import ConfigError
 from phi3v_dist.invocation import as_typed
-from phi3v_dist.planner import door
+from phi3v_dist.planner import options
 from phi3v_dist.survive.goodput import Costs, costs_of, poisson, simulate
 from phi3v_dist.survive.interval import about, choose
 
-ORDER_WINDOW = 1024  # positions looked up together
 NUM_FAILURES, SEED = 1000, 0  # simulated for each number of nodes; more change the third digit
 NODES, INTERVALS_MIN = (1, 8, 64), (5, 15, 60)
 COSTS = {  # option and field of `Costs` → what it says
@@ -71,16 +63,20 @@ def build_parser() -> argparse.ArgumentParser:
     goodput.add_argument("--goodput-of", type=Path, metavar="RUN", help="the same, with the costs that a run had")
     for name, what in COSTS.items():
         goodput.add_argument(f"--{name.replace('_', '-')}", type=float, metavar="S", help=what)
-    door.add_options(parser)
+    options.add_options(parser)
     parser.add_argument("overrides", nargs="*", help="settings as key=value")
     return parser
 
 
 def run_command() -> None:
     arguments = build_parser().parse_intermixed_args()
+    versions.require()  # before the imports that may fail for want of the right version, and take seconds
     if arguments.goodput or arguments.goodput_of:
         return show_goodput(config.load(arguments.config, arguments.overrides), costs_from(arguments))
-    if door.is_asked(arguments):
+    if options.is_asked(arguments):
+        from phi3v_dist.cli.check_data import first_rows
+        from phi3v_dist.planner import door
+
         return door.answer(arguments, first_rows)
     if given := [f"--{name.replace('_', '-')}" for name in COSTS if getattr(arguments, name) is not None]:
         raise ConfigError(f"{', '.join(given)}: only with --goodput or --goodput-of RUN")
@@ -88,6 +84,10 @@ def run_command() -> None:
     for option, value, least in (*numbers, ("name", arguments.name, 0)):
         if value is not None and value < least:
             raise ConfigError(f"--{option} is {value}: it must be at least {least}")
+
+    from phi3v_dist import run
+    from phi3v_dist.cli.check_data import name_outcomes, show_labels
+
     settings = config.load(arguments.config, arguments.overrides, lambda s: run.problems(s, arguments.world_size))
     train = run.Data.open(settings.data.train, settings)
     num_steps = run.count_steps(settings, run.plan(settings, train))
@@ -98,56 +98,6 @@ def run_command() -> None:
         name_outcomes("validation", run.Data.open(settings.data.validation, settings), arguments.name)
     if arguments.show_labels:
         show_labels(settings, train, arguments.show_labels)
-
-
-def first_rows(settings: Settings) -> tuple[list[PlannedRow], int | None]:
-    """Rows of the first steps as they will be trained, and how many an epoch has. Raises what `Data.open` does."""
-    train = run.Data.open(settings.data.train, settings)
-    steps = list(itertools.islice(run.plan(settings, train), door.NUM_STEPS_SEEN))
-    rows = [row for step in steps for row in step.rows]
-    tokens = sum(row.tokens for row in rows)
-    usable = train.lengths.tokens[train.lengths.tokens <= settings.data.row_length_tokens]
-    return rows, round(int(usable.sum()) * len(rows) / tokens) if tokens else None
-
-
-def name_outcomes(side: str, data: run.Data, num_samples: int) -> None:
-    """The first samples that were cut to fit, and those left out, with the reason."""
-    policy = data.decoder.processor.fit_policy
-    for outcome in [*outcomes.cut(data.lengths, policy), *outcomes.left_out(data.lengths, policy)]:
-        print(f"\n{side}: {outcome}")
-        for line in outcomes.names(outcome, data.table, data.lengths, num_samples):
-            print(f"  {line}")
-        if (more := len(outcome.sample_ids) - num_samples) > 0:
-            print(f"  … and {more:,} more (--name {len(outcome.sample_ids)} names all)")
-
-
-def show_labels(settings: Settings, train: run.Data, num_samples: int) -> None:
-    """The first training samples of the run's order as they will be trained."""
-    sys.stdout.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]  # words in any script
-    console = plain_console(soft_wrap=True)
-    lengths, processor = train.lengths, train.decoder.processor
-    order = Order(train.table, settings.run.seed)
-    fits = (lengths.tokens > 0) & (lengths.tokens <= settings.data.row_length_tokens)
-    windows = (range(begin, begin + ORDER_WINDOW) for begin in range(0, order.num_samples, ORDER_WINDOW))
-    stream = (i for window in windows for i in order.sample_ids(window.start, window.stop).tolist() if fits[i])
-    ids = list(itertools.islice(stream, min(num_samples, int(fits.sum()))))
-    console.print(Text(f"\nfirst {len(ids)} of {fits.sum():,} training samples: ") + preview.LEGEND)
-    trained = tokens = 0
-    for number, sample_id in enumerate(ids, start=1):
-        console.rule(Text(f"{number}  {train.table.sample_name(sample_id)}"), align="left")
-        try:
-            example = train.decoder.example(sample_id, int(lengths.tokens[sample_id]))
-        except BadSample as error:
-            console.print(Text(f"cannot be used, and would be skipped in training: {error.reason}"))
-            continue
-        num_trained = int((example.labels != preview.IGNORE).sum())
-        trained, tokens = trained + num_trained, tokens + len(example.labels)
-        console.print(preview.render(example, processor.tokenizer))
-        console.print(preview.trained_share(num_trained, len(example.labels)))
-    console.rule()
-    console.print(f"shown:    {preview.trained_share(trained, tokens)}")
-    all_trained, all_tokens = int(lengths.label_tokens[fits].sum()), int(lengths.tokens[fits].sum())
-    console.print(f"all data: {preview.trained_share(all_trained, all_tokens)}")
 
 
 def costs_from(arguments: argparse.Namespace) -> Costs:

@@ -22,9 +22,10 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from phi3v_dist import config
+from phi3v_dist import config, versions
 from phi3v_dist.cli.app import new_parser, run_script
 from phi3v_dist.errors import ConfigError, LaunchError
+from phi3v_dist.parallel.variables import host_name
 from phi3v_dist.printable import printable
 
 TOKEN = r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}"
@@ -61,6 +62,9 @@ def run_command() -> None:
 def look(arguments: argparse.Namespace, began_s: float) -> int:
     """Examine this node, and by hand print all nodes. Returns the exit code; raises ConfigError."""
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # torch warns of every address that has no name
+    token = arguments.token or token_by_hand()
+    with refusal_reported(arguments.report, token):
+        versions.require()  # before the imports that may fail for want of the right version, and take seconds
     from phi3v_dist.cluster import preflight
     from phi3v_dist.cluster.checking import Place
     from phi3v_dist.cluster.report import FOLDER_NAME
@@ -69,13 +73,8 @@ def look(arguments: argparse.Namespace, began_s: float) -> int:
     topology = Topology.from_environment()
     if topology.local_rank != 0:
         return 0
-    token = arguments.token or token_by_hand()
-    try:
+    with refusal_reported(arguments.report, token):
         settings = config.load(arguments.config, arguments.overrides)
-    except ConfigError as error:
-        if arguments.report:
-            preflight.refused(topology.host, token, arguments.report, error)
-        raise
     num_nodes = -(-topology.world_size // topology.local_world_size)
     folder = arguments.report or settings.run.folder / FOLDER_NAME
     left_s = arguments.limit_s - (time.monotonic() - began_s)  # imports may have taken their time
@@ -86,6 +85,19 @@ def look(arguments: argparse.Namespace, began_s: float) -> int:
     except OSError as error:
         raise ConfigError(f"{folder}: the report cannot be written: {error}; set run.root to another place") from error
     return judge_all(folder, token, num_nodes) if topology.is_main and not arguments.token else say(report)
+
+
+@contextmanager
+def refusal_reported(folder: Path | None, token: str) -> Iterator[None]:
+    """Write a ConfigError raised within to the report folder as well, if there is one."""
+    try:
+        yield
+    except ConfigError as error:
+        if folder is not None:
+            from phi3v_dist.cluster.report import refused
+
+            refused(host_name(os.environ), token, folder, error)
+        raise
 
 
 def check_words(arguments: argparse.Namespace) -> None:

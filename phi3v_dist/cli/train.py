@@ -27,6 +27,9 @@ def build_parser() -> argparse.ArgumentParser:
 def run_command() -> None:
     arguments = build_parser().parse_args()
     requests = Requests.listen()  # before the imports that take seconds: until then a signal is a crash
+    from phi3v_dist import versions
+
+    versions.require()  # before the imports that may fail for want of the right version, and take seconds
     from torch.distributed.elastic.multiprocessing.errors import record
 
     from phi3v_dist.cli.error_file import RedactingErrorHandler

@@ -8,7 +8,6 @@ second one is written in time, by a thread that waits for nobody.
 import os
 import time
 from dataclasses import replace
-from pathlib import Path
 
 import torch
 
@@ -19,7 +18,6 @@ from phi3v_dist.cluster.checking import LOOKS_FRAC, MEET_FRAC, PROBE_FRAC, Look,
 from phi3v_dist.cluster.entries import NETWORK, SUM
 from phi3v_dist.cluster.report import CONFIGURATION, DATA, LAUNCH, Check, Report, path_of, read_report
 from phi3v_dist.cluster.talk import Patience, Talk
-from phi3v_dist.errors import Phi3VError
 from phi3v_dist.printable import printable
 
 LOOKS: tuple[tuple[str, Look, str], ...] = (  # after the GPUs and before the arithmetic, which are looked at apart
@@ -89,14 +87,6 @@ def probe(report: Report, place: Place, patience: Patience) -> Report:
         is_complete=True,
     )  # fmt: skip
     report.write(place.folder)
-    return report
-
-
-def refused(host: str, token: str, folder: Path, error: Phi3VError) -> Report:
-    """The report of a node that cannot even read its settings, written down. Raises OSError."""
-    problems = Check("settings", "", tuple(error.problems), kind=CONFIGURATION)
-    report = Report(host, token, is_complete=True, checks=(problems,)).after(read_report(path_of(folder, host)))
-    report.write(folder)
     return report
 
 

@@ -13,6 +13,7 @@ from pathlib import Path
 
 from pydantic import ConfigDict, TypeAdapter, ValidationError
 
+from phi3v_dist.errors import Phi3VError
 from phi3v_dist.survive.durable import no_links, write_durably
 
 FORMAT = "phi3v-preflight-1"
@@ -108,6 +109,14 @@ def read_report(path: Path) -> Report | None:
     except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError, ValidationError):
         return None
     return report if report.host == path.name.removesuffix(ENDING) else None
+
+
+def refused(host: str, token: str, folder: Path, error: Phi3VError) -> Report:
+    """Write the report of a node that does not get as far as looking at itself. Raises OSError."""
+    problems = Check("settings", "", tuple(error.problems), kind=CONFIGURATION)
+    report = Report(host, token, is_complete=True, checks=(problems,)).after(read_report(path_of(folder, host)))
+    report.write(folder)
+    return report
 
 
 def read_reports(folder: Path, hosts: Iterable[str] | None = None) -> list[Report]:

@@ -8,11 +8,12 @@ every file by itself, and again at its index, is what would take the time.
 import contextlib
 import fnmatch
 import glob
-import itertools
 import os
 import re
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
+
+from braceexpand import UnbalancedBracesError, braceexpand  # type: ignore[attr-defined]  # missing in its stub
 
 from phi3v_dist.data import store
 from phi3v_dist.data.index import INDEX_SUFFIX
@@ -74,7 +75,7 @@ def expand(patterns: Sequence[str], listings: Listings | None = None) -> tuple[l
             continue
         missing: list[str] = []
         num_names = 0
-        for name in _expand_braces(pattern):
+        for name in expand_braces(pattern):
             num_names += 1
             try:
                 matches = _remote(name) if store.is_remote(name) else _local(name, listings)
@@ -123,18 +124,16 @@ def _remote(name: str) -> list[str]:
     return [match for match in store.glob(name) if not match.endswith(ENDINGS)]
 
 
-def _expand_braces(pattern: str) -> Iterator[str]:
-    parts = re.split(r"(\{\d+\.\.\d+\}|\{[^{}]*,[^{}]*\})", pattern)
-    options: list[list[str]] = []
-    for part in parts:
-        if match := re.fullmatch(r"\{(\d+)\.\.(\d+)\}", part):
-            low, high = match.groups()
-            options.append([f"{i:0{len(low)}d}" for i in range(int(low), int(high) + 1)])
-        elif part.startswith("{") and part.endswith("}") and "," in part:
-            options.append(part[1:-1].split(","))
-        else:
-            options.append([part])
-    yield from map("".join, itertools.product(*options))
+def expand_braces(pattern: str) -> list[str]:
+    """Expand braces as bash and webdataset do: `{000..127}`, `{9..1..2}`, `{a..d}`, `{a,b{1..2}}`.
+
+    A name with unbalanced braces stays as it is, and a backslash has no special meaning: both may be part of a file's
+    name.
+    """
+    try:
+        return list(braceexpand(pattern, escape=False))
+    except UnbalancedBracesError:
+        return [pattern]
 
 
 @contextlib.contextmanager

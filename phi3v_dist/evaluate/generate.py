@@ -26,6 +26,7 @@ from phi3v_dist.model.adapters import merged_parameters
 from phi3v_dist.model.cache import KeyValueCache, Piece
 from phi3v_dist.model.phi3v import Phi3VForCausalLM
 from phi3v_dist.model.placement import Placement
+from phi3v_dist.parallel.zero import TORCH_LINEAR
 from phi3v_dist.watch import heartbeat
 
 # Tokens in one forward call of a prefill. What one layer computes for them is then all there is beside the weights, the
@@ -56,7 +57,7 @@ def plain_linear() -> Iterator[None]:
     of an exported folder.
     """
     replaced = torch.nn.functional.linear
-    torch.nn.functional.linear = torch._C._nn.linear
+    torch.nn.functional.linear = TORCH_LINEAR
     try:
         yield
     finally:

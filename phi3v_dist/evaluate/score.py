@@ -12,6 +12,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
+from rapidfuzz.distance import Levenshtein
 
 from phi3v_dist.config import FieldSettings
 from phi3v_dist.evaluate.intervals import Column, Statistic
@@ -73,13 +74,7 @@ def _by_key(text: str, key: str) -> str | None:
 def likeness(found: str, truth: str) -> float:
     """1 - edits / length of the longer text, letters of either case alike; 0 below a half (ANLS, arXiv 1907.00490)."""
     one, other = (" ".join(text.casefold().split()) for text in (found, truth))
-    row = list(range(len(other) + 1))
-    for i, letter in enumerate(one, start=1):
-        above, row[0] = row[0], i
-        for j, wanted in enumerate(other, start=1):
-            above, row[j] = row[j], min(row[j] + 1, row[j - 1] + 1, above + (letter != wanted))
-    alike = 1 - row[-1] / max(len(one), len(other), 1)
-    return alike if alike >= LEAST_ALIKE else 0.0
+    return Levenshtein.normalized_similarity(one, other, score_cutoff=LEAST_ALIKE)
 
 
 def _is_right(found: str | float | None, truth: str | float, kind: str) -> bool:

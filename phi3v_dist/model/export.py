@@ -166,20 +166,16 @@ def streamed(config: dict[str, Any], weights: Weights, longrope: Any) -> Phi3VFo
     model = Phi3VForCausalLM.without_weights(config, longrope, attention="sdpa").eval()
 
     def fetch(prefix: str, module: nn.Module) -> None:
-        for name in module._parameters:
+        for name, _ in list(module.named_parameters(recurse=False)):
             weight = weights.get(f"{prefix}.{name}").float()
-            module._parameters[name] = nn.Parameter(weight, requires_grad=False)
+            module.register_parameter(name, nn.Parameter(weight, requires_grad=False))
 
     def drop(module: nn.Module) -> None:
-        for name, parameter in module._parameters.items():
-            assert parameter is not None  # no module of the model has an empty place
-            module._parameters[name] = nn.Parameter(parameter.to("meta"), requires_grad=False)
+        for name, parameter in list(module.named_parameters(recurse=False)):
+            module.register_parameter(name, nn.Parameter(parameter.to("meta"), requires_grad=False))
 
     for prefix, module in model.named_modules():
-        for name in [name for name, parameter in module._parameters.items() if parameter is None]:
-            del module._parameters[name]  # a linear layer without a bias keeps the name
-            setattr(module, name, None)
-        if module._parameters:
+        if any(True for _ in module.parameters(recurse=False)):
             module.register_forward_pre_hook(lambda module, _, prefix=prefix: fetch(prefix, module))
             module.register_forward_hook(lambda module, *_: drop(module))
     return model

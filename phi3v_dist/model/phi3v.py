@@ -54,9 +54,11 @@ class Phi3VDecoder(nn.Module):
         names = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads",
                  "hidden_act", "rms_norm_eps", "attention_dropout", "resid_pdrop", "vocab_size")  # fmt: skip
         fields = {name: config[name] for name in names if name in config}
-        no_ids: dict[str, Any] = {"pad_token_id": None, "bos_token_id": None, "eos_token_id": None}
-        phi3 = Phi3Config(**fields, **no_ids, sliding_window=None)
-        phi3._attn_implementation = INTERFACE
+        fixed: dict[str, Any] = {
+            "pad_token_id": None, "bos_token_id": None, "eos_token_id": None, "sliding_window": None,
+            "attn_implementation": INTERFACE,
+        }  # fmt: skip
+        phi3 = Phi3Config(**fields, **fixed)
         pad_id = config.get("pad_token_id", DEFAULT_PAD_ID)
         self.embed_tokens = nn.Embedding(config["vocab_size"], config["hidden_size"], padding_idx=pad_id)
         self.vision_embed_tokens = ImageEmbedding(config)

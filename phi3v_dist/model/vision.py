@@ -36,10 +36,9 @@ CROPS_WITHOUT_GRADIENTS = 16  # in one call of the tower: of ViT-L in bf16 a lay
 
 def clip_config(config: dict[str, Any]) -> CLIPVisionConfig:
     """The tower of a config.json: `img_processor.clip_config` where given, else ViT-L/14-336."""
-    fields = CLIP_VIT_L_336 | config["img_processor"].get("clip_config", {})
-    clip = CLIPVisionConfig(**fields)
-    clip._attn_implementation = "sdpa"
-    return clip
+    given = config["img_processor"].get("clip_config", {})
+    fields = CLIP_VIT_L_336 | {name: value for name, value in given.items() if not name.startswith("_")}
+    return CLIPVisionConfig(**fields | {"attn_implementation": "sdpa"})
 
 
 @dataclass(frozen=True)

@@ -25,6 +25,7 @@ from phi3v_dist.memory import returned_when_freed
 from phi3v_dist.parallel import zero_limits
 from phi3v_dist.parallel.topology import Topology
 
+TORCH_LINEAR = nn.functional.linear  # before `zero.Init`, which is called here alone, replaces it in the whole process
 ModuleT = TypeVar("ModuleT", bound=nn.Module)
 HOMES = {  # DeepSpeed key → the setting that owns it
     "train_batch_size": "train.rows_per_step",

@@ -12,11 +12,10 @@ from phi3v_dist.config import Settings
 from phi3v_dist.data.plan import PlannedRow, accumulation
 from phi3v_dist.model.flops import flops
 from phi3v_dist.model.official_config import head_dim
-from phi3v_dist.planner.gpus import Gpu
+from phi3v_dist.planner.gpus import EFFICIENCY, Gpu
 from phi3v_dist.planner.row import RowShape
 from phi3v_dist.survive.interval import choose
 
-EFFICIENCY = 0.4  # of the dense bf16 figure, causal FLOPs without recomputing; see docs/planner.md
 HOST_COPY_BANDWIDTH = 25e9  # bytes a second from a GPU to pinned memory: half of what PCIe 4 x16 and 5 x8 have
 CHECKPOINT_BYTES = 12  # for each trained parameter: fp32 master and Adam's two moments
 

@@ -14,32 +14,12 @@ from phi3v_dist import config
 from phi3v_dist.config import Settings
 from phi3v_dist.data.plan import PlannedRow
 from phi3v_dist.errors import ConfigError, Phi3VError
-from phi3v_dist.planner.cost import EFFICIENCY, Cluster
-from phi3v_dist.planner.gpus import GPUS, gpu_named
+from phi3v_dist.planner.cost import Cluster
+from phi3v_dist.planner.gpus import EFFICIENCY, gpu_named
 from phi3v_dist.planner.row import RowShape, full_row, shape_of
 
-OPTIONS = ("nodes", "gpus_per_node", "gpu", "recommend", "json", "efficiency", "brief")
 NUM_STEPS_SEEN = 8  # of the plan, to find the row that stands for all
 Rows = Callable[[Settings], tuple[list[PlannedRow], int | None]]  # first rows of the run, rows of an epoch
-
-
-def add_options(parser: argparse.ArgumentParser) -> None:
-    planner = parser.add_argument_group("plan", "memory, time and network of a cluster, without a GPU or weights")
-    planner.add_argument("--nodes", type=int, metavar="N", help="print the plan for so many nodes")
-    planner.add_argument("--gpus-per-node", type=int, metavar="N", help="default 8")
-    planner.add_argument("--gpu", metavar="NAME", help=f"default h100-80; known: {', '.join(GPUS)}")
-    planner.add_argument("--efficiency", type=float, metavar="X", help=f"share of peak FLOPs; default {EFFICIENCY:g}")
-    planner.add_argument("--recommend", type=Path, metavar="OUT", help="write a config with which it fits")
-    planner.add_argument("--brief", action="store_true", help="print one line")
-    planner.add_argument("--json", action="store_true", help="print the plan as one JSON object, and nothing else")
-
-
-def is_asked(arguments: argparse.Namespace) -> bool:
-    """Whether a plan is wanted. Raises ConfigError for its options without --nodes."""
-    given = [f"--{name.replace('_', '-')}" for name in OPTIONS if getattr(arguments, name)]
-    if arguments.nodes is None and given:
-        raise ConfigError(f"{', '.join(given)}: only with --nodes N")
-    return arguments.nodes is not None
 
 
 def answer(arguments: argparse.Namespace, rows: Rows) -> None:

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 
 from phi3v_dist.errors import ConfigError
 
+EFFICIENCY = 0.4  # of the dense bf16 figure, causal FLOPs without recomputing; see docs/planner.md
 USABLE = 0.94  # 74 of 79.1 GiB: what is left beside the driver, and pieces of the allocator that fit nothing
 
 

@@ -19,7 +19,8 @@ from phi3v_dist.model import build as model_build
 from phi3v_dist.model.official_config import read_config
 from phi3v_dist.parallel import zero
 from phi3v_dist.parallel.ulysses import group_sizes
-from phi3v_dist.planner.cost import EFFICIENCY, Cluster, Cost, cost
+from phi3v_dist.planner.cost import Cluster, Cost, cost
+from phi3v_dist.planner.gpus import EFFICIENCY
 from phi3v_dist.planner.memory import GIB, Memory, memory, owners, unseen_terms
 from phi3v_dist.planner.row import RowShape, timeline
 from phi3v_dist.planner.zero_share import zero_share

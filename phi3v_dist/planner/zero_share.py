@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from phi3v_dist import versions
 from phi3v_dist.planner.gathering import Limits, Weight
 
 FP32 = 4
@@ -44,7 +45,12 @@ class ZeroShare:
 
 
 def zero_share(weights: Sequence[Weight], ds_config: dict[str, Any], ranks: int, itemsize: int) -> ZeroShare:
-    """Of a model with these parameters, in elements of `itemsize` bytes."""
+    """Of a model with these parameters, in elements of `itemsize` bytes.
+
+    Raises:
+        ConfigError: another DeepSpeed is installed, which may hold and gather something else.
+    """
+    versions.require("deepspeed")
     zero = ds_config["zero_optimization"]
     number = {key: int(zero.get(key, default)) for key, default in DEFAULTS.items()}
     own = sum(math.ceil(w.elements / ranks) for w in weights)

@@ -9,6 +9,7 @@ beside the tensors does not stop the import (`torch.load(weights_only=True)` ref
 """
 
 import collections
+import logging
 import pickle
 import re
 import types
@@ -20,11 +21,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from phi3v_dist import versions
 from phi3v_dist.errors import CheckpointError
 from phi3v_dist.parallel.fingerprint import fingerprint, fingerprint_text
 from phi3v_dist.parallel.partitions import official_name
 from phi3v_dist.survive.manifest import MANIFEST
 from phi3v_dist.survive.retention import committed
+
+log = logging.getLogger(__name__)
 
 MODEL_FILE = re.compile(r"zero_pp_rank_(\d+)_mp_rank_(\d+)_model_states\.pt")
 OPTIMIZER_FILE = re.compile(r"(?:bf16_)?zero_pp_rank_(\d+)_mp_rank_(\d+)_optim_states\.pt")
@@ -127,6 +131,12 @@ class DeepSpeedCheckpoint:
             raise CheckpointError(
                 f"{folder} does not say what it holds ({error!r}): not a ZeRO-3 checkpoint"
             ) from error
+        writer = str(head.get("ds_version"))
+        if not versions.accepts("deepspeed", writer):
+            log.warning(
+                "%s was saved by DeepSpeed %s; importing is tested with files of deepspeed%s",
+                folder, writer, versions.ACCEPTED["deepspeed"],
+            )  # fmt: skip
         missing = [
             f"{folder}: {what} of rank {rank} is missing; it was saved by {world_size} ranks and all of their files "
             "are needed"

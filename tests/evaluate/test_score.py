@@ -1,9 +1,12 @@
 """What is read from an answer, and what the metrics over answers are, by hand-computed numbers."""
 
+import random
+from collections.abc import Iterator
+
 import pytest
 
 from phi3v_dist.config import FieldSettings
-from phi3v_dist.evaluate.score import read_field, score_answer, summarize
+from phi3v_dist.evaluate.score import likeness, read_field, score_answer, summarize
 from phi3v_dist.observe.metrics import check
 
 PRICE = FieldSettings(pattern=r"Price: (\S+)", kind="number")
@@ -217,6 +220,46 @@ def test_fuzzy_fields_say_how_alike_texts_are():
     assert metrics["eval/anls/name"] == pytest.approx((1 + 13 / 14 + 0 + 0) / 4)
     assert metrics["eval/field_em/name"] == 0.0, "exactly is another question"
     check(metrics)
+
+
+def reference_likeness(found: str, truth: str) -> float:
+    """ANLS as its paper defines it (arXiv 1907.00490), row by row of the table of edits."""
+    one, other = (" ".join(text.casefold().split()) for text in (found, truth))
+    row = list(range(len(other) + 1))
+    for i, letter in enumerate(one, start=1):
+        above, row[0] = row[0], i
+        for j, wanted in enumerate(other, start=1):
+            above, row[j] = row[j], min(row[j] + 1, row[j - 1] + 1, above + (letter != wanted))
+    alike = 1 - row[-1] / max(len(one), len(other), 1)
+    return alike if alike >= 0.5 else 0.0
+
+
+def random_pairs(number: int) -> Iterator[tuple[str, str]]:
+    """Texts and edited copies of them: few letters, so that many edits cancel, and some that casefold changes."""
+    chance = random.Random(0)
+    letters = "abAB  \tßİé漢🙂"
+    for _ in range(number):
+        text = [chance.choice(letters) for _ in range(chance.randrange(40))]
+        other = list(text)
+        for _ in range(chance.randrange(len(text) + 2)):
+            place = chance.randrange(len(other) + 1)
+            other[place : place + chance.randrange(2)] = chance.choice(["", *letters])
+        yield "".join(text), "".join(other)
+
+
+def test_likeness_is_that_of_the_paper_on_1000_random_pairs():
+    pairs = list(random_pairs(1000))
+    found = [likeness(one, other) for one, other in pairs]
+    assert found == [reference_likeness(one, other) for one, other in pairs]
+    assert 0.0 in found and 1.0 in found and len(set(found)) > 100, "the pairs cover near, far and equal texts"
+
+
+@pytest.mark.parametrize(
+    ("one", "other", "expected"),
+    [("", "", 1.0), ("", "a", 0.0), ("ab", "ax", 0.5), ("abc", "axx", 0.0), (" A  b ", "a B", 1.0)],
+)
+def test_likeness_at_its_limits(one, other, expected):
+    assert likeness(one, other) == reference_likeness(one, other) == expected
 
 
 def test_relaxed_fields_are_right_within_five_percent_and_as_text_where_the_truth_is_one():

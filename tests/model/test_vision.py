@@ -3,6 +3,7 @@
 import pytest
 import torch
 from PIL import Image
+from transformers.models.clip.modeling_clip import CLIPEncoderLayer
 
 from phi3v_dist.config import SourceSettings
 from phi3v_dist.data.batch import Batch, Filling, Row, collate
@@ -11,6 +12,7 @@ from phi3v_dist.data.loader import Decoder
 from phi3v_dist.data.processor import Phi3VProcessor
 from phi3v_dist.data.shards import ShardTable
 from phi3v_dist.model import Phi3VForCausalLM
+from phi3v_dist.model.vision import clip_config
 
 CPU = torch.device("cpu")
 SAME_GRADIENT = 2e-5  # of its tensor's greatest value; measured: 8e-6 (k_proj.bias, 0 in theory), others 3e-6
@@ -26,6 +28,12 @@ def decoder(shards, tiny_model) -> Decoder:
 @pytest.fixture
 def model(tiny_model) -> Phi3VForCausalLM:
     return Phi3VForCausalLM.from_pretrained(tiny_model).train()
+
+
+@pytest.mark.parametrize("key", [None, "attn_implementation", "_attn_implementation"])
+def test_the_tower_attends_with_sdpa_whatever_its_config_says(key: str | None) -> None:
+    config = clip_config({"img_processor": {"clip_config": {} if key is None else {key: "eager"}}})
+    assert CLIPEncoderLayer(config).self_attn.config._attn_implementation == "sdpa"
 
 
 def batch_of(decoder: Decoder, numbers: list[int], filling: int = 0, num_chunks: int | None = None) -> Batch:

@@ -22,7 +22,7 @@ from phi3v_dist.errors import ConfigError, DataError
 from phi3v_dist.model.flops import PATCH_PIXELS, PATCHES, attention_pair, flops
 from phi3v_dist.model.official_config import read_config
 from phi3v_dist.model.vision import clip_config
-from phi3v_dist.planner import at_start, door, record, row, unroll
+from phi3v_dist.planner import at_start, door, options, record, row, unroll
 from phi3v_dist.planner.row import RowShape, full_row, timeline
 
 NONE = Path("none")
@@ -119,14 +119,14 @@ def folder(tmp_path: Path) -> Path:
 def ask(folder: Path, *words: str) -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--config", default=str(folder / "run.yaml"))
-    door.add_options(parser)
+    options.add_options(parser)
     parser.add_argument("overrides", nargs="*")
     arguments = parser.parse_intermixed_args(words)
 
     def no_data(_):
         raise DataError("no shards")
 
-    assert door.is_asked(arguments)
+    assert options.is_asked(arguments)
     door.answer(arguments, no_data)
 
 

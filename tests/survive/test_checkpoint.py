@@ -18,6 +18,7 @@ import xxhash
 from hypothesis import given
 from hypothesis import strategies as st
 
+from phi3v_dist import versions
 from phi3v_dist.errors import CheckpointError
 from phi3v_dist.parallel import partitions
 from phi3v_dist.parallel.fingerprint import fingerprint
@@ -318,6 +319,6 @@ def test_a_disk_that_returns_other_bytes_than_were_written_fails_the_save(tmp_pa
 
 
 def test_an_untested_deepspeed_is_refused_with_what_to_do(monkeypatch):
-    monkeypatch.setattr(partitions, "version", lambda name: "0.20.0")
-    with pytest.raises(CheckpointError, match="0.20.0 is installed. Install deepspeed==0.19.8"):
+    monkeypatch.setattr(versions, "version", lambda name: "0.20.0")
+    with pytest.raises(CheckpointError, match="deepspeed 0.20.0 is installed, phi3v-dist needs deepspeed==0.19.8"):
         partitions.Partitions(engine=None)

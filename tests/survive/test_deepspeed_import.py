@@ -221,6 +221,18 @@ def test_what_is_wrong_with_a_checkpoint_is_named_and_nothing_is_written(
     assert not list((settings.run.folder / "checkpoints").glob("*"))
 
 
+def test_files_of_a_deepspeed_that_was_never_tested_are_imported_with_a_warning(
+    broken: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    DeepSpeedCheckpoint.open(broken)
+    assert not caplog.messages
+    for path in (broken / "global_step2").glob("*model_states.pt"):
+        change(path, lambda content: content.update(ds_version="0.14.2"))
+    DeepSpeedCheckpoint.open(broken)
+    (warning,) = caplog.messages
+    assert "was saved by DeepSpeed 0.14.2; importing is tested with files of deepspeed==0.19.8" in warning
+
+
 def test_settings_that_do_not_fit_are_named_by_tensor(old: Path, tmp_path: Path) -> None:
     source = DeepSpeedCheckpoint.open(old / "full-old")
     settings = settings_of(old, tmp_path, "train.parts.vision=frozen")
