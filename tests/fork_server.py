@@ -52,7 +52,6 @@ PRELOADED = (
     "matplotlib.figure",
     "rich.progress",
     "simplejpeg",
-    "cv2",
 )
 LAUNCHERS = ("torchrun", "deepspeed", "deepspeed.launcher.launch", "supervise.py")
 PR_SET_CHILD_SUBREAPER = 36

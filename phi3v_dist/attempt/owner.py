@@ -22,6 +22,7 @@ import psutil
 from phi3v_dist.errors import LaunchError
 from phi3v_dist.parallel.variables import host_name, number
 from phi3v_dist.survive.durable import write_durably
+from phi3v_dist.watch import processes
 
 OWNER_NAME, COUNTER_NAME = "owner.json", "alive"
 START_VARIABLE = "PHI3V_START"  # set by slurm/train.sh, which begins a start when the one before has ended
@@ -37,7 +38,8 @@ class Owner:
 
     job: Slurm's number; restart: how often it was requeued; start: of the starts within the job's present life, which
     follow each other, from 1; 0 if nobody counts them. machine: this boot and process namespace, within which a pid
-    means something. since: local time, for people.
+    means something. pid_started: unix time, for the timeline. since: local time, for people.
+    start_ticks: with the pid, which process this is (see processes.py); 0 in files of earlier releases.
     """
 
     attempt: int
@@ -50,6 +52,7 @@ class Owner:
     since: str
     token: str
     start: int = 0
+    start_ticks: int = 0
 
     @classmethod
     def of_this_process(cls, attempt: int, env: Mapping[str, str] = os.environ) -> "Owner":
@@ -62,6 +65,7 @@ class Owner:
             pid_started=psutil.Process().create_time(),
             since=datetime.now(UTC).astimezone().isoformat(timespec="seconds"), token=secrets.token_hex(8),
             start=number(env, START_VARIABLE, default=0),
+            start_ticks=processes.start_ticks(os.getpid()) or 0,
         )  # fmt: skip
 
     @property
@@ -78,10 +82,10 @@ class Owner:
     def why_gone(self, folder: Path, asker: "Owner") -> str | None:
         """Why this owner of an attempt's folder is certainly gone; None when it is alive. May watch for `WATCH_S`."""
         if self.machine == asker.machine:
-            try:
-                alive = abs(psutil.Process(self.pid).create_time() - self.pid_started) < 1
-            except psutil.NoSuchProcess:
-                alive = False
+            if self.start_ticks:
+                alive = processes.is_alive(self.pid, self.start_ticks)
+            else:  # an earlier release's: in doubt it lives
+                alive = processes.start_ticks(self.pid) is not None
             return None if alive else f"process {self.pid} is gone"
         if self.job and self.job == asker.job and self.restart < asker.restart:
             return f"Slurm job {self.job} has been started again"
@@ -108,7 +112,7 @@ def read_owner(folder: Path) -> Owner | None:
     try:
         facts = json.loads(path.read_text())
         known = {field.name: facts[field.name] for field in fields(Owner) if field.name in facts}
-        return Owner(**known)  # those of earlier releases have no `start`
+        return Owner(**known)  # those of earlier releases lack fields with a default
     except FileNotFoundError:
         return None
     except (ValueError, TypeError) as error:

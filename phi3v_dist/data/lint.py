@@ -14,7 +14,6 @@ from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
-import cv2
 import numpy as np
 import xxhash
 
@@ -123,7 +122,7 @@ def lint(table: ShardTable, options: LintOptions, on_progress: Callable[[int, in
         keys[sample_id] = xxhash.xxh3_64_intdigest(index.key(number).encode())
         contents[sample_id] = xxhash.xxh3_64_intdigest(repr(members).encode())
 
-    with ThreadPoolExecutor(options.num_threads, "lint", initializer=cv2.setNumThreads, initargs=(1,)) as pool:
+    with ThreadPoolExecutor(options.num_threads, "lint") as pool:
         for span, found in zip(spans, pool.map(look, spans), strict=True):
             for finding in found:
                 report.add(finding)

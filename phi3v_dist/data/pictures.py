@@ -17,7 +17,6 @@ import re
 import struct
 import warnings
 
-import cv2
 import numpy as np
 import simplejpeg
 from jaxtyping import UInt8
@@ -34,7 +33,7 @@ MAX_PIXELS = 36_000_000
 
 SPARE_BYTES = 8  # writers pad to a word; where bits flipped, usually more is left over
 EXIF_ORIENTATION = 0x0112
-EXIF_FLIPS = {2: 1, 3: -1, 4: 0, 6: 1, 7: -1, 8: 0}  # codes of cv2.flip; 5 to 8 are transposed before
+EXIF_FLIPS = {2: (1,), 3: (0, 1), 4: (0,), 6: (0,), 7: (0, 1), 8: (1,)}  # axes; 5 to 8 are transposed afterwards
 PNG_EXIF_MARKS = (b"eXIf", b"XML:com.adobe.xmp", b"Raw profile type exif")
 
 # What Pillow raises on damaged files, by experience; only the first two are documented.
@@ -59,15 +58,20 @@ def upright_size(data: bytes) -> tuple[int, int]:
 
 
 def decode_image(data: bytes) -> UInt8[np.ndarray, "height width 3"]:
-    """Picture file → upright 8-bit RGB. Raises one of PICTURE_ERRORS when it is not whole."""
+    """Picture file → upright 8-bit RGB. Raises one of PICTURE_ERRORS when it is not whole.
+
+    A picture that EXIF lays on its side is returned as a transposed view of its array: crops are cut from it as fast as
+    from any other, while a copy would take more than half as long as the decoding.
+    """
     with _open(data) as file:
         orientation = _orientation(file, data)
         pixels = _decode_jpeg(data) if _is_plain_jpeg(file) else _rgb(file)
-    if orientation >= 5:  # as phones hold most photos; numpy would take twice as long over this as over the decoding
-        pixels = cv2.transpose(pixels)
+    pixels = np.require(pixels, requirements=["C", "W"])  # Pillow's arrays are read-only, which torch warns of
     if orientation in EXIF_FLIPS:
-        pixels = cv2.flip(pixels, EXIF_FLIPS[orientation])
-    return np.ascontiguousarray(pixels)
+        import torch  # takes seconds, and most commands of phi3v-prepare need no other part of it
+
+        pixels = torch.from_numpy(pixels).flip(EXIF_FLIPS[orientation]).numpy()  # numpy takes 30 times as long
+    return pixels.transpose(1, 0, 2) if orientation >= 5 else pixels  # as phones hold most photos
 
 
 def _open(data: bytes) -> Image.Image:

@@ -20,7 +20,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Generic, NamedTuple, TypeVar
 
-import cv2
 import torch
 
 from phi3v_dist.errors import DataError
@@ -173,8 +172,7 @@ class DecodePool:
                 )
 
     def _work(self, started: threading.Barrier) -> None:
-        # Both would start threads of their own for each picture; these are enough, and the model needs the cores.
-        cv2.setNumThreads(1)
+        # It would start threads of its own for each picture; these are enough, and the model needs the cores.
         torch.get_num_threads()  # the first call in a thread takes over the process's number, so it comes first
         torch.set_num_threads(1)
         started.wait()

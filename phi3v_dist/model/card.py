@@ -5,7 +5,6 @@ head that the hub reads. Surprise: the licence is the base folder's own word or 
 """
 
 import json
-import re
 from pathlib import Path
 from typing import Any
 
@@ -64,15 +63,15 @@ def model_card(origin: dict[str, Any], settings: Settings, base: Path) -> str:
 
 def _licence(base: Path) -> str | None:
     """The `license` in the head of the base folder's README.md."""
+    from huggingface_hub import metadata_load  # takes 0.2 s
+
     readme = base / "README.md"
     if not readme.is_file():
         return None
-    match = re.match(r"---\n(.*?)\n---", readme.read_text(errors="replace"), re.DOTALL)
     try:
-        head = yaml.safe_load(match[1]) if match else {}
-    except yaml.YAMLError:
+        return (metadata_load(readme) or {}).get("license")
+    except (ValueError, yaml.YAMLError):  # not UTF-8, not YAML, or not a mapping
         return None
-    return head.get("license") if isinstance(head, dict) else None
 
 
 def _name_of(base: Path) -> str:

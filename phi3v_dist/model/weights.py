@@ -13,6 +13,7 @@ from pathlib import Path, PurePosixPath
 from typing import Protocol, runtime_checkable
 
 import torch
+from huggingface_hub import split_state_dict_into_shards_factory
 from rich.progress import track
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
@@ -20,7 +21,7 @@ from torch import Tensor, nn
 from phi3v_dist.errors import CheckpointError
 from phi3v_dist.parallel.partitions import full_shape, is_partitioned, set_partition
 from phi3v_dist.survive.durable import fsync_folder, write_durably
-from phi3v_dist.survive.tensor_file import TORCH_DTYPES, Specs, blocks, size_bytes
+from phi3v_dist.survive.tensor_file import TORCH_DTYPES, blocks, size_bytes
 from phi3v_dist.watch import heartbeat
 
 EMBEDDING = "model.embed_tokens.weight"
@@ -28,6 +29,7 @@ EMBEDDING_ALIAS = "model.vision_embed_tokens.wte.weight"  # the same tensor unde
 TOWER = "model.vision_embed_tokens.img_processor.vision_model."
 TOWER_LAYER = re.compile(re.escape(TOWER) + r"encoder\.layers\.(\d+)\.")
 SHARD_SIZE_BYTES = 4 * 1024**3
+FILE_PATTERN = "model{suffix}.safetensors"
 INDEX_NAME = "model.safetensors.index.json"
 PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
 
@@ -189,33 +191,23 @@ def _tower_layer(name: str) -> int:
 
 def write_safetensors(folder: Path, weights: Weights, shard_size_bytes: int = SHARD_SIZE_BYTES) -> None:
     """Write all tensors, one in memory at a time, with an index when there are several files; flushed to the disk."""
-    specs: Specs = {name: (weights.shape(name), weights.dtype(name)) for name in weights.names}
-    shards = _cut_into_shards(specs, shard_size_bytes)
-    weight_map: dict[str, str] = {}
-    for number, names in enumerate(shards, start=1):
-        single = len(shards) == 1
-        file_name = "model.safetensors" if single else f"model-{number:05d}-of-{len(shards):05d}.safetensors"
+    specs = {name: (weights.shape(name), weights.dtype(name)) for name in weights.names}
+    split = split_state_dict_into_shards_factory(
+        specs,
+        get_storage_size=lambda spec: size_bytes(*spec),
+        filename_pattern=FILE_PATTERN,
+        max_shard_size=shard_size_bytes,
+    )
+
+    for file_name, names in split.filename_to_tensors.items():
         heartbeat.beat(file_name)
         with (folder / file_name).open("wb") as file:
             for block in blocks({name: specs[name] for name in names}, weights.get, {"format": "pt"}):
                 file.write(block)
             file.flush()
             os.fsync(file.fileno())
-        weight_map |= dict.fromkeys(names, file_name)
-    if len(shards) > 1:
-        total = sum(size_bytes(*spec) for spec in specs.values())
-        index = {"metadata": {"total_size": total}, "weight_map": weight_map}
+
+    if split.is_sharded:
+        index = {"metadata": split.metadata, "weight_map": split.tensor_to_filename}
         write_durably(folder / INDEX_NAME, json.dumps(index, indent=2, sort_keys=True) + "\n")
     fsync_folder(folder)
-
-
-def _cut_into_shards(specs: Specs, limit_bytes: int) -> list[list[str]]:
-    shards: list[list[str]] = [[]]
-    used_bytes = 0
-    for name, spec in specs.items():
-        if shards[-1] and used_bytes + size_bytes(*spec) > limit_bytes:
-            shards.append([])
-            used_bytes = 0
-        shards[-1].append(name)
-        used_bytes += size_bytes(*spec)
-    return shards

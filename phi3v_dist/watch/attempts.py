@@ -31,7 +31,6 @@ from phi3v_dist.watch.node_report import (
 
 FINISHED, STOPPED, RUNS, LOST, UNKNOWN = "finished", "stopped", "running", "lost", "unknown"
 KINDS = (HANG, DIED, FAILED, LOST, STOPPED, FINISHED, RUNS, UNKNOWN)
-MARGIN_S = 1.0  # between two ways of telling when a process began
 
 
 @dataclass(frozen=True)
@@ -129,7 +128,7 @@ def _is_alive(owner: dict[str, Any]) -> bool:
         boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
         if owner["machine"] != f"{boot}/{processes.namespace()}":
             return False
-        return abs(processes.began_s(int(owner["pid"])) - float(owner["pid_started"])) < MARGIN_S
+        return processes.is_alive(int(owner["pid"]), int(owner["start_ticks"]))
     except (KeyError, ValueError, TypeError, OSError):
         return False
 

@@ -25,6 +25,7 @@ NAME = re.compile(r"(?:nccl_trace_rank|trace)_(\d+)")
 FOLDER, PIPE, TRACE, KEPT = "nccl", "pipe_", "trace_", "nccl_trace_rank_"
 DUMPED_S = 3.0  # for PyTorch to look at its pipe, and to write
 QUIET_S = 0.2  # nothing more for so long: the file is whole
+OLD_BUFFER_SIZE = "TORCH_NCCL_TRACE_BUFFER_SIZE"  # deprecated: PyTorch still reads it, and warns on every rank
 REMEMBERED = 2000  # operations of each rank
 MAX_BYTES = 256 * 2**20
 COMPLETED = "completed"
@@ -42,7 +43,8 @@ def record(run_folder: Path) -> None:
     """Have NCCL remember its last operations, and dump them on demand; before the process group is made."""
     with contextlib.suppress(OSError):  # a folder that cannot be written is named a moment later
         (run_folder / FOLDER).mkdir(parents=True, exist_ok=True)
-    os.environ.setdefault("TORCH_NCCL_TRACE_BUFFER_SIZE", str(REMEMBERED))
+    if OLD_BUFFER_SIZE not in os.environ:  # a user's own value; PyTorch would prefer ours
+        os.environ.setdefault("TORCH_FR_BUFFER_SIZE", str(REMEMBERED))
     os.environ.setdefault("TORCH_NCCL_DUMP_ON_TIMEOUT", "1")
     os.environ.setdefault("TORCH_NCCL_DEBUG_INFO_PIPE_FILE", str(run_folder.resolve() / FOLDER / PIPE))
     os.environ.setdefault("TORCH_NCCL_DEBUG_INFO_TEMP_FILE", str(run_folder.resolve() / FOLDER / TRACE))

@@ -1,7 +1,10 @@
 """/proc → what a process is doing, as far as the kernel tells.
 
 What comes in: a pid. What goes out: whether it lives, its state, memory, and signs that the kernel killed somebody.
-Surprise: a pid alone names nothing, since numbers are used again; with the time of its start it does.
+
+Note: pids are reused, so a process is named by its pid and its start in ticks since boot, everywhere in this project.
+psutil compares the same two for its own objects, but its public `create_time()` adds the boot time by the wall clock
+and moves when that clock is set.
 """
 
 import os
@@ -21,13 +24,6 @@ def start_ticks(pid: int) -> int | None:
 def is_alive(pid: int, started: int) -> bool:
     """Whether it is still that process."""
     return start_ticks(pid) == started
-
-
-def began_s(pid: int) -> float:
-    """When a process began, as unix time; 0 when it is gone."""
-    ticks = start_ticks(pid)
-    booted = re.search(r"^btime (\d+)", _read(PROC / "stat"), re.MULTILINE)
-    return int(booted[1]) + ticks / os.sysconf("SC_CLK_TCK") if ticks and booted else 0.0
 
 
 def state(pid: int) -> str:

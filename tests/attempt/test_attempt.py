@@ -6,9 +6,9 @@ import os
 import subprocess
 import sys
 import threading
+import time
 from dataclasses import replace
 
-import psutil
 import pytest
 
 from phi3v_dist.attempt import owner as owner_module
@@ -17,6 +17,7 @@ from phi3v_dist.attempt.owner import COUNTER_NAME, Owner, read_owner, write_owne
 from phi3v_dist.errors import InUseError, LaunchError
 from phi3v_dist.parallel.topology import Topology
 from phi3v_dist.survive.fence import Fence
+from phi3v_dist.watch.processes import start_ticks
 
 
 @pytest.fixture(autouse=True)
@@ -63,7 +64,7 @@ def test_a_second_job_is_told_who_trains_there_and_since_when(tmp_path, monkeypa
 @pytest.mark.usefixtures("no_watch")
 def test_the_place_of_a_killed_process_is_taken_over_at_once(tmp_path):
     with subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE) as process:
-        leave(tmp_path, pid=process.pid, pid_started=psutil.Process(process.pid).create_time())
+        leave(tmp_path, pid=process.pid, start_ticks=start_ticks(process.pid))
         with pytest.raises(LaunchError, match=f"process {process.pid}"):
             begin(tmp_path)
         process.kill()
@@ -74,8 +75,16 @@ def test_the_place_of_a_killed_process_is_taken_over_at_once(tmp_path):
 @pytest.mark.fault(19)
 @pytest.mark.usefixtures("no_watch")
 def test_a_process_with_the_number_of_the_dead_one_is_not_mistaken_for_it(tmp_path):
-    leave(tmp_path, pid_started=1.0)
+    leave(tmp_path, start_ticks=1)
     begin(tmp_path).end()
+
+
+@pytest.mark.fault(19)
+@pytest.mark.usefixtures("no_watch")
+def test_a_process_is_the_same_after_the_clock_was_set(tmp_path):
+    leave(tmp_path, pid_started=time.time() - 3600)
+    with pytest.raises(InUseError, match=f"process {os.getpid()}"):
+        begin(tmp_path)
 
 
 @pytest.mark.fault(19)
@@ -152,11 +161,15 @@ def test_a_count_that_is_no_number_is_named_and_leaves_nothing_behind(tmp_path, 
 
 @pytest.mark.usefixtures("no_watch")
 def test_an_owner_of_an_earlier_release_is_still_understood(tmp_path):
-    leave(tmp_path, pid_started=1.0)
-    path = tmp_path / "attempts" / "0001" / "owner.json"
-    facts = json.loads(path.read_text())
-    assert facts.pop("start") == 0
-    path.write_text(json.dumps(facts))
+    with subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE) as process:
+        leave(tmp_path, pid=process.pid)
+        path = tmp_path / "attempts" / "0001" / "owner.json"
+        facts = json.loads(path.read_text())
+        del facts["start"], facts["start_ticks"]
+        path.write_text(json.dumps(facts))
+        with pytest.raises(InUseError, match=f"process {process.pid}"):
+            begin(tmp_path)
+        process.kill()
     begin(tmp_path).end()
 
 
@@ -172,7 +185,7 @@ def test_a_run_whose_attempts_were_removed_is_not_fenced_off_by_its_own_checkpoi
 @pytest.mark.fault(23)
 def test_an_attempt_that_comes_back_from_the_dead_learns_who_has_the_run(tmp_path):
     zombie = begin(tmp_path)
-    write_owner(zombie.folder, replace(read_owner(zombie.folder), pid_started=1.0))  # as if its process were gone
+    write_owner(zombie.folder, replace(read_owner(zombie.folder), start_ticks=1))  # as if its process were gone
     newer = begin(tmp_path)
     assert "attempt 2" in zombie.lost_to() and newer.lost_to() is None
     zombie.end()
@@ -183,7 +196,7 @@ def test_an_attempt_that_comes_back_from_the_dead_learns_who_has_the_run(tmp_pat
 
 
 def test_of_many_who_start_at_once_one_trains(tmp_path):
-    leave(tmp_path, pid_started=1.0)
+    leave(tmp_path, start_ticks=1)
     taken, refused = [], []
 
     def start() -> None:

@@ -18,7 +18,6 @@ from collections.abc import Callable
 from pathlib import Path
 
 import checkpoints
-import cv2
 import generation
 import loaders
 import long_rows
@@ -142,7 +141,6 @@ def main() -> None:
     if unknown := set(wanted) - set(SECTIONS):
         parser.error(f"no section {', '.join(sorted(unknown))}; there are {', '.join(SECTIONS)}")
     torch.set_num_threads(1)
-    cv2.setNumThreads(1)
     found: dict[str, list[Figure]] = {}
     for section in wanted:
         with tempfile.TemporaryDirectory() as folder:

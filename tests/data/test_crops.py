@@ -5,7 +5,6 @@ import json
 from pathlib import Path
 from typing import Any
 
-import cv2
 import numpy as np
 import pytest
 import torch
@@ -105,8 +104,9 @@ def photo(width: int, height: int, seed: int) -> np.ndarray:
     rng = np.random.default_rng(seed)
     pixels = np.full((height, width, 3), 128.0)
     for cell_px, contrast in ((200, 50), (50, 25), (12, 12), (3, 6), (1, 4)):
-        noise = rng.normal(size=(height // cell_px + 2, width // cell_px + 2, 3)).astype(np.float32)
-        pixels += contrast * cv2.resize(noise, (width, height), interpolation=cv2.INTER_CUBIC)
+        noise = torch.from_numpy(rng.normal(size=(1, 3, height // cell_px + 2, width // cell_px + 2)))
+        smooth = torch.nn.functional.interpolate(noise, size=(height, width), mode="bicubic")
+        pixels += contrast * smooth[0].permute(1, 2, 0).numpy()
     return pixels.clip(0, 255).astype(np.uint8)
 
 
@@ -154,11 +154,15 @@ def test_fast_crops_of_noise_are_near_at_every_size(width: int, height: int, num
     assert_near(torch.cat([exact[:1], fast[1:]]), exact, (width, height), local_mean=0.1)
 
 
-def test_fast_crops_take_arrays_that_are_read_only_or_turned() -> None:
-    pixels = photo(400, 300, seed=0)
+@pytest.mark.parametrize("num_crops", [1, 4, 16])
+@pytest.mark.parametrize(("width", "height"), [(400, 300), (300, 400), (333, 333), (1201, 799), (97, 501), (1, 5)])
+def test_pictures_that_lie_transposed_in_memory_give_the_same_crops(width: int, height: int, num_crops: int) -> None:
+    """As `decode_image` returns photos that a phone took on its side; and read-only, as Pillow's arrays are."""
+    pixels = photo(width, height, seed=0)
     turned = np.ascontiguousarray(pixels.transpose(1, 0, 2)).transpose(1, 0, 2)
     turned.flags.writeable = False
-    assert torch.equal(both(turned, 4)[0], both(pixels, 4)[0])
+    for stored, turned_crops in zip(both(pixels, num_crops), both(turned, num_crops), strict=True):
+        assert torch.equal(stored, turned_crops)
 
 
 def test_normalisation_is_that_of_the_model_folder() -> None:

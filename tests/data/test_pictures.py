@@ -6,7 +6,6 @@ import subprocess
 import zlib
 from typing import Any
 
-import cv2
 import numpy as np
 import pytest
 from PIL import Image, ImageFile
@@ -16,7 +15,7 @@ from phi3v_dist.data.pictures import MAX_PIXELS, PICTURE_ERRORS, decode_image, u
 from phi3v_dist.errors import DataError
 
 COARSE = np.random.default_rng(0).integers(0, 256, (9, 12, 3), dtype=np.uint8)
-PHOTO = Image.fromarray(cv2.resize(COARSE, (160, 120), interpolation=cv2.INTER_CUBIC))
+PHOTO = Image.fromarray(COARSE).resize((160, 120), Image.Resampling.BICUBIC)
 
 
 def encode(picture: Image.Image, file_format: str, **options: Any) -> bytes:

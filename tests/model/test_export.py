@@ -164,6 +164,24 @@ def test_the_card_tells_data_settings_scores_and_licence(base, trained, run, tmp
     assert origin["longrope"] == "document" and origin["manifest"] == manifest["checksum"]
 
 
+@pytest.mark.parametrize(
+    ("readme", "license_"),
+    [
+        (b"\xef\xbb\xbf---\r\nlicense: apache-2.0\r\n---\r\n# saved by an editor on Windows\r\n", "apache-2.0"),
+        (b"---\nbase_model: x\n---\n", "other"),
+        (b"---\n- a list\n---\n", "other"),
+        (b"---\nlicense: [mit\n---\n", "other"),
+        (b"---\nlicense: mit\n---\ncaf\xe9\n", "other"),
+        (b"# no head\n", "other"),
+    ],
+)
+def test_the_licence_is_the_readmes_own_or_other(base, trained, run, tmp_path, readme, license_):
+    (base / "README.md").write_bytes(readme)
+    export_step(run, trained, tmp_path / "out")
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert yaml.safe_load(card.split("---")[1])["license"] == license_
+
+
 def test_the_same_checkpoint_again_is_done_already_and_another_is_refused(trained, run, tmp_path):
     out = tmp_path / "out"
     export_step(run, trained, out)

@@ -5,10 +5,12 @@ import os
 import pickle
 import subprocess
 import sys
+from dataclasses import replace
 
 import pytest
 from conftest import REPOSITORY, environment
 
+from phi3v_dist.attempt.owner import Owner, write_owner
 from phi3v_dist.errors import ConfigError
 from phi3v_dist.watch.attempts import read_attempts
 from phi3v_dist.watch.blame import TRAIN, Actor
@@ -87,6 +89,15 @@ def test_a_lost_node_is_named(run):
     leave(run, of_failure(culprit(rank=0, host="n0"), "Connection reset by peer"), "failed", hosts=("n0",))
     assert "No last word came from n1" in says(run) and "(ping)" in says(run)
     assert diagnose(run).facts["ending"] == "lost"
+
+
+@pytest.mark.parametrize(
+    "changes, alive", [({}, True), ({"pid_started": 1.0}, True), ({"start_ticks": 1}, False), ({"pid": 2**22}, False)]
+)
+def test_an_attempt_runs_while_its_very_process_lives(run, changes, alive):
+    owner = replace(Owner.of_this_process(2, {}), **changes)
+    write_owner(run / "attempts" / "0002", owner)
+    assert ("is running" in says(run)) == alive
 
 
 @pytest.mark.parametrize("codes, cause", [((11, 1), 1), ((11, 3), 3), ((1, 2, 11), 2), ((11, 11), 11), ((0, 0), 0)])

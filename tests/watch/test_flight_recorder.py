@@ -63,3 +63,17 @@ def test_pipes_without_a_reader_and_plain_files_are_left_alone(tmp_path, attempt
     flight_recorder.ask(attempt_folder, [0, 1, 2])
     assert time.monotonic() - began_s < flight_recorder.DUMPED_S
     assert (tmp_path / "nccl" / "pipe_1.pipe").read_bytes() == b"x"
+
+
+@pytest.mark.parametrize(
+    ("users", "expected"),
+    [
+        ({}, {"TORCH_FR_BUFFER_SIZE": "2000"}),
+        ({"TORCH_FR_BUFFER_SIZE": "0"}, {"TORCH_FR_BUFFER_SIZE": "0"}),
+        ({"TORCH_NCCL_TRACE_BUFFER_SIZE": "50"}, {"TORCH_NCCL_TRACE_BUFFER_SIZE": "50"}),
+    ],
+)
+def test_a_users_own_buffer_size_wins_under_its_present_and_its_old_name(tmp_path, monkeypatch, users, expected):
+    monkeypatch.setattr(os, "environ", dict(users))
+    flight_recorder.record(tmp_path)
+    assert {name: value for name, value in os.environ.items() if name.endswith("BUFFER_SIZE")} == expected
