@@ -24,7 +24,6 @@ import webdataset  # noqa: E402
 import yaml  # noqa: E402
 from PIL import Image  # noqa: E402
 
-fork_server.install()
 torch.set_num_threads(1)  # two threads on a busy machine wait for each other, ten times slower
 TESTS = Path(__file__).parent
 REPOSITORY = TESTS.parent
@@ -159,6 +158,7 @@ def environment(**extra: str) -> dict[str, str]:
     return {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")} | ours | extra
 
 
+fork_server.install(environment())
 COLLECTED = pytest.StashKey[list[pytest.Item]]()
 
 

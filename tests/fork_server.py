@@ -97,10 +97,9 @@ class ForkServer:
         self.lock = threading.Lock()
 
     @classmethod
-    def launch(cls) -> "ForkServer":
-        """Start one that imports everything anew; takes some seconds, during which requests already queue."""
+    def launch(cls, environment: Mapping[str, str]) -> "ForkServer":
+        """Start one with `environment`. It needs some seconds for its imports; requests wait for it."""
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-        environment = _server_environment()
         with theirs:
             subprocess.Popen(
                 [sys.executable, str(Path(__file__).resolve()), str(theirs.fileno())],
@@ -129,11 +128,18 @@ class ForkServer:
 
 
 _server: ForkServer | None = None
+_environment: dict[str, str] = {}
 _execute_child = subprocess.Popen._execute_child
 
 
-def install() -> None:
-    """From now on `subprocess` forks the programs of `find_program` in this process."""
+def install(environment: Mapping[str, str]) -> None:
+    """From now on `subprocess` forks the programs of `find_program` in this process.
+
+    Args:
+        environment: what programs are usually started with. A test that starts the first program may have changed it.
+    """
+    global _environment
+    _environment = dict(environment)
     subprocess.Popen._execute_child = _fork_or_execute
 
 
@@ -148,7 +154,7 @@ def _fork_or_execute(
     program = find_program(args, dict(env if env is not None else os.environ), cwd) if is_plain else None
     if program is not None:
         if _server is None or _server.owner != os.getpid():
-            _server = ForkServer.launch()
+            _server = ForkServer.launch(_environment)
         if not _server.can_start(program):
             program = None
     if program is None:
@@ -208,12 +214,6 @@ def _imports_heavy_packages(name: str, is_module: bool, directory: str) -> bool:
     is_command = path.parent == REPOSITORY / "launch"
     is_ranks = path.is_relative_to(TESTS) and path.name.endswith("_ranks.py")
     return is_launcher or ((is_command or is_ranks) and path.is_file())
-
-
-def _server_environment() -> dict[str, str]:
-    from conftest import environment
-
-    return environment()
 
 
 def _read_at_import(environment: Mapping[str, str]) -> dict[str, str]:
@@ -337,7 +337,7 @@ def _give_server(launcher: Program) -> Program:
 
     theirs.close()
     _server = ForkServer(ours, launcher.environment, os.getpid())
-    install()
+    install(launcher.environment)
     return launcher
 
 
