@@ -58,7 +58,7 @@ def plain_console(soft_wrap: bool = False) -> Console:
 
 
 def _lines(who: str) -> logging.Formatter:
-    return _OwnLines(f"%(asctime)s {who} %(message)s", datefmt="%H:%M:%S")
+    return _OwnLines(f"%(asctime)s %(levelname)s {who} %(message)s", datefmt="%Y-%m-%d %H:%M:%S")
 
 
 def say_attempt(number: int, rank: int) -> None:
@@ -81,7 +81,7 @@ def run_script(main: Callable[[], None], private: bool = True) -> None:
     said = os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0"))
     rank = int(said) if said.isdecimal() else 0  # what is wrong with it is said where ranks are read
     handler = logging.StreamHandler(sys.stdout)
-    handler.setFormatter(_lines(f"[{rank}]"))
+    handler.setFormatter(_lines(f"[rank {rank}]"))
     logging.basicConfig(level=logging.INFO if rank == 0 else logging.WARNING, handlers=[handler], force=True)
     for chatty in ("DeepSpeed", "compilers"):  # setuptools says what DeepSpeed tries to build
         logging.getLogger(chatty).setLevel(logging.WARNING)
