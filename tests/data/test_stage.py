@@ -35,7 +35,7 @@ meeting = Path(os.environ["MEETING"])
 (meeting / str(os.getpid())).touch()
 while len(list(meeting.iterdir())) < int(os.environ["TOGETHER"]):
     time.sleep(0.01)
-prepare.cli()
+prepare.main()
 """
 
 
