@@ -182,6 +182,11 @@ class Cluster:
         path.chmod(0o755)
         return path
 
+    def module(self, node: str, name: str, source: str) -> str:
+        """A stand-in for a module of Python on the disk of this node, for jobs with the PYTHONPATH that is returned."""
+        (self.folder / "nodes" / node / "local" / f"{name}.py").write_text(source)
+        return f"{self.folder}/local{os.pathsep}{REPOSITORY}"
+
     def on(self, node: str, *words: str) -> str:
         """What a command prints on the node, outside any job."""
         return self.tool("on", node, *words)
