@@ -19,7 +19,7 @@ chmod +x /usr/local/bin/python
 export PATH=$VENV/bin:$PATH
 build=$(mktemp -d) # pip writes beside what it builds
 cp -r "$folder"/{setup.py,setup.cfg,pyproject.toml,constraints.txt,README.md,LICENSE,phi3v_dist,launch,ds_configs,slurm} "$build"
-pip install --no-cache-dir --constraint "$build/constraints.txt" "$build"
+pip install --no-cache-dir --constraint "$build/constraints.txt" "$build" nvidia-ml-py
 pip uninstall --yes phi3v-dist
 rm -r "$build"
 
