@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Inside a fresh CUDA development image (Ubuntu 24.04): what phi3v-dist needs, pinned, with flash-attn built for this
+# Inside a fresh CUDA development image (Ubuntu 24.04, Python 3.12): what phi3v-dist needs, pinned, with flash-attn built for this
 # torch. Run by phi3v.def, or by hand for pyxis; docs/gpu-setup.md says how. The program itself stays outside: a job
 # uses the repository that it was submitted from.
 #
