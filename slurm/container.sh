@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
-# Inside a fresh CUDA development image (Ubuntu 24.04, Python 3.12): what phi3v-dist needs, pinned, with flash-attn built for this
-# torch. Run by phi3v.def, or by hand for pyxis; docs/gpu-setup.md says how. The program itself stays outside: a job
-# uses the repository that it was submitted from.
+# Inside a fresh CUDA development image (Ubuntu 24.04, Python 3.12): what phi3v-dist needs, pinned, with flash-attn built
+# for this torch. Run by phi3v.def, or by hand for pyxis; docs/gpu-setup.md says how. The program itself stays outside: a
+# job uses the repository that it was submitted from.
 #
 #   slurm/container.sh FOLDER       FOLDER: the repository, or what phi3v.def copies of it
 set -euo pipefail
