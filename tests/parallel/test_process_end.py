@@ -20,9 +20,9 @@ def test_ranks_that_end_while_gloo_holds_tensors_keep_their_exit_code() -> None:
         [sys.executable, str(RANKS), "5", "end_process"], env=environment(**{REAL_PROCESS: "1"}), cwd=REPOSITORY,
         capture_output=True, text=True, timeout=280,
     )  # fmt: skip
-    *printed, codes = done.stdout.splitlines()
-    assert json.loads(codes) == [3] * 10, done.stderr[-2000:]
-    assert printed.count("thread ended") == 10 and printed.count("at exit") == 10, "not all of the end took place"
+    assert json.loads(done.stdout.splitlines()[-1]) == [3] * 10, done.stderr[-2000:]
+    # Not whole lines: gloo writes to the same stream, and may end a line in the middle of another
+    assert done.stdout.count("thread ended") == 10 and done.stdout.count("at exit") == 10, done.stdout
 
 
 @pytest.mark.parametrize(
