@@ -64,6 +64,13 @@ def plain_linear() -> Iterator[None]:
         torch.nn.functional.linear = replaced
 
 
+def _next(kind: str, work: int, device: torch.device) -> None:
+    """Say which kind of work comes next. What an accelerator still has in its queue belongs to the kind before."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    heartbeat.beat(kind=kind, work=work)
+
+
 class _Rows:
     """Rows under generation: their cache, which prompts they answer, and, of those whose factors may still change,
     the embeddings so far."""
@@ -84,6 +91,7 @@ class _Rows:
         shown = [prompt for prompt in prompts if len(prompt.pixel_values)]
         if not shown:
             return self.model.model.embed(ids.to(self.device), None, None)[0]
+        _next("vision", sum(len(prompt.pixel_values) for prompt in shown), self.device)
         placement = Placement.in_row(ids, torch.cat([prompt.image_sizes for prompt in shown])).to(self.device)
         pixels = torch.cat([prompt.pixel_values for prompt in shown]).to(self.device)
         return self.model.model.embed(ids.to(self.device), pixels, placement)[0]
@@ -99,6 +107,7 @@ class _Rows:
         deciding = dict(zip(rows, self.model.rope.deciding(own, self.longest, self.longest), strict=True))
         ends: dict[int, Tensor] = {}
         for pieces in slices(rows, own.tolist()):
+            _next("prefill", sum(piece.end - piece.start for piece in pieces), self.device)
             self.cache.begin_prefill(pieces)
             hidden = self._run(
                 torch.cat([embeds[row][start:end] for row, start, end in pieces])[None],
@@ -198,6 +207,6 @@ def generate(
             if not going:
                 break
             rows.keep(going)
-            heartbeat.beat()
+            _next("decode", len(going), rows.device)
             hidden = rows.decode(torch.tensor([chosen[row] for row in going]))
     return [Answer(tuple(ids), stop) for ids, stop in zip(rows.answers, stopped, strict=True)]
