@@ -46,6 +46,7 @@ class Answer:
 def local_copy(model: Phi3VForCausalLM) -> Phi3VForCausalLM:
     """A plain model with the weights of one that may be partitioned; then all ranks must call this together."""
     tensors = dict(merged_parameters(model))
+    heartbeat.beat("the copy", kind="build")
     return Phi3VForCausalLM.without_weights(model.config, model.longrope, model.attention).take(tensors)
 
 

@@ -26,7 +26,7 @@ WHAT_BYTES, MESSAGE_BYTES, HOST_BYTES, DEVICE_BYTES, PHASE_BYTES = 200, 2048, 64
 # Magic, pid, its start in kernel ticks, its pid namespace, rank, host, UUID of its GPU.
 HEAD = struct.Struct(f"<8sIQQI{HOST_BYTES}s{DEVICE_BYTES}s")
 END = struct.Struct(f"<Q{PHASE_BYTES}sid{MESSAGE_BYTES}s")  # number, outcome, exit code, monotonic time, message
-LANE = struct.Struct(f"<Q{PHASE_BYTES}sqqQQdQd{WHAT_BYTES}s{PHASE_BYTES}sdQd")  # number, then the fields of `Lane`
+LANE = struct.Struct(f"<Q{PHASE_BYTES}sqqQQdQd{WHAT_BYTES}s{PHASE_BYTES}sqQd")  # number, then the fields of `Lane`
 PULSE = struct.Struct("<QQd")  # number, then the fields of `Pulse`
 LANES = ("train", "save")
 END_AT = HEAD.size
@@ -63,7 +63,7 @@ class Lane:
     bound_s: float = float("inf")
     what: str = ""
     kind: str = ""
-    work: float = 0.0
+    work: int = 0
     native_thread: int = 0
     slow_bound_s: float = float("inf")
 

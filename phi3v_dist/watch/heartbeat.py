@@ -43,7 +43,7 @@ class _Heart:
         self.locks = {TRAIN: threading.Lock(), SAVE: threading.Lock()}
         self.pulse, self.pulse_lock = Pulse(), threading.Lock()
 
-    def enter(self, name: str, phase: str, step: int | None, what: str, kind: str, work: float) -> None:
+    def enter(self, name: str, phase: str, step: int | None, what: str, kind: str, work: int) -> None:
         with self.locks[name]:
             lane = self._sign_of_life(name)
             base = lane.base_step if step is None or phase in NUMBERED_APART else step
@@ -54,7 +54,7 @@ class _Heart:
             self.file.write(name, lane)
 
     def beat(
-        self, name: str, what: str, kind: str = "", work: float | None = None, only_in: Collection[str] = ()
+        self, name: str, what: str, kind: str = "", work: int | None = None, only_in: Collection[str] = ()
     ) -> None:
         with self.locks[name]:
             if only_in and self.lanes[name].kind not in only_in:
@@ -62,7 +62,7 @@ class _Heart:
             lane = self._sign_of_life(name)
             lane.what = what or lane.what
             keeps_work = work is None and not kind
-            self._begin(lane, kind or lane.kind, lane.work if keeps_work else work or 0.0)
+            self._begin(lane, kind or lane.kind, lane.work if keeps_work else work or 0)
             self.file.write(name, lane)
 
     def describe(self, name: str, what: str) -> None:
@@ -92,7 +92,7 @@ class _Heart:
         lane.beats += 1
         return lane
 
-    def _begin(self, lane: Lane, kind: str, work: float) -> None:
+    def _begin(self, lane: Lane, kind: str, work: int) -> None:
         lane.kind, lane.work = kind, work
         lane.bound_s = self.limits.limit_s(kind, work)
         lane.slow_bound_s = self.limits.slow_limit_s(lane.bound_s)
@@ -116,7 +116,7 @@ def open(folder: Path, rank: int, host: str, bounds: Bounds = Bounds(), device: 
 
 
 def enter(
-    phase: str, step: int | None = None, what: str = "", lane: str = TRAIN, *, kind: str = "", work: float = 0.0
+    phase: str, step: int | None = None, what: str = "", lane: str = TRAIN, *, kind: str = "", work: int = 0
 ) -> str | None:
     """This process begins `phase` now.
 
@@ -147,7 +147,7 @@ def forget(listener: Callable[[str, int | None], None]) -> None:
         _listeners.remove(listener)
 
 
-def beat(what: str = "", lane: str = TRAIN, *, kind: str = "", work: float | None = None) -> None:
+def beat(what: str = "", lane: str = TRAIN, *, kind: str = "", work: int | None = None) -> None:
     """Still in the same phase, and not stuck: call it once for each part of a long one, before the part.
 
     kind, work: as for `enter`; without them they stay as they are.

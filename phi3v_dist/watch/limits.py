@@ -32,12 +32,12 @@ class Limits:
 
     def __init__(self, bounds: Bounds):
         self.bounds = bounds
-        self._taken: dict[str, deque[tuple[float, float]]] = defaultdict(lambda: deque(maxlen=REMEMBERED))
+        self._taken: dict[str, deque[tuple[int, float]]] = defaultdict(lambda: deque(maxlen=REMEMBERED))
 
-    def add(self, kind: str, work: float, seconds: float) -> None:
+    def add(self, kind: str, work: int, seconds: float) -> None:
         self._taken[kind].append((work, seconds))
 
-    def usual_s(self, kind: str, work: float) -> float | None:
+    def usual_s(self, kind: str, work: int) -> float | None:
         """Median of intervals with as much work; None if nothing is known.
 
         Intervals with less than half of the work count only while there are no others, scaled up. More work than now
@@ -49,10 +49,10 @@ class Limits:
         largest = max(known for known, _ in taken)
         enough = min(work, largest) / ALIKE
         return statistics.median(
-            seconds * max(1.0, work / max(known, 1.0)) for known, seconds in taken if known >= enough
+            seconds * max(1.0, work / max(known, 1)) for known, seconds in taken if known >= enough
         )
 
-    def limit_s(self, kind: str, work: float) -> float:
+    def limit_s(self, kind: str, work: int) -> float:
         """Longer silence is a hang, unless the rank makes progress."""
         if kind == NEVER_HANGS:
             return FOREVER_S

@@ -127,6 +127,7 @@ class Watcher:
         self.neighbours = Neighbours(attempt_folder, host)
         self._left_s, self._asked_to_leave = 0.0, False
         self._suspects, self._suspected_s = dict[tuple[int, str], int](), 0.0
+        self._passed = set[tuple[int, str, bool]]()  # limits that had been passed when ranks were suspected
         self._device_is_busy = device_busy()
         self._asked_s = 0.0  # what asking for stacks took since the last look at the clock
         self.now_s = time.monotonic()
@@ -157,7 +158,7 @@ class Watcher:
     def _read_clock(self) -> None:
         """Time in which this process did not run is nobody's silence."""
         before_s, self.now_s = self.now_s, time.monotonic()
-        gap_s = self.now_s - before_s - self._asked_s
+        gap_s = self.now_s - before_s - TICK_S - self._asked_s
         self._asked_s = 0.0
         if gap_s > GAP_S:
             for rank in self.ranks.values():
@@ -301,21 +302,24 @@ class Watcher:
 
     def _find_stuck(self) -> None:
         """Suspect ranks that are silent for too long, ask all other nodes, and judge when they have answered."""
-        silent = {
-            (actor.rank, actor.lane): (rank.beats_seen[actor.lane], actor.silent_s)
+        silent = [
+            actor
             for rank in self.ranks.values()
             for actor in self._actors_of(rank)
             if actor.silent_s > actor.bound_s and rank.silences[actor.lane].observed_s >= EVIDENCE_S
-        }
-        beats = {key: number for key, (number, _) in silent.items()}
+        ]
+        beats = {(actor.rank, actor.lane): self.ranks[actor.rank].beats_seen[actor.lane] for actor in silent}
         if self.status == SUSPECT and not self._suspects.items() <= beats.items():
             self._withdraw()  # one of them lives
         if not silent:
             return
         if self.status != SUSPECT:
-            if not self._is_time("suspicion", RECHECK * max(silent_s for _, silent_s in silent.values())):
+            # Those with an excuse are looked at again from time to time, and at once when a limit is passed.
+            passed = {(actor.rank, actor.lane, actor.silent_s > actor.slow_bound_s) for actor in silent}
+            is_time = self._is_time("suspicion", RECHECK * max(actor.silent_s for actor in silent))
+            if not is_time and passed <= self._passed:
                 return
-            self._suspects, self._suspected_s, self.status = beats, self.now_s, SUSPECT
+            self._suspects, self._suspected_s, self.status, self._passed = beats, self.now_s, SUSPECT, passed
             self._dump_stacks()
             self.neighbours.ask()
             self._report()
@@ -411,7 +415,7 @@ class Watcher:
             able = [beats.rank for beats in running if processes.state(beats.pid) not in blame.STOPPED]
             flight_recorder.ask(self.attempt_folder, able)
         self._end(grace_s, lambda rank: not rank.beats.outcome)
-        self._end(SPOKEN_S if grace_s else 0, lambda rank: True)
+        self._end(SPOKEN_S if grace_s else 0.0, lambda rank: True)
 
     def _end(self, grace_s: float, whom: Callable[[_Rank], bool]) -> None:
         """Kill these ranks, as far as they have not ended by themselves in time."""
