@@ -222,8 +222,10 @@ def _place_of(attempt_folder: Path, host: str) -> Path:
 
 
 def hold(folder: Path) -> IO[bytes]:
-    """Keep this folder from `remove_leftovers` while the file is open, also when all its ranks are gone: their last
-    words have yet to be read."""
+    """Keep this folder from `remove_leftovers` as long as this process, or one that inherits the file, has it open.
+
+    Its watcher does so, since it has yet to read the last words of ranks that are gone.
+    """
     file = (folder / HELD_NAME).open("wb")
     fcntl.flock(file, fcntl.LOCK_EX)
     return file

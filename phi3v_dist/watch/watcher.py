@@ -91,7 +91,11 @@ def start(folder: Path, attempt_folder: Path, host: str, num_ranks: int) -> "sub
     """Watch `num_ranks` ranks of this node in a process of its own. It ends when they have."""
     words = [str(folder), str(attempt_folder), host, str(num_ranks)]
     command = [sys.executable, "-m", "phi3v_dist.watch.watcher", *words]
-    return subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, start_new_session=True)
+    with hold(folder) as held:  # the watcher inherits the lock, so that there is no moment without it
+        return subprocess.Popen(
+            command, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, start_new_session=True,
+            pass_fds=[held.fileno()],
+        )  # fmt: skip
 
 
 @dataclass
@@ -470,12 +474,10 @@ def main() -> None:
     folder, attempt_folder, host, num_ranks = sys.argv[1:]
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP):
         signal.signal(number, signal.SIG_IGN)  # meant for the ranks; it ends when they do
-    held = hold(Path(folder))
     removed = remove_leftovers(Path(folder))
     if removed:
         _say([f"watcher on {host}: removed {removed} things that dead processes had left in shared memory"])
-    with held:
-        Watcher(Path(folder), Path(attempt_folder), host, int(num_ranks)).run()
+    Watcher(Path(folder), Path(attempt_folder), host, int(num_ranks)).run()
 
 
 if __name__ == "__main__":

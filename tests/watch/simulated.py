@@ -118,6 +118,10 @@ class Simulation:
         self.ranks[number].on_writer = is_on_writer
         self.current = self.ranks[number].pid + (WRITER if is_on_writer else 0)
 
+    def die(self, number: int) -> None:
+        """A rank is gone without a word, as by `kill -9`."""
+        self._die(self.ranks[number])
+
     def _die(self, rank: Rank) -> None:
         rank.alive, rank.died_s = False, self.now_s
 
