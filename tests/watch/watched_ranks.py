@@ -21,6 +21,7 @@ from pathlib import Path
 
 from phi3v_dist.watch import heartbeat, watcher
 from phi3v_dist.watch.limits import Bounds
+from phi3v_dist.watch.node_report import read_report, report_path
 
 folder, attempt_folder, host, rank, world_size, port, steps, hang_s, *local = sys.argv[1:]
 local_rank, local_size = map(int, local or (rank, world_size))
@@ -44,6 +45,10 @@ how = os.environ.get("WATCHED_RANKS", "")
 torch.set_num_threads(1)
 try:
     dist.init_process_group("gloo", timeout=timedelta(seconds=600))
+    while not (report := read_report(report_path(Path(attempt_folder), host))) or all(
+        one.rank != int(rank) for one in report.ranks
+    ):
+        time.sleep(0.02)  # until the watcher has seen this rank: on a busy machine it starts late
     for step in range(1, int(steps) + 1):
         heartbeat.enter("data", step, f"shard-000.tar:{step:05d}")
         if how == "slow" and rank == "1" and step == 6:
