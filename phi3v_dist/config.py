@@ -273,10 +273,13 @@ class WatchSettings(Section):
     """What is looked at while a run goes on, and when it is ended."""
 
     hang_s: float = Field(30, gt=0)
-    """A rank that shows no progress for this long, and for `hang_factor` times the median of that phase, hangs."""
+    """A rank without a sign of life hangs after this long, and after `hang_factor` times what the same kind of work has
+    usually taken with as many tokens."""
     hang_factor: float = Field(10, ge=1)
     first_s: float = Field(600, gt=0)
-    """The same for phases that have not been timed yet: the first step, loading weights."""
+    """The same for a kind of work that has not been timed yet: the first step, loading weights, the first prefill."""
+    slow_factor: float = Field(10, ge=1)
+    """A silent rank that still computes is slow: it is warned of, and ended only after so many times that limit."""
     bad_steps: int = Field(10, ge=1)
     """Steps in a row with a loss or gradient that is not finite, all of them skipped, after which the run stops."""
     compare_every_steps: int = Field(100, ge=1)

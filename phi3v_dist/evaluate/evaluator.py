@@ -85,7 +85,7 @@ class Evaluator:
             base: records of the untuned model, with which the answers are compared; rank 0 reads them.
             blind: whether to ask blind, too, where the settings say so.
         """
-        heartbeat.enter("evaluate", what="a copy of the model")  # every rank, also one that gets no batch
+        heartbeat.enter("evaluate", what="a copy of the model", kind="copy")  # every rank, also one without a batch
         copy = local_copy(model)
         sample_ids = self.sample_ids[:num_samples]
         place = {sample_id: i for i, sample_id in enumerate(sample_ids)}
@@ -96,7 +96,7 @@ class Evaluator:
         for number, batch in enumerate(track(own_batches, "evaluating", "batches")):
             if stop():
                 break
-            heartbeat.enter("evaluate", number, self.decoder.table.sample_name(batch[0]))
+            heartbeat.enter("evaluate", number, self.decoder.table.sample_name(batch[0]), kind="read")
             rows += self._ask(copy, batch, partners, highest)
         del copy
         tokens = highest.tokens()
@@ -154,6 +154,7 @@ class Evaluator:
         samples = [sample for sample, _ in read]
         values = [self._values(sample, example) for sample, example in read]
         learned = self._losses(model, [example for _, example in read])
+        heartbeat.beat(kind="read")
         prompts = [processor.encode_prompt(_asked(s.messages), s.images, s.sample_id) for s in samples]
         scores, texts = self._answers(model, samples, prompts)
         exchanged = {
@@ -187,6 +188,7 @@ class Evaluator:
         batch = collate(Row(tuple(examples)), self.decoder.processor.tokenizer.pad_token_id)
         if not batch.label_tokens:  # a model asked for neither losses nor logits would give logits
             return of_documents(batch.layout, torch.zeros(0))
+        heartbeat.beat(kind="losses", work=batch.input_ids.numel())
         with plain_linear():
             losses = model(**batch.inputs(model.lm_head.weight.device)).token_losses
         return of_documents(batch.layout, losses)
@@ -201,6 +203,7 @@ class Evaluator:
         return {name: fields[name] for name in self.settings.by if name in fields and name != POSITION}
 
     def _read(self, sample_id: int) -> tuple[Sample, Example] | None:
+        heartbeat.beat(kind="read")
         try:
             sample = self.decoder.sample(sample_id)
             return sample, self.decoder.processor.encode(sample)
@@ -221,6 +224,7 @@ class Evaluator:
         processor = self.decoder.processor
         sampling = Sampling(self.settings.temperature, self.settings.top_p, self.seed)
         answers = generate(model, prompts, self.settings.max_new_tokens, processor.stop_ids, sampling)
+        heartbeat.beat(kind="judge")
         texts = [str(processor.tokenizer.decode(list(answer.ids))).strip() for answer in answers]
         scores = [
             score_answer(text, _truth(sample.messages), self.settings.fields, answer.stopped, len(answer.ids))

@@ -46,6 +46,7 @@ class Answer:
 def local_copy(model: Phi3VForCausalLM) -> Phi3VForCausalLM:
     """A plain model with the weights of one that may be partitioned; then all ranks must call this together."""
     tensors = dict(merged_parameters(model))
+    heartbeat.beat("the copy", kind="build")
     return Phi3VForCausalLM.without_weights(model.config, model.longrope, model.attention).take(tensors)
 
 
@@ -62,6 +63,13 @@ def plain_linear() -> Iterator[None]:
         yield
     finally:
         torch.nn.functional.linear = replaced
+
+
+def _next(kind: str, work: int, device: torch.device) -> None:
+    """Say which kind of work comes next. What an accelerator still has in its queue belongs to the kind before."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    heartbeat.beat(kind=kind, work=work)
 
 
 class _Rows:
@@ -84,6 +92,7 @@ class _Rows:
         shown = [prompt for prompt in prompts if len(prompt.pixel_values)]
         if not shown:
             return self.model.model.embed(ids.to(self.device), None, None)[0]
+        _next("vision", sum(len(prompt.pixel_values) for prompt in shown), self.device)
         placement = Placement.in_row(ids, torch.cat([prompt.image_sizes for prompt in shown])).to(self.device)
         pixels = torch.cat([prompt.pixel_values for prompt in shown]).to(self.device)
         return self.model.model.embed(ids.to(self.device), pixels, placement)[0]
@@ -99,6 +108,7 @@ class _Rows:
         deciding = dict(zip(rows, self.model.rope.deciding(own, self.longest, self.longest), strict=True))
         ends: dict[int, Tensor] = {}
         for pieces in slices(rows, own.tolist()):
+            _next("prefill", sum(piece.end - piece.start for piece in pieces), self.device)
             self.cache.begin_prefill(pieces)
             hidden = self._run(
                 torch.cat([embeds[row][start:end] for row, start, end in pieces])[None],
@@ -198,6 +208,6 @@ def generate(
             if not going:
                 break
             rows.keep(going)
-            heartbeat.beat()
+            _next("decode", len(going), rows.device)
             hidden = rows.decode(torch.tensor([chosen[row] for row in going]))
     return [Answer(tuple(ids), stop) for ids, stop in zip(rows.answers, stopped, strict=True)]

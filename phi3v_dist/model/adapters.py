@@ -9,6 +9,7 @@ LoRA: Hu et al. (2021); W is used as W + alpha / rank · B A. DoRA is refused (c
 the base weight outside of that weight's module, where ZeRO-3 has released it. Tried: it fails when adapters are made.
 """
 
+import math
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -19,7 +20,7 @@ from torch import Tensor, nn
 
 from phi3v_dist.config import LoraSettings, TrainSettings
 from phi3v_dist.errors import ConfigError
-from phi3v_dist.parallel.partitions import gathered, official_name
+from phi3v_dist.parallel.partitions import full_shape, gathered, official_name
 from phi3v_dist.watch import heartbeat
 
 if TYPE_CHECKING:
@@ -100,7 +101,7 @@ def merged_parameters(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
     for name, parameter in parameters.items():
         if is_adapter(name):
             continue
-        heartbeat.beat(name)  # gathered one by one
+        heartbeat.beat(name, work=math.prod(full_shape(parameter)))  # gathered one by one
         module = name.removesuffix(".weight")
         up, down = parameters.get(module + UP), parameters.get(module + DOWN)
         with gathered([p for p in (parameter, up, down) if p is not None]), torch.no_grad():

@@ -45,6 +45,13 @@ class Topology:
         bound = torch.cuda.device_count() == 1  # Slurm's --gpus-per-task shows each task its own GPU alone
         return torch.device("cuda", 0 if bound else self.local_rank)
 
+    @property
+    def device_uuid(self) -> str:
+        """Of this rank's GPU, as nvidia-smi names it; empty without one."""
+        if self.device.type != "cuda":
+            return ""
+        return f"GPU-{torch.cuda.get_device_properties(self.device).uuid}"
+
     @classmethod
     def from_environment(cls, env: Mapping[str, str] = os.environ) -> "Topology":
         """Ranks as the launcher set them.

@@ -19,6 +19,7 @@ import torch
 
 from phi3v_dist.errors import LaunchError
 from phi3v_dist.parallel.topology import Topology
+from phi3v_dist.watch import heartbeat
 
 COLLECTIVES = (
     "all_gather", "all_gather_base", "all_gather_coalesced", "all_gather_into_tensor", "all_gather_object",
@@ -38,6 +39,7 @@ class Waits:
         self._backend: Any = None
         self._on_device = False
         self._num_calls = 0
+        self._num_read = 0  # pairs whose events have passed and are used again
 
     def watch(self, topology: Topology) -> None:
         """Time DeepSpeed's collectives from now on; after the process group is joined. One process waits for nobody.
@@ -77,6 +79,7 @@ class Waits:
         began = time.perf_counter()
         yield
         self._waited_s += time.perf_counter() - began
+        heartbeat.passed()
 
     @property
     def blocked_s(self) -> float:
@@ -91,10 +94,21 @@ class Waits:
             if after.query():
                 waited_s += before.elapsed_time(after) / 1000
                 self._spare += (before, after)
+                self._num_read += 1
             else:
                 pending.append((before, after))
         self._pairs = pending
         return waited_s
+
+    def device_waits(self) -> tuple[int, bool]:
+        """How many waits of the accelerator have ended, and whether it is in one. From any thread: the main one may be
+        blocked by it."""
+        num_ended = self._num_read
+        for before, after in list(self._pairs):
+            if not after.query():
+                return num_ended, before.query()
+            num_ended += 1
+        return num_ended, False
 
     def _timed(self, call: Callable[..., Any]) -> Callable[..., Any]:
         @functools.wraps(call)
@@ -117,9 +131,11 @@ class Waits:
             return result
         began = time.perf_counter()
         try:
-            return call(*args, **kwargs)
+            result = call(*args, **kwargs)
         finally:
             self._waited_s += time.perf_counter() - began
+        heartbeat.passed()
+        return result
 
 
 class _TimedWork:

@@ -76,7 +76,7 @@ class Saver:
 
         must_last: in the run folder, also when it would be the turn of the nodes' own disks.
         """
-        heartbeat.enter("snapshot", position.step)
+        heartbeat.enter("snapshot", position.step, kind="settle")
         self.settle()
         self._begun_in_run_folder = self.checkpoints.begin(engine, position, must_last)
         self._begun_step, self._due = position.step, False
@@ -107,6 +107,7 @@ class Saver:
 
     def settle(self) -> None:
         """Wait until nothing is being written. Raises CheckpointError when the third save in a row failed."""
+        heartbeat.beat(kind="settle")
         self._heard(self.checkpoints.wait())
 
     def fits(self) -> bool:

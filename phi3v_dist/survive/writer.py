@@ -228,8 +228,8 @@ class Writer:
         try:
             heartbeat.enter("prune", step, saved.name, heartbeat.SAVE)
             for path in self._store.superfluous(saved):
+                heartbeat.beat(path.name, heartbeat.SAVE, kind="remove")
                 self._store.fence.remove(path)
-                heartbeat.beat(path.name, heartbeat.SAVE)
         except OSError as error:
             log.warning("older checkpoints than %s are not removed: %s", saved, error)
 

@@ -109,7 +109,7 @@ def train_step(
     WAITS.take_s()
     try:
         _micro_steps(engine, plan, batches, topology, own, laps)
-        heartbeat.enter("optimizer", plan.number)
+        heartbeat.enter("optimizer", plan.number, work=plan.tokens)  # on a GPU it waits for the whole step
         own_loss = own.loss_sum.item()
         with WAITS.waiting():
             loss, labels, pictures, image_tokens, quarantined, waited_s, numbers, squares = topology.sum(
@@ -176,12 +176,12 @@ def _micro_steps(
                 "run goes on from its last checkpoint"
             )
         laps.end("data", queued=True)
-        asked = heartbeat.enter("forward", plan.number, where)
+        asked = heartbeat.enter("forward", plan.number, where, work=plan.tokens)
         losses = engine(**batch.inputs(engine.device)).token_losses.sum()
         if asked == "nan":
             losses = losses * math.nan
         laps.end("fwd", queued=True)
-        if heartbeat.enter("backward", plan.number, where) == "nan":
+        if heartbeat.enter("backward", plan.number, where, work=plan.tokens) == "nan":
             losses.register_hook(lambda gradient: gradient * math.nan)
         engine.backward(losses * (topology.world_size / plan.label_tokens), scale_wrt_gas=False)
         own.loss_sum += losses.detach()

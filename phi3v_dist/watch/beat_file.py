@@ -5,6 +5,7 @@ lock between the two. Each part carries a number that is odd while it is being w
 and reads again; a rank that is killed in the middle of a write must not block whoever looks for its body.
 """
 
+import fcntl
 import hashlib
 import mmap
 import os
@@ -14,23 +15,29 @@ import struct
 import tempfile
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import IO
 
 from phi3v_dist.watch.processes import is_alive, mapped_files, namespace, start_ticks
 
-MAGIC = b"P3VBEAT1"
-WHAT_BYTES, MESSAGE_BYTES, HOST_BYTES, PHASE_BYTES = 200, 2048, 64, 16
-HEAD = struct.Struct(f"<8sIQQI{HOST_BYTES}s")  # magic, pid, its start in kernel ticks, its pid namespace, rank, host
+MAGIC = b"P3VBEAT2"
+WHAT_BYTES, MESSAGE_BYTES, HOST_BYTES, DEVICE_BYTES, PHASE_BYTES = 200, 2048, 64, 64, 16
+# Magic, pid, its start in kernel ticks, its pid namespace, rank, host, UUID of its GPU.
+HEAD = struct.Struct(f"<8sIQQI{HOST_BYTES}s{DEVICE_BYTES}s")
 END = struct.Struct(f"<Q{PHASE_BYTES}sid{MESSAGE_BYTES}s")  # number, outcome, exit code, monotonic time, message
-LANE = struct.Struct(f"<Q{PHASE_BYTES}sqqQQdQd{WHAT_BYTES}s")  # number, then the fields of `Lane` in their order
+LANE = struct.Struct(f"<Q{PHASE_BYTES}sqqQQdQd{WHAT_BYTES}s{PHASE_BYTES}sqQd")  # number, then the fields of `Lane`
+PULSE = struct.Struct("<QQd")  # number, then the fields of `Pulse`
 LANES = ("train", "save")
 END_AT = HEAD.size
 LANE_AT = {name: END_AT + END.size + i * LANE.size for i, name in enumerate(LANES)}
-SIZE_BYTES = END_AT + END.size + len(LANES) * LANE.size
+PULSE_AT = END_AT + END.size + len(LANES) * LANE.size
+PARTS_AT = {"end": END_AT, **LANE_AT, "pulse": PULSE_AT}
+SIZE_BYTES = PULSE_AT + PULSE.size
 NO_STEP = -1
 TRIES = 50  # a torn read is over in microseconds, unless the writer was stopped or killed in it
 DEEPSPEED_BUFFERS = "deepspeed_allreduce_buffer_*"  # of its CPU all-reduce, named by user, address and port
+HELD_NAME = "watcher.lock"
 FOLDER = re.compile(r"phi3v-(\d+)-.+")
 
 
@@ -42,6 +49,8 @@ class Lane:
         which ranks are compared.
     beats: signs of life so far; since_s: monotonic time of the last one.
     thread: `threading.get_ident` of who entered; bound_s: longer silence is a hang.
+    kind, work: of what it does until the next sign of life, see `heartbeat.enter`.
+    native_thread: the kernel's number of `thread`; slow_bound_s: as bound_s, of a rank that makes progress.
     """
 
     phase: str = ""
@@ -53,11 +62,23 @@ class Lane:
     thread: int = 0
     bound_s: float = float("inf")
     what: str = ""
+    kind: str = ""
+    work: int = 0
+    native_thread: int = 0
+    slow_bound_s: float = float("inf")
 
     @property
     def position(self) -> tuple[int, int]:
         """Greater is further."""
         return NO_STEP if self.base_step is None else self.base_step, self.entries
+
+
+@dataclass
+class Pulse:
+    """Waits for other ranks that have ended, and since when the accelerator is in one (monotonic time, 0: in none)."""
+
+    num_waits: int = 0
+    waits_since_s: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -74,6 +95,8 @@ class Beats:
     ended_s: float
     message: str
     lanes: dict[str, Lane]
+    pulse: Pulse = field(default_factory=Pulse)
+    device: str = ""
 
 
 class BeatFile:
@@ -81,15 +104,18 @@ class BeatFile:
 
     def __init__(self, memory: mmap.mmap):
         self._memory = memory
-        self._numbers = dict.fromkeys((*LANES, "end"), 0)
+        self._numbers = dict.fromkeys(PARTS_AT, 0)
 
     @classmethod
-    def create(cls, folder: Path, rank: int, host: str) -> "BeatFile":
+    def create(cls, folder: Path, rank: int, host: str, device: str = "") -> "BeatFile":
         """For this process. Raises OSError."""
         partial = beats_path(folder, rank).with_suffix(".new")
         content = bytearray(SIZE_BYTES)
         pid = os.getpid()
-        HEAD.pack_into(content, 0, MAGIC, pid, start_ticks(pid) or 0, namespace(), rank, _cut(host, HOST_BYTES))
+        HEAD.pack_into(
+            content, 0, MAGIC, pid, start_ticks(pid) or 0, namespace(), rank, _cut(host, HOST_BYTES),
+            _cut(device, DEVICE_BYTES),
+        )  # fmt: skip
         partial.write_bytes(content)
         with partial.open("r+b") as file:
             memory = mmap.mmap(file.fileno(), SIZE_BYTES)
@@ -102,9 +128,15 @@ class BeatFile:
         LANE.pack_into(
             self._memory, at, number, lane.phase.encode(), NO_STEP if lane.step is None else lane.step,
             NO_STEP if lane.base_step is None else lane.base_step, lane.entries, lane.beats, lane.since_s, lane.thread,
-            lane.bound_s, _cut(lane.what, WHAT_BYTES),
+            lane.bound_s, _cut(lane.what, WHAT_BYTES), lane.kind.encode(), lane.work, lane.native_thread,
+            lane.slow_bound_s,
         )  # fmt: skip
         self._finish(name, at)
+
+    def write_pulse(self, pulse: Pulse) -> None:
+        number = self._begin("pulse", PULSE_AT)
+        PULSE.pack_into(self._memory, PULSE_AT, number, pulse.num_waits, pulse.waits_since_s)
+        self._finish("pulse", PULSE_AT)
 
     def close(self, outcome: str, message: str, exit_code: int) -> None:
         number = self._begin("end", END_AT)
@@ -131,24 +163,28 @@ def read_beats(path: Path) -> Beats | None:
         again = path.read_bytes()
         if len(content) != SIZE_BYTES or content[: len(MAGIC)] != MAGIC:
             return None
-        numbers = [struct.unpack_from("<Q", content, at)[0] for at in (END_AT, *LANE_AT.values())]
+        numbers = [struct.unpack_from("<Q", content, at)[0] for at in PARTS_AT.values()]
         if not any(number % 2 for number in numbers) and all(
             struct.unpack_from("<Q", again, at)[0] == number
-            for at, number in zip((END_AT, *LANE_AT.values()), numbers, strict=True)
+            for at, number in zip(PARTS_AT.values(), numbers, strict=True)
         ):
             break
         time.sleep(0.0005)
-    _, pid, started, pid_namespace, rank, host = HEAD.unpack_from(content, 0)
+    _, pid, started, pid_namespace, rank, host, device = HEAD.unpack_from(content, 0)
     _, outcome, exit_code, ended_s, message = END.unpack_from(content, END_AT)
     lanes = {}
     for name, at in LANE_AT.items():
-        _, phase, step, base_step, entries, beats, since_s, thread, bound_s, what = LANE.unpack_from(content, at)
+        _, phase, step, base_step, entries, beats, since_s, thread, bound_s, what, kind, work, native_thread, slow_s = (
+            LANE.unpack_from(content, at)
+        )
         lanes[name] = Lane(
             _text(phase), None if step == NO_STEP else step, None if base_step == NO_STEP else base_step, entries,
-            beats, since_s, thread, bound_s, _text(what),
+            beats, since_s, thread, bound_s, _text(what), _text(kind), work, native_thread, slow_s,
         )  # fmt: skip
+    _, num_waits, waits_since_s = PULSE.unpack_from(content, PULSE_AT)
     return Beats(
-        pid, started, pid_namespace, rank, _text(host), _text(outcome), exit_code, ended_s, _text(message), lanes
+        pid, started, pid_namespace, rank, _text(host), _text(outcome), exit_code, ended_s, _text(message), lanes,
+        Pulse(num_waits, waits_since_s), _text(device),
     )  # fmt: skip
 
 
@@ -185,12 +221,33 @@ def _place_of(attempt_folder: Path, host: str) -> Path:
     return shared_memory() / f"phi3v-{os.getuid()}-{run.name[:40]}-{digest}-{attempt_folder.name}-{host}"
 
 
+def hold(folder: Path) -> IO[bytes]:
+    """Keep this folder from `remove_leftovers` as long as this process, or one that inherits the file, has it open.
+
+    Its watcher does so, since it has yet to read the last words of ranks that are gone.
+    """
+    file = (folder / HELD_NAME).open("wb")
+    fcntl.flock(file, fcntl.LOCK_EX)
+    return file
+
+
+def _is_held(folder: Path) -> bool:
+    try:
+        with (folder / HELD_NAME).open("rb") as file:
+            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    except FileNotFoundError:
+        return False
+    return False
+
+
 def remove_leftovers(keep: Path) -> int:
     """Remove what processes of this user that are gone left in shared memory; returns how many folders and files."""
     num_removed = 0
     for folder in _own_folders():
         found = [beats for beats in map(read_beats, folder.glob("rank-*.beats")) if beats]
-        if folder == keep or not found:
+        if folder == keep or not found or _is_held(folder):
             continue  # one without files may be about to get its first
         if not any(beats.namespace != namespace() or is_alive(beats.pid, beats.started) for beats in found):
             shutil.rmtree(folder, ignore_errors=True)

@@ -12,7 +12,8 @@ from dataclasses import dataclass
 TRAIN, SAVE = "train", "save"
 FOR_THE_WRITER = ("load", "snapshot", "export", "finish")  # phases that may wait for a save in the background
 NUMBERED = {"evaluate": "batch", "load": "checkpoint of step"}  # what a step is in other phases
-FROZEN = ("T", "t", "D")  # states of a process that does nothing
+STOPPED = ("T", "t")  # states of a process that is not run at all
+FROZEN = (*STOPPED, "D")  # and of one that does nothing
 
 
 @dataclass(frozen=True)
@@ -21,6 +22,7 @@ class Actor:
 
     position: base step and phases entered within it; greater is further. silent_s: since its last sign of life.
     state: of the process, one letter. waits: in a collective operation. place: innermost function.
+    kind: of work, within the phase. progresses: it works by itself, and may be silent for slow_bound_s.
     """
 
     rank: int
@@ -37,10 +39,25 @@ class Actor:
     kernel: str = ""
     waits: bool = False
     place: str = ""
+    kind: str = ""
+    slow_bound_s: float = 0.0
+    progresses: bool = False
+
+    @property
+    def limit_s(self) -> float:
+        """How long it may be silent."""
+        if self.progresses and self.state not in STOPPED:
+            return max(self.bound_s, self.slow_bound_s)
+        return self.bound_s
 
     @property
     def overdue(self) -> bool:
-        return self.silent_s > self.bound_s
+        return self.silent_s > self.limit_s
+
+    @property
+    def slow(self) -> bool:
+        """Silent for longer than usual, but not yet too long for one that makes progress."""
+        return self.bound_s < self.silent_s <= self.limit_s
 
     @property
     def frozen(self) -> bool:
@@ -54,9 +71,10 @@ class Actor:
 
     @property
     def where(self) -> str:
+        doing = f"{self.phase} ({self.kind})" if self.kind not in ("", self.phase) else self.phase
         if self.step is None:
-            return self.phase
-        return f"{self.phase}, {NUMBERED.get(self.phase, 'step')} {self.step}"
+            return doing
+        return f"{doing}, {NUMBERED.get(self.phase, 'step')} {self.step}"
 
 
 def judge(actors: Sequence[Actor]) -> list[Actor]:
@@ -71,8 +89,8 @@ def judge(actors: Sequence[Actor]) -> list[Actor]:
 
 
 def _excused(actor: Actor, actors: Sequence[Actor]) -> bool:
-    """Whether it waits for one that is still within its bound: one that is not further, or does work of its own."""
-    if actor.frozen and actor.state != "D":
+    """Whether it waits for one that is still within its limit: one that is not further, or does work of its own."""
+    if actor.state in STOPPED:
         return False
     for other in actors:
         if other is actor or other.overdue or not _can_wait_for(actor, other):

@@ -23,8 +23,8 @@ from typing import Any, BinaryIO
 
 NAME = re.compile(r"(?:nccl_trace_rank|trace)_(\d+)")
 FOLDER, PIPE, TRACE, KEPT = "nccl", "pipe_", "trace_", "nccl_trace_rank_"
-DUMPED_S = 3.0  # for PyTorch to look at its pipe, and to write
-QUIET_S = 0.2  # nothing more for so long: the file is whole
+DUMPED_S = 10.0  # for PyTorch to look at its pipe, and to write, on a machine that has far too much to do
+QUIET_S = 0.5  # nothing more for so long: the file is whole
 OLD_BUFFER_SIZE = "TORCH_NCCL_TRACE_BUFFER_SIZE"  # deprecated: PyTorch still reads it, and warns on every rank
 REMEMBERED = 2000  # operations of each rank
 MAX_BYTES = 256 * 2**20
@@ -53,7 +53,7 @@ def record(run_folder: Path) -> None:
 def ask(attempt_folder: Path, ranks: Sequence[int]) -> None:
     """Have ranks of this node that are about to be killed dump what they recorded, into their attempt's folder.
 
-    Takes 3 s at most, and no time for ranks without NCCL.
+    Takes 10 s at most, and no time for ranks without NCCL.
     """
     folder = attempt_folder.parent.parent / FOLDER
     forget(attempt_folder, ranks)

@@ -9,6 +9,8 @@ and moves when that clock is set.
 
 import os
 import re
+import time
+from collections.abc import Iterator
 from pathlib import Path
 
 PROC, CGROUPS = Path("/proc"), Path("/sys/fs/cgroup")
@@ -36,6 +38,49 @@ def waits_in(pid: int) -> str:
     """The kernel function in which it waits; empty where the kernel does not say."""
     where = _read(PROC / str(pid) / "wchan").strip()
     return "" if where == "0" else where
+
+
+def threads(pid: int) -> dict[int, str]:
+    """Names of its threads by the kernel's numbers; empty when it is gone."""
+    tasks = PROC / str(pid) / "task"
+    try:
+        numbers = [int(path.name) for path in tasks.iterdir()]
+    except OSError:
+        return {}
+    return {number: _read(tasks / str(number) / "comm").strip() for number in numbers}
+
+
+def active_s(pid: int, thread: int) -> float:
+    """How long a thread has run, or was ready to run and waited for a processor; 0 when it is gone.
+
+    The second part tells a thread that gets little of a busy machine, or of a limited control group, from one that
+    sleeps. A kernel without scheduler statistics tells only the first.
+    """
+    task = PROC / str(pid) / "task" / str(thread)
+    if found := _read(task / "schedstat").split():
+        return (int(found[0]) + int(found[1])) / 1e9
+    fields = _fields(task / "stat")
+    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK") if fields else 0.0
+
+
+def page_reads(pid: int, thread: int) -> int:
+    """How often a thread had to wait for memory that was read from a disk (major faults)."""
+    fields = _fields(PROC / str(pid) / "task" / str(thread) / "stat")
+    return int(fields[9]) if fields else 0
+
+
+def programs_of(pid: int, since_ticks: int) -> Iterator[int]:
+    """Programs that a process has started since then, and those that they have started, such as a compiler."""
+    for thread in threads(pid):
+        for child in map(int, _read(PROC / str(pid) / "task" / str(thread) / "children").split()):
+            if (start_ticks(child) or 0) >= since_ticks:
+                yield child
+                yield from programs_of(child, since_ticks)
+
+
+def now_ticks() -> int:
+    """The kernel's ticks since boot, as `start_ticks` counts them."""
+    return int(time.clock_gettime(time.CLOCK_BOOTTIME) * os.sysconf("SC_CLK_TCK"))
 
 
 def peak_memory_bytes(pid: int) -> int:
@@ -89,8 +134,12 @@ def mapped_files() -> set[str]:
 
 
 def _stat(pid: int) -> list[str]:
-    """/proc/PID/stat from the state on (proc(5), field 3); empty when there is no such process."""
-    return _read(PROC / str(pid) / "stat").rpartition(")")[2].split()
+    return _fields(PROC / str(pid) / "stat")
+
+
+def _fields(path: Path) -> list[str]:
+    """A stat file from the state on (proc(5), field 3); empty when there is no such process or thread."""
+    return _read(path).rpartition(")")[2].split()
 
 
 def _count(path: Path) -> int:

@@ -12,8 +12,12 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
-ANSWER_S = 2.0  # for all stacks to be written; a loaded machine needs a part of that
-QUIET_S = 0.1  # nothing more for so long: it was all
+from phi3v_dist.watch import processes
+from phi3v_dist.watch.blame import FROZEN
+
+ANSWER_S = 10.0  # for all stacks to be written, on a machine that has far too much to do
+FROZEN_S = 1.0  # the same for a process that does nothing, which may never write its own
+QUIET_S = 0.5  # nothing more for so long: it was all
 THREAD = re.compile(r"(?:Current thread|Thread) 0x([0-9a-f]+)")
 FRAME = re.compile(r'\s+File "(.*)", line (\d+|\?\?\?) in (.*)')
 INNERMOST = 6  # frames in which a wait for others shows
@@ -42,15 +46,18 @@ def ask(pids: dict[int, Path]) -> dict[int, str]:
             os.kill(pid, signal.SIGQUIT)
         except ProcessLookupError:
             continue
-    deadline_s, seen, quiet_since_s = time.monotonic() + ANSWER_S, sizes, time.monotonic()
-    while time.monotonic() < deadline_s:
-        time.sleep(QUIET_S / 4)
+    began_s = changed_s = time.monotonic()
+    seen = sizes
+    while (now_s := time.monotonic()) - began_s < ANSWER_S:
         now = {pid: _size(path) for pid, path in pids.items()}
         if now != seen:
-            seen, quiet_since_s = now, time.monotonic()
-        all_came = all(now[pid] > sizes[pid] for pid in pids)
-        if all_came and time.monotonic() - quiet_since_s > QUIET_S:
+            seen, changed_s = now, now_s
+        missing = [pid for pid in pids if now[pid] == sizes[pid]]
+        if now_s - began_s > FROZEN_S:
+            missing = [pid for pid in missing if processes.state(pid) not in ("", *FROZEN)]
+        if not missing and now_s - changed_s > QUIET_S:
             break
+        time.sleep(QUIET_S / 10)
     return {pid: _tail(path, sizes[pid]) for pid, path in pids.items()}
 
 

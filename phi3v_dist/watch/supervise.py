@@ -31,7 +31,7 @@ from phi3v_dist.watch.node_report import read_reports
 
 FIRST_WAIT_S, LONGEST_WAIT_S = 2.0, 300.0
 LEFTOVER_S = 10.0  # for processes of the last attempt to end by themselves
-REPORT_S = 10.0  # for the watcher to write what it saw, after the last rank is gone
+REPORT_S = 30.0  # for the watcher to write what it saw, after the last rank is gone
 FORWARDED = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 
 log = logging.getLogger(__name__)

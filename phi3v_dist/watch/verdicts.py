@@ -50,7 +50,7 @@ def of_hang(
     for actor in guilty[:NAMED]:
         lines.append(
             f"hang: {_who(actor)} shows no life for {actor.silent_s:.0f} s in {_where(actor)} "
-            f"(allowed: {actor.bound_s:.0f} s){_doing(actor)}"
+            f"(allowed: {actor.limit_s:.0f} s{', since it computes' if actor.progresses else ''}){_doing(actor)}"
         )
     if len(guilty) > NAMED:
         lines.append(f"hang: … and {len(guilty) - NAMED} more ranks in the same place")
@@ -64,6 +64,14 @@ def of_hang(
         lines.append(f"  no answer from {', '.join(absent)}: see whether these nodes are up")
     lines += [f"  stacks of all ranks: {stacks.parent}/stacks-*.txt", f"  all ranks are ended; {goes_on(checkpoint)}"]
     return Verdict(HANG, lines, list(guilty))
+
+
+def of_slow(actor: Actor) -> str:
+    """A warning: this rank takes unusually long, but it works."""
+    return (
+        f"slow, not hung: {_who(actor)} shows no life for {actor.silent_s:.0f} s in {_where(actor)} (usual limit: "
+        f"{actor.bound_s:.0f} s), but it computes{_doing(actor)}; it is ended after {actor.limit_s:.0f} s"
+    )
 
 
 def _deadlock(guilty: Sequence[Actor], everyone: Sequence[Actor]) -> str:

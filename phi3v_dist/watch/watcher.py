@@ -23,6 +23,7 @@ from phi3v_dist.watch import blame, flight_recorder, heartbeat, processes, stack
 from phi3v_dist.watch.beat_file import (
     Beats,
     folder_of,
+    hold,
     read_beats,
     remove_leftovers,
     remove_own,
@@ -30,6 +31,7 @@ from phi3v_dist.watch.beat_file import (
 )
 from phi3v_dist.watch.blame import Actor
 from phi3v_dist.watch.checkpoint_names import newest_checkpoint
+from phi3v_dist.watch.limits import Bounds
 from phi3v_dist.watch.neighbours import Neighbours
 from phi3v_dist.watch.node_report import (
     CRASHED,
@@ -47,6 +49,7 @@ from phi3v_dist.watch.node_report import (
     stacks_text_path,
     tells_why,
 )
+from phi3v_dist.watch.progress import EVIDENCE_S, Silence, device_busy, makes_progress
 
 if TYPE_CHECKING:
     import phi3v_dist.parallel.topology  # loads torch
@@ -55,22 +58,31 @@ if TYPE_CHECKING:
 TICK_S = 0.25
 OTHERS_S = 1.0  # between looks at the files of other nodes
 MEMORY_S = 1.0  # between looks at the ranks' memory
-ANSWER_S = 5.0  # how long a suspicion waits for the other nodes
+ANSWER_S = 20.0  # how long a suspicion waits for the other nodes, one of which may be far too busy
 PATIENCE_S = 90.0  # the same while all ranks that were heard wait: NFS hides a new file for up to a minute
 SURFACE_S = 1.0  # for the error of a peer to be printed before it is ended too
 SPOKEN_S = 2.0  # more, for one that has said why it ends and only has to leave
-LAST_WORDS_S = 6.0  # ranks may take this long in all to say why they fail; see heartbeat.LAST_WORD_S
+LAST_WORDS_S = 30.0  # ranks may take this long in all to say why they fail and to exit; see heartbeat.LAST_WORD_S
+CAUSE_S = 6.0  # a rank that failed so long before another one was lost is the reason
 LEFT_S = 5.0  # all ranks are usually asked to stop, one a little after the other
-GAP_S = 5.0  # this process itself did not run for so long: the whole machine was asleep, nobody hangs
+GAP_S = 1.0  # this process itself did not run for so long: the machine is too busy or was asleep, nobody hangs
 FIRST_RANK_S = 600.0
 RECHECK = 0.1  # of the silence so far, before ranks that have an excuse are looked at again
+OBSERVED_FROM = 0.25  # of its bound: from then on it is observed what a silent rank does
+WARN_AGAIN_S = 60.0  # between two warnings of the same slow rank
+WARN_GROWTH = 2.0  # but within one silence, only when it has become so many times longer
+WARN_FROM = 1.05  # times the bound: at the second look, which can tell a wait that burns processor time from work
 
 
 def attach(attempt_folder: Path, topology: "phi3v_dist.parallel.topology.Topology", watch: "WatchSettings") -> None:
     """Have this rank watched from now on. Every rank calls it; local rank 0 starts the watcher of its node."""
     folder = folder_of(attempt_folder, topology.host)
-    bounds = heartbeat.Bounds(watch.hang_s, watch.hang_factor, watch.first_s)
-    heartbeat.open(folder, topology.rank, topology.host, bounds)
+    bounds = Bounds(watch.hang_s, watch.hang_factor, watch.first_s, watch.slow_factor)
+    heartbeat.open(folder, topology.rank, topology.host, bounds, topology.device_uuid)
+    if topology.device.type == "cuda":
+        from phi3v_dist.parallel.waits import WAITS  # loads torch
+
+        heartbeat.follow_device(WAITS.device_waits)
     if topology.local_rank == 0:
         start(folder, attempt_folder, topology.host, topology.local_world_size)
 
@@ -79,12 +91,21 @@ def start(folder: Path, attempt_folder: Path, host: str, num_ranks: int) -> "sub
     """Watch `num_ranks` ranks of this node in a process of its own. It ends when they have."""
     words = [str(folder), str(attempt_folder), host, str(num_ranks)]
     command = [sys.executable, "-m", "phi3v_dist.watch.watcher", *words]
-    return subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, start_new_session=True)
+    with hold(folder) as held:  # the watcher inherits the lock, so that there is no moment without it
+        return subprocess.Popen(
+            command, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, start_new_session=True,
+            pass_fds=[held.fileno()],
+        )  # fmt: skip
 
 
 @dataclass
 class _Rank:
-    """A rank as it is seen from outside. beats_seen, since_s: by lane, the last sign of life and when it was seen."""
+    """A rank as it is seen from outside.
+
+    beats_seen, silences: by lane, the last sign of life and what was observed since it was seen.
+    num_waits, passed_s: how many waits for other ranks have ended, and when that was seen to change.
+    warned: when it was last called slow, in which silence and how long that was.
+    """
 
     beats: Beats
     alive: bool = True
@@ -93,7 +114,10 @@ class _Rank:
     peak_bytes: int = 0
     kills: dict[str, int] = field(default_factory=dict)
     beats_seen: dict[str, int] = field(default_factory=dict)
-    since_s: dict[str, float] = field(default_factory=dict)
+    silences: dict[str, Silence] = field(default_factory=dict)
+    num_waits: int = 0
+    passed_s: float = float("-inf")
+    warned: tuple[float, int, float] = (float("-inf"), -1, 0.0)
 
 
 class Watcher:
@@ -107,6 +131,9 @@ class Watcher:
         self.neighbours = Neighbours(attempt_folder, host)
         self._left_s, self._asked_to_leave = 0.0, False
         self._suspects, self._suspected_s = dict[tuple[int, str], int](), 0.0
+        self._passed = set[tuple[int, str, bool]]()  # limits that had been passed when ranks were suspected
+        self._device_is_busy = device_busy()
+        self._asked_s = 0.0  # what asking for stacks took since the last look at the clock
         self.now_s = time.monotonic()
         self._next_s = dict.fromkeys(("memory", "others", "suspicion"), 0.0)
         self._reported: object = None
@@ -135,10 +162,12 @@ class Watcher:
     def _read_clock(self) -> None:
         """Time in which this process did not run is nobody's silence."""
         before_s, self.now_s = self.now_s, time.monotonic()
-        gap_s = self.now_s - before_s
+        gap_s = self.now_s - before_s - TICK_S - self._asked_s
+        self._asked_s = 0.0
         if gap_s > GAP_S:
             for rank in self.ranks.values():
-                rank.since_s = {lane: since_s + gap_s for lane, since_s in rank.since_s.items()}
+                for silence in rank.silences.values():
+                    silence.skip(gap_s)
 
     def _is_time(self, what: str, every_s: float) -> bool:
         if self.now_s < self._next_s[what]:
@@ -163,7 +192,11 @@ class Watcher:
                 rank.kills = rank.kills or processes.out_of_memory_kills(pid)
             for name, lane in rank.beats.lanes.items():
                 if lane.beats != rank.beats_seen.get(name):
-                    rank.beats_seen[name], rank.since_s[name] = lane.beats, self.now_s
+                    rank.beats_seen[name], rank.silences[name] = lane.beats, Silence(self.now_s)
+                elif rank.alive and self.now_s - rank.silences[name].since_s > OBSERVED_FROM * lane.bound_s:
+                    rank.silences[name].observe(self.now_s, rank.beats, name)
+            if rank.beats.pulse.num_waits != rank.num_waits:
+                rank.num_waits, rank.passed_s = rank.beats.pulse.num_waits, self.now_s
             if rank.alive and not processes.is_alive(pid, rank.beats.started):
                 rank.alive, rank.died_s = False, self.now_s
             rank.outcome = rank.outcome or rank.beats.outcome
@@ -227,7 +260,7 @@ class Watcher:
     def _came_first(self, failed: _Rank) -> bool:
         """Whether a failure explains why another rank is gone: the launcher then ended that one."""
         code = failed.beats.exit_code
-        return tells_why(code) or (code != LOST_RANK and self.now_s - failed.beats.ended_s > LAST_WORDS_S)
+        return tells_why(code) or (code != LOST_RANK and self.now_s - failed.beats.ended_s > CAUSE_S)
 
     def _failed(self) -> list[_Rank]:
         """Those first that had a reason of their own, then by time."""
@@ -273,21 +306,24 @@ class Watcher:
 
     def _find_stuck(self) -> None:
         """Suspect ranks that are silent for too long, ask all other nodes, and judge when they have answered."""
-        silent = {
-            (actor.rank, actor.lane): (rank.beats_seen[actor.lane], actor.silent_s)
+        silent = [
+            actor
             for rank in self.ranks.values()
             for actor in self._actors_of(rank)
-            if actor.overdue
-        }
-        beats = {key: number for key, (number, _) in silent.items()}
+            if actor.silent_s > actor.bound_s and rank.silences[actor.lane].observed_s >= EVIDENCE_S
+        ]
+        beats = {(actor.rank, actor.lane): self.ranks[actor.rank].beats_seen[actor.lane] for actor in silent}
         if self.status == SUSPECT and not self._suspects.items() <= beats.items():
             self._withdraw()  # one of them lives
         if not silent:
             return
         if self.status != SUSPECT:
-            if not self._is_time("suspicion", RECHECK * max(silent_s for _, silent_s in silent.values())):
+            # Those with an excuse are looked at again from time to time, and at once when a limit is passed.
+            passed = {(actor.rank, actor.lane, actor.silent_s > actor.slow_bound_s) for actor in silent}
+            is_time = self._is_time("suspicion", RECHECK * max(actor.silent_s for actor in silent))
+            if not is_time and passed <= self._passed:
                 return
-            self._suspects, self._suspected_s, self.status = beats, self.now_s, SUSPECT
+            self._suspects, self._suspected_s, self.status, self._passed = beats, self.now_s, SUSPECT, passed
             self._dump_stacks()
             self.neighbours.ask()
             self._report()
@@ -301,9 +337,21 @@ class Watcher:
         if absent and self.now_s - self._suspected_s < (PATIENCE_S if all_wait else ANSWER_S):
             return
         if not guilty:
+            self._warn_of_slow()
             return self._withdraw()
         where = stacks_text_path(self.attempt_folder, self.host)
         self._conclude(verdicts.of_hang(guilty, everyone, absent, where, newest_checkpoint(self.run_folder)), 0.0)
+
+    def _warn_of_slow(self) -> None:
+        """Name the ranks of this node that take long and work: once a minute, and of one silence when it has grown."""
+        for actor in self.actors:
+            rank = self.ranks[actor.rank]
+            warned_s, beats, silent_s = rank.warned
+            is_same = beats == rank.beats_seen[actor.lane]
+            is_new = actor.silent_s >= WARN_GROWTH * silent_s if is_same else self.now_s - warned_s >= WARN_AGAIN_S
+            if actor.slow and actor.silent_s > WARN_FROM * actor.bound_s and is_new:
+                rank.warned = self.now_s, rank.beats_seen[actor.lane], actor.silent_s
+                _say([f"watcher on {self.host}: {verdicts.of_slow(actor)}"])
 
     def _withdraw(self) -> None:
         self.status = RUNNING
@@ -313,16 +361,19 @@ class Watcher:
         """Ask all ranks for their stacks; keep the text, and what it says about each."""
         running = [rank for rank in self.ranks.values() if rank.alive]
         paths = {rank.beats.pid: stacks_path(self.folder, rank.beats.rank) for rank in running}
+        began_s = time.monotonic()
         texts = stacks.ask(paths)
+        self._asked_s += time.monotonic() - began_s
         self.actors, parts = [], []
         for rank in sorted(running, key=lambda rank: rank.beats.rank):
             threads = stacks.parse(texts[rank.beats.pid])
             for actor in self._actors_of(rank):
                 thread = rank.beats.lanes[actor.lane].thread
+                waits = stacks.waits_for_others(threads, thread) or self._device_waits(rank, actor.lane)
                 self.actors.append(
                     replace(
-                        actor, state=processes.state(actor.pid), kernel=processes.waits_in(actor.pid),
-                        waits=stacks.waits_for_others(threads, thread), place=stacks.place(threads, thread),
+                        actor, state=processes.state(actor.pid), kernel=processes.waits_in(actor.pid), waits=waits,
+                        place=stacks.place(threads, thread), progresses=self._progresses(rank, actor.lane, waits),
                     )
                 )  # fmt: skip
             parts.append(verdicts.stack_text(self._actor(rank), texts[rank.beats.pid]))
@@ -330,6 +381,16 @@ class Watcher:
             stacks_text_path(self.attempt_folder, self.host).write_text("\n".join(parts), encoding="utf-8")
         except OSError as error:
             _say([f"watcher on {self.host}: the stacks could not be written: {error}"])
+
+    def _device_waits(self, rank: _Rank, lane: str) -> bool:
+        return lane == blame.TRAIN and rank.beats.pulse.waits_since_s > 0
+
+    def _progresses(self, rank: _Rank, lane: str, waits: bool) -> bool:
+        """Whether a lane works by itself, or its waits for other ranks still end: then the whole job moves on."""
+        device_is_busy = self._device_is_busy(rank.beats.device)
+        alone = makes_progress(rank.silences[lane], self.now_s, rank.beats, lane, waits, device_is_busy)
+        moves = lane == blame.TRAIN and self.now_s - rank.passed_s <= rank.beats.lanes[lane].bound_s
+        return alone or moves
 
     def _actors_of(self, rank: _Rank) -> list[Actor]:
         """The lanes of a running rank that can hang."""
@@ -339,10 +400,11 @@ class Watcher:
 
     def _actor(self, rank: _Rank, name: str = blame.TRAIN) -> Actor:
         lane, beats = rank.beats.lanes[name], rank.beats
+        silent_s = round(self.now_s - rank.silences[name].since_s, 1)
         return Actor(
             rank=beats.rank, host=self.host, pid=beats.pid, lane=name, phase=lane.phase, step=lane.step,
-            what=printable(lane.what), position=lane.position, silent_s=round(self.now_s - rank.since_s[name], 1),
-            bound_s=lane.bound_s,
+            what=printable(lane.what), position=lane.position, silent_s=silent_s, bound_s=lane.bound_s,
+            kind=lane.kind, slow_bound_s=lane.slow_bound_s,
         )  # fmt: skip
 
     def _conclude(self, verdict: Verdict, grace_s: float, said: list[str] | None = None, elsewhere: str = "") -> None:
@@ -353,9 +415,11 @@ class Watcher:
         _say([*([f"(node {elsewhere} says:)"] if elsewhere else []), *lines, more])
         self._report()
         if verdict.kind == HANG:
-            flight_recorder.ask(self.attempt_folder, [rank.beats.rank for rank in self.ranks.values() if rank.alive])
+            running = [rank.beats for rank in self.ranks.values() if rank.alive]
+            able = [beats.rank for beats in running if processes.state(beats.pid) not in blame.STOPPED]
+            flight_recorder.ask(self.attempt_folder, able)
         self._end(grace_s, lambda rank: not rank.beats.outcome)
-        self._end(SPOKEN_S if grace_s else 0, lambda rank: True)
+        self._end(SPOKEN_S if grace_s else 0.0, lambda rank: True)
 
     def _end(self, grace_s: float, whom: Callable[[_Rank], bool]) -> None:
         """Kill these ranks, as far as they have not ended by themselves in time."""

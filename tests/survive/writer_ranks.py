@@ -199,9 +199,9 @@ def kill_before(number: int, folder: Path, where: Path) -> None:
         operation("os.fsync", os.readlink(f"/proc/self/fd/{descriptor}").removeprefix(str(folder)))
         fsync(descriptor)
 
-    def counted_beat(what: str = "", lane: str = heartbeat.TRAIN) -> None:
+    def counted_beat(what: str = "", lane: str = heartbeat.TRAIN, **work) -> None:
         operation("block", what)
-        beat(what, lane)
+        beat(what, lane, **work)
 
     os.fsync, heartbeat.beat = counted_fsync, counted_beat
     sys.addaudithook(audit)

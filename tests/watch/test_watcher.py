@@ -12,18 +12,22 @@ from pathlib import Path
 
 import pytest
 from conftest import environment
-from watching import Loop
+from simulated import COMPUTES, FOREVER_S, SLEEPS, WAITS, Simulation
+from watching import TIMEOUT_S, Loop
 
 from phi3v_dist.watch import neighbours, processes, stacks
 from phi3v_dist.watch.attempts import read_attempts
 from phi3v_dist.watch.beat_file import BeatFile, Lane, folder_of, read_beats
 from phi3v_dist.watch.blame import TRAIN, Actor
+from phi3v_dist.watch.limits import Bounds
 from phi3v_dist.watch.node_report import NodeReport, Verdict, read_report, report_path, stacks_text_path
-from phi3v_dist.watch.watcher import Watcher
+from phi3v_dist.watch.progress import EVIDENCE_S
+from phi3v_dist.watch.watcher import TICK_S, Watcher
 
 HANG_S = 2.0
+FIRST_S = 60.0  # of watched_ranks.py
 PHASES = ("data", "forward", "backward", "optimizer")
-SLACK_S = 6.0  # polling, stacks, a loaded machine
+GONE_S = 5.0  # docs/faults.md: after a death all other ranks are gone
 
 
 def blamed(loop: Loop, node: str = "n0") -> list[tuple]:
@@ -47,20 +51,45 @@ def test_a_clean_loop_ends_with_a_report_and_without_a_word(tmp_path):
 @pytest.mark.parametrize(
     "phase, code", [("forward", 11), *(pytest.param(phase, 1, marks=pytest.mark.slow) for phase in PHASES)]
 )
-def test_a_killed_rank_is_named_and_the_others_end_within_five_seconds(tmp_path, phase, code):
+def test_a_killed_rank_is_named_and_the_others_are_ended(tmp_path, phase, code):
     """code: with which the other one ends, for want of the dead one."""
     loop = Loop.start(tmp_path, ["n0"], 2, PHI3V_FAULT=f"1:{phase}:5:kill9", WATCHED_CODE=str(code))
-    while loop.processes[1].poll() is None:
-        time.sleep(0.02)
-    began = time.monotonic()
-    assert loop.processes[0].wait(60) != 0
-    assert time.monotonic() - began < 5
-    loop.wait()
+    codes = loop.wait()
+    assert codes[0] != 0 and codes[1] == -signal.SIGKILL
     assert loop.report("n0").status == "died" and blamed(loop) == [(1, phase, 5)]
     said = loop.said()
     assert f"rank 1 on n0 (process {loop.processes[1].pid}) is gone without a word" in said
     assert f"last in phase {phase}, step 5" in said
     assert "no checkpoint was written yet: the same command begins at the first step" in said
+
+
+@pytest.mark.fault(1)
+@pytest.mark.fault(2)
+@pytest.mark.fault(3)
+@pytest.mark.fault(4)
+@pytest.mark.parametrize("says_so", [False, True], ids=["which only wait", "which say that they lost it"])
+def test_after_a_death_the_others_are_gone_within_five_seconds(tmp_path, monkeypatch, says_so):
+    """On a clock of its own, so that no other load of the machine counts: all that the watcher waits for."""
+    simulation = Simulation(tmp_path, monkeypatch, 2, Bounds())
+    died_s = []
+
+    def dies(heart):
+        heart.enter("train", "forward", 5, "", "", 0)
+        yield COMPUTES, 3.1
+        died_s.append(simulation.now_s)
+        simulation.die(1)
+        yield SLEEPS, FOREVER_S
+
+    def survives(heart):
+        heart.enter("train", "forward", 5, "", "", 0)
+        yield WAITS, 3.2
+        if says_so:
+            heart.file.close("failed", "connection closed by peer", 11)
+        yield SLEEPS, FOREVER_S
+
+    report = simulation.run(survives, dies)
+    assert report.status == "died" and [actor.rank for actor in report.verdict.blamed] == [1]
+    assert 0 < simulation.ranks[0].died_s - died_s[0] < GONE_S
 
 
 @pytest.mark.fault(11)
@@ -74,7 +103,11 @@ def test_a_stuck_rank_is_named_with_phase_and_step_and_all_stacks_are_kept(tmp_p
     report = loop.report("n0")
     assert codes == [-signal.SIGKILL] * 2 and report.status == "hang"
     assert blamed(loop) == [(int(rank), phase, int(step))]
-    assert report.verdict.blamed[0].silent_s < HANG_S + SLACK_S
+    (guilty,) = report.verdict.blamed[:1]
+    assert guilty.bound_s == HANG_S and not guilty.progresses, (
+        "found by the limit of its kind, and not as one that works"
+    )
+    assert guilty.silent_s < FIRST_S
     text = stacks_text_path(loop.attempt_folder, "n0").read_text()
     assert "rank 0 on n0" in text and "rank 1 on n0" in text and "all_reduce" in text
     if action == "stop":
@@ -105,6 +138,32 @@ def test_a_rank_that_is_slow_but_alive_raises_no_alarm(tmp_path):
     loop = Loop.start(tmp_path, ["n0"], 2, hang_s=HANG_S, WATCHED_RANKS="slow")
     assert loop.wait() == [0, 0], loop.said()
     assert loop.report("n0").status == "ended"
+
+
+def test_a_rank_that_computes_for_longer_than_its_limit_is_warned_of_and_not_ended(tmp_path):
+    loop = Loop.start(tmp_path, ["n0"], 2, hang_s=HANG_S, WATCHED_RANKS="burns", WATCHED_SLOW_FACTOR="1000")
+    loop.wait_until_said("slow, not hung: rank 1 on n0")
+    (tmp_path / "go").touch()
+    assert loop.wait() == [0, 0], loop.said()
+    assert loop.report("n0").verdict is None and "it is ended after 2000 s" in loop.said()
+    assert "rank 0 on n0" not in loop.said(), "which waits for it"
+
+
+@pytest.mark.fault(11)
+def test_a_rank_in_an_endless_loop_is_ended_after_the_longer_limit(tmp_path):
+    loop = Loop.start(tmp_path, ["n0"], 2, hang_s=HANG_S, WATCHED_RANKS="burns", WATCHED_SLOW_FACTOR="2")
+    assert loop.wait() == [-signal.SIGKILL] * 2
+    assert blamed(loop) == [(1, "forward", 6)]
+    assert loop.report("n0").verdict.blamed[0].silent_s > 2 * HANG_S
+    assert "(allowed: 4 s, since it computes)" in loop.said()
+
+
+def test_a_first_prefill_that_takes_much_longer_than_the_copy_before_it_is_not_ended(tmp_path):
+    """Issue 19: an evaluation with a large vision tower was ended, since its limit came from copying the model. This
+    one sleeps: nothing but the kind of work saves it."""
+    loop = Loop.start(tmp_path, ["n0"], 2, hang_s=HANG_S, WATCHED_RANKS="evaluates")
+    assert loop.wait() == [0, 0], loop.said()
+    assert loop.report("n0").status == "ended" and "hang" not in loop.said()
 
 
 @pytest.mark.fault(11)
@@ -140,7 +199,7 @@ def asking(tmp_path, monkeypatch):
     alive = BeatFile.create(tmp_path, 0, "n0")
     alive.write(TRAIN, Lane("forward", 5, 5, 2, 1, bound_s=HANG_S))
     one._look()
-    one.ranks[0].since_s[TRAIN] -= 40
+    one.now_s += 40
     monkeypatch.setattr(stacks, "ask", lambda pids: dict.fromkeys(pids, ""))
     monkeypatch.setattr(stacks, "waits_for_others", lambda threads, thread: True)
     monkeypatch.setattr(one, "_end", lambda grace_s, whom: None)
@@ -148,9 +207,10 @@ def asking(tmp_path, monkeypatch):
 
 
 def heard(one, seconds: float) -> str:
-    """Time passes, and the watcher goes round once."""
-    one.now_s += seconds
-    one._look()
+    """Time passes, and the watcher goes round; a moment before it has looked, too."""
+    for part in (seconds, EVIDENCE_S):
+        one.now_s += part
+        one._look()
     one._hear_others() or one._find_stuck()
     return one.status
 
@@ -241,19 +301,20 @@ def test_a_death_on_one_node_ends_the_ranks_of_the_other(tmp_path):
     assert blamed(loop, "n1") == [(1, "optimizer", 5)]
 
 
-def test_time_in_which_the_watcher_did_not_run_is_nobodys_silence(asking):
+def test_time_in_which_the_watcher_did_not_run_is_nobodys_silence(asking, monkeypatch):
     one, _ = asking
-    one.now_s -= 100
-    since_s = one.ranks[0].since_s[TRAIN]
+    monkeypatch.setattr(time, "monotonic", lambda: one.now_s + 100)
+    silence = one.ranks[0].silences[TRAIN]
+    since_s = silence.since_s
     one._read_clock()
-    assert 99 < one.ranks[0].since_s[TRAIN] - since_s < 160
+    assert silence.since_s - since_s == 100 - TICK_S and silence.observed_s == 0
 
 
 @pytest.mark.slow
 def test_a_machine_that_slept_is_not_taken_for_a_hang(tmp_path):
     """Ranks and watcher stopped together for longer than the bound, as by a suspended laptop or a paused job."""
     loop = Loop.start(tmp_path, ["n0"], 2, steps=60, hang_s=HANG_S)
-    deadline_s = time.monotonic() + 60
+    deadline_s = time.monotonic() + TIMEOUT_S
     while not _is_training(loop):
         assert time.monotonic() < deadline_s
         time.sleep(0.1)
@@ -262,7 +323,7 @@ def test_a_machine_that_slept_is_not_taken_for_a_hang(tmp_path):
     everyone = [*watcher, *(process.pid for process in loop.processes)]
     for pid in everyone:
         os.kill(pid, signal.SIGSTOP)
-    time.sleep(6.5)
+    time.sleep(3 * HANG_S)
     for pid in reversed(everyone):
         os.kill(pid, signal.SIGCONT)
     assert loop.wait() == [0, 0], loop.said()
@@ -283,7 +344,9 @@ def _command(pid: int) -> bytes:
 
 def test_the_watcher_loads_neither_torch_nor_numpy():
     code = "import sys, phi3v_dist.watch.watcher; print(sorted({'torch', 'numpy', 'deepspeed'} & set(sys.modules)))"
-    done = subprocess.run([sys.executable, "-c", code], env=environment(), capture_output=True, text=True, timeout=60)
+    done = subprocess.run(
+        [sys.executable, "-c", code], env=environment(), capture_output=True, text=True, timeout=TIMEOUT_S
+    )
     assert done.stdout.strip() == "[]", done.stderr
 
 
@@ -303,7 +366,7 @@ Current thread 0x0000000000000020 (most recent call first):
 @pytest.mark.fault(15)
 def test_a_kill_for_want_of_memory_is_called_so(tmp_path):
     """In a real control group with a limit, where this machine lets us make one."""
-    group = Path("/sys/fs/cgroup/memory/phi3v-test") if Path("/sys/fs/cgroup/memory").is_dir() else None
+    group = Path(f"/sys/fs/cgroup/memory/phi3v-test-{os.getpid()}") if Path("/sys/fs/cgroup/memory").is_dir() else None
     try:
         assert group is not None
         group.mkdir()
@@ -311,10 +374,11 @@ def test_a_kill_for_want_of_memory_is_called_so(tmp_path):
         pytest.skip("no memory control group of version 1 can be made here")
     (group / "memory.limit_in_bytes").write_text(str(60 * 2**20))
     code = (
-        "import sys, time; from pathlib import Path; from phi3v_dist.watch import heartbeat, watcher; "
-        "heartbeat.open(Path(sys.argv[1]), 0, 'n0'); watcher.start(Path(sys.argv[1]), Path(sys.argv[2]), 'n0', 1); "
-        "time.sleep(3); heartbeat.enter('data', 3); "
-        "Path(sys.argv[3]).write_text(str(__import__('os').getpid())); x = [bytearray(2**20) for _ in range(200)]"
+        "import os, sys, time\nfrom pathlib import Path\nfrom phi3v_dist.watch import heartbeat, watcher\n"
+        "folder, attempt_folder, group = map(Path, sys.argv[1:])\n"
+        "heartbeat.open(folder, 0, 'n0'); watcher.start(folder, attempt_folder, 'n0', 1)\n"
+        "while not (attempt_folder / 'node-n0.json').exists(): time.sleep(0.05)\n"  # it has looked at the counters
+        "heartbeat.enter('data', 3); group.write_text(str(os.getpid())); x = [bytearray(2**20) for _ in range(200)]"
     )
     attempt_folder = tmp_path / "attempts" / "0001"
     attempt_folder.mkdir(parents=True)
@@ -322,7 +386,7 @@ def test_a_kill_for_want_of_memory_is_called_so(tmp_path):
         process = subprocess.run(
             [sys.executable, "-c", code, str(folder_of(attempt_folder, "n0")), str(attempt_folder),
              str(group / "cgroup.procs")],
-            env=environment(), capture_output=True, text=True, timeout=60,
+            env=environment(), capture_output=True, text=True, timeout=TIMEOUT_S,
         )  # fmt: skip
         assert process.returncode == -signal.SIGKILL
         report = read_report(report_path(attempt_folder, "n0"))
@@ -330,7 +394,9 @@ def test_a_kill_for_want_of_memory_is_called_so(tmp_path):
         assert "killed by the kernel, probably memory" in " ".join(report.verdict.lines)
         assert "GiB of memory" in " ".join(report.verdict.lines)
     finally:
-        time.sleep(0.5)
+        deadline_s = time.monotonic() + TIMEOUT_S
+        while (group / "cgroup.procs").read_text() and time.monotonic() < deadline_s:
+            time.sleep(0.05)
         group.rmdir()
 
 

@@ -11,10 +11,10 @@ from pathlib import Path
 from conftest import REPOSITORY, environment
 from launching import free_port
 
-from phi3v_dist.watch.beat_file import folder_of
+from phi3v_dist.watch.beat_file import folder_of, is_watched
 from phi3v_dist.watch.node_report import NodeReport, read_report, report_path
 
-TIMEOUT_S = 120
+TIMEOUT_S = 300  # however busy the machine is
 RANKS = REPOSITORY / "tests" / "watch" / "watched_ranks.py"
 
 
@@ -53,12 +53,17 @@ class Loop:
             for process in self.processes:
                 process.kill()
                 process.wait()
-        while any(list(folder_of(self.attempt_folder, node).glob("rank-*")) for node in self.nodes):
+        while any(is_watched(self.attempt_folder, node) for node in self.nodes):
             assert time.monotonic() < deadline_s, "the watcher has not ended"
             time.sleep(0.1)
-        for node in self.nodes:
-            folder_of(self.attempt_folder, node).rmdir()
         return codes
+
+    def wait_until_said(self, words: str) -> None:
+        deadline_s = time.monotonic() + TIMEOUT_S
+        while words not in self.said():
+            assert time.monotonic() < deadline_s, self.said()
+            assert all(process.poll() is None for process in self.processes), self.said()
+            time.sleep(0.1)
 
     def report(self, node: str) -> NodeReport:
         report = read_report(report_path(self.attempt_folder, node))
