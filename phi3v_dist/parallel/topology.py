@@ -20,6 +20,7 @@ import torch.distributed as dist
 from phi3v_dist.errors import LaunchError
 from phi3v_dist.parallel import slurm_step
 from phi3v_dist.parallel.meeting import meet
+from phi3v_dist.parallel.process_end import mark_rank
 from phi3v_dist.parallel.variables import host_name, number
 
 
@@ -105,6 +106,7 @@ class Topology:
             os.environ["MASTER_PORT"] = str(_port(self.world_size))
         import deepspeed
 
+        mark_rank()
         switch_off_shm_op()
         backend = "nccl" if torch.cuda.is_available() else "gloo"
         try:

@@ -131,7 +131,7 @@ def test_after_the_budget_the_error_names_the_object_and_no_secret(server, alway
     with pytest.raises(StoreError, match=f"/a.tar: .*{message}") as error:
         fetcher.fetch(3)
     assert not isinstance(error.value, BadSample) and "secret" not in str(error.value)
-    assert time.monotonic() - begin < 20
+    assert time.monotonic() - begin < 120
 
 
 @pytest.mark.fault(60)
