@@ -85,7 +85,7 @@ class Evaluator:
             base: records of the untuned model, with which the answers are compared; rank 0 reads them.
             blind: whether to ask blind, too, where the settings say so.
         """
-        heartbeat.enter("evaluate", what="a copy of the model", kind="copy")  # every rank, also one without a batch
+        heartbeat.enter("evaluate", what="a copy of the model")  # every rank, also one that gets no batch
         copy = local_copy(model)
         sample_ids = self.sample_ids[:num_samples]
         place = {sample_id: i for i, sample_id in enumerate(sample_ids)}
@@ -96,7 +96,7 @@ class Evaluator:
         for number, batch in enumerate(track(own_batches, "evaluating", "batches")):
             if stop():
                 break
-            heartbeat.enter("evaluate", number, self.decoder.table.sample_name(batch[0]), kind="read")
+            heartbeat.enter("evaluate", number, self.decoder.table.sample_name(batch[0]))
             rows += self._ask(copy, batch, partners, highest)
         del copy
         tokens = highest.tokens()

@@ -101,7 +101,7 @@ def merged_parameters(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
     for name, parameter in parameters.items():
         if is_adapter(name):
             continue
-        heartbeat.beat(name, work=math.prod(full_shape(parameter)))  # gathered one by one
+        heartbeat.beat(name, kind="copy", work=math.prod(full_shape(parameter)))  # gathered one by one
         module = name.removesuffix(".weight")
         up, down = parameters.get(module + UP), parameters.get(module + DOWN)
         with gathered([p for p in (parameter, up, down) if p is not None]), torch.no_grad():

@@ -23,12 +23,14 @@ from phi3v_dist.data.loader import Decoder
 from phi3v_dist.data.processor import Phi3VProcessor
 from phi3v_dist.data.shards import ShardTable
 from phi3v_dist.evaluate import evaluator as module
+from phi3v_dist.evaluate import generate
 from phi3v_dist.evaluate.evaluator import Evaluator
 from phi3v_dist.evaluate.generate import Answer
 from phi3v_dist.evaluate.records import write_records
 from phi3v_dist.model.phi3v import Phi3VForCausalLM
 from phi3v_dist.observe.metrics import check
 from phi3v_dist.parallel.topology import Topology
+from phi3v_dist.watch import heartbeat
 
 SQUARE, WIDE, TALL = (300, 300), (800, 300), (300, 800)  # width, height; three crop grids when 2 crops are allowed
 # Per sample the (grey level, size) of its pictures, and the true answer.
@@ -407,3 +409,54 @@ def test_a_loss_that_is_not_finite_comes_first_and_the_file_stays_json(make, mod
     first, second = highest(tmp_path / "eval")
     assert (first["key"], first["loss"], second["key"]) == ("001", None, "000")
     assert {loss for _, loss in first["tokens"]} == {None} and "NaN" not in json.dumps(first)
+
+
+@pytest.fixture
+def intervals(tmp_path, monkeypatch):
+    """Kind, work, seconds and limit of each interval of this process, on a clock that only tests move: `clock[0]`."""
+    clock, found = [100.0], []
+    monkeypatch.setattr(heartbeat.time, "monotonic", lambda: clock[0])
+    (tmp_path / "beats").mkdir()
+    heartbeat.open(tmp_path / "beats", 0, "n0")
+    heart = heartbeat._heart
+    add = heart.limits.add
+
+    def recorded(kind, work, seconds):
+        found.append((kind, work, seconds, heart.lanes[heartbeat.TRAIN].bound_s))
+        add(kind, work, seconds)
+
+    monkeypatch.setattr(heart.limits, "add", recorded)
+    yield clock, found
+    heartbeat.close(heartbeat.DONE)
+
+
+def test_a_first_evaluation_with_a_slow_vision_tower_keeps_within_the_limits_of_the_watcher(
+    make, model, intervals, monkeypatch
+):
+    """Issue 19: the copy of the model takes moments, the pictures minutes."""
+    clock, found = intervals
+    encode, run = type(model.model).embed, generate._Rows._run
+
+    def slow_embed(self, ids, pixels, *more):
+        clock[0] += 10.0 * len(pixels) if pixels is not None else 0.0
+        return encode(self, ids, pixels, *more)
+
+    def slow_run(self, embeds, positions, rope_lengths):
+        clock[0] += 0.01 * embeds.shape[0] * embeds.shape[1]
+        return run(self, embeds, positions, rope_lengths)
+
+    monkeypatch.setattr(type(model.model), "embed", slow_embed)
+    monkeypatch.setattr(generate._Rows, "_run", slow_run)
+    evaluator, _ = make()
+    evaluator.run(model, None)
+
+    assert max(seconds for _, _, seconds, _ in found) > 60, "it takes longer than the shortest limit allows"
+    assert all(seconds < limit_s for _, _, seconds, limit_s in found), found
+    kinds = [kind for kind, _, _, _ in found]
+    assert list(dict.fromkeys(kinds)) == [
+        "start", "evaluate", "copy", "build", "read", "losses", "vision", "prefill", "decode", "judge"
+    ]  # fmt: skip
+    work = {kind: [work for one, work, _, _ in found if one == kind] for kind in kinds}
+    assert max(work["copy"]) == max(parameter.numel() for parameter in model.parameters())
+    assert min(work["prefill"]) > 10 and min(work["losses"]) > 10 and max(work["decode"]) == SETTINGS.batch_samples
+    assert work["vision"][0] == 2 + 2 + 3, "crops of the first batch: two square pictures and a wide one"

@@ -55,7 +55,8 @@ def test_a_node_that_is_twenty_times_slower_is_never_ended(size, onset):
             assert seconds < allowed_s, (number, kind, work)
             num_warned += seconds > limit_s
             limits.add(kind, work, seconds)
-    assert (num_warned > 0) == (size > 1), "the trial is hard enough: without a look at progress it would be ended"
+    if size > 1 and onset > 0:
+        assert num_warned > 0, "the trial is hard enough: without a look at progress it would be ended"
 
 
 @pytest.fixture
