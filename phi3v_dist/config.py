@@ -8,6 +8,7 @@ aside, and the rest is checked all the same, files and batch arithmetic included
 import contextlib
 import itertools
 import logging
+import os
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import fields
@@ -37,6 +38,8 @@ log = logging.getLogger(__name__)
 DataclassT = TypeVar("DataclassT")
 RAN_WITH = {"versions", "commit", "world_size"}  # of `environment` in RUN/config.yaml; `Run.record` writes it
 LongRopeRule = Literal["document", "max_position", "key_length", "short", "long"]  # model/rope.py says what each does
+WANDB_VARIABLES = {"wandb": "WANDB_MODE", "wandb_project": "WANDB_PROJECT", "wandb_name": "WANDB_NAME"}
+WANDB_OLD_MODES = {"run": "online", "dryrun": "offline"}  # W&B's own earlier words
 AttentionName = Literal["auto", "flash_attention_2", "flash_attention_3", "sdpa", "eager"]  # model/backends.py
 
 
@@ -382,8 +385,13 @@ class ObserveSettings(Section):
     """Dense bf16 peak of one process's device in TFLOP/s, for MFU; default: that of the GPU, where it is known. Without
     one no MFU is logged."""
     wandb: Literal["offline", "online", "disabled"] = "offline"
+    """W&B's mode. Where it is not set, the environment variable `WANDB_MODE` is the default."""
     wandb_project: str = "phi3v-dist"
+    """Where it is not set, `WANDB_PROJECT` is the default."""
+    wandb_name: str | None = None
+    """Name of the W&B run; default: `WANDB_NAME`, else the name of the run folder."""
     wandb_entity: str | None = None
+    """User or team; default: `WANDB_ENTITY`, else that of the API key."""
     tensorboard: bool = False
     """Also write `RUN/tensorboard`; needs the extra `tensorboard` of setup.cfg."""
 
@@ -419,11 +427,12 @@ def load(
     if path != given:
         log.info("%s is not here: using the recipe that ships with phi3v-dist, %s", given, path)
     tree, problems = merge(path, overrides)
+    taken = _take_wandb_variables(tree)
     recorded = tree.get("environment")  # of a run's own config.yaml: what it ran with, and no setting
     if isinstance(recorded, dict) and set(recorded) == RAN_WITH:
         del tree["environment"]
     settings, mistakes = validate(Settings, tree)
-    problems += with_lines(mistakes, path, overrides)
+    problems += with_lines([_with_variable(mistake, taken) for mistake in mistakes], path, overrides)
     if settings is not None:
         wrong = {mistake.split("`")[1] for mistake in mistakes}  # for these keys a default stands in; nobody chose it
         further = _contradictions(settings) + (check(settings) if check else [])
@@ -431,6 +440,27 @@ def load(
     if problems or settings is None:
         raise ConfigError(problems)
     return settings
+
+
+def _take_wandb_variables(tree: dict[str, Any]) -> dict[str, str]:
+    """Settings that the tree does not have and a W&B variable does: put them in; key → variable."""
+    observe = tree.get("observe")
+    if not isinstance(observe, dict | None):
+        return {}
+
+    values = {key: os.environ.get(variable) for key, variable in WANDB_VARIABLES.items()}
+    taken = {key: value for key, value in values.items() if value and key not in (observe or {})}
+    if taken:
+        mode = taken.get("wandb", "")
+        taken |= {"wandb": WANDB_OLD_MODES.get(mode, mode)} if mode else {}
+        tree["observe"] = (observe or {}) | taken
+    return {f"observe.{key}": WANDB_VARIABLES[key] for key in taken}
+
+
+def _with_variable(message: str, taken: dict[str, str]) -> str:
+    """The message; where it is about a setting that a variable gave, with its name."""
+    key = message.split("`")[1] if message.startswith("`") else ""
+    return f"{message} (from the environment variable {taken[key]})" if key in taken else message
 
 
 def of_run(run: Path, overrides: Sequence[str] = ()) -> Settings:

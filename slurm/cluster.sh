@@ -6,10 +6,13 @@
 readonly AWAY_S=600 # Slurm's controller may be away so long
 readonly GONE_S=10  # and a step that was killed may take so long to be gone; one on a dead node never is
 
-say() { printf '%(%Y-%m-%d %H:%M:%S)T INFO %s%s\n' -1 "${job:+[job $job] }" "$*" || true; }
+# Log lines look like those of the ranks
+line() { printf '%(%Y-%m-%d %H:%M:%S)T %s %s%s\n' -1 "$1" "${job:+[job $job] }" "${*:2}" || true; }
+say() { line INFO "$@"; }
+warn() { line WARNING "$@"; }
 
 give_up() { # give_up CODE REASON
-  say "$2" >&2
+  line "$([[ $1 == 0 ]] && echo INFO || echo ERROR)" "$2" >&2
   exit "$1"
 }
 
@@ -94,7 +97,7 @@ insist() { # insist COMMAND…: of Slurm's, until its controller can be reached;
     if [[ ! $message =~ contact|imed\ out|onnect|ocket ]] || ((SECONDS > until_s)); then break; fi
     pause 2
   done
-  say "$1: $message" >&2
+  warn "$1: $message" >&2
   return 1
 }
 
@@ -134,5 +137,5 @@ leave_out() { # leave_out NODES FORGIVEN: the job shall come back without these,
     tr , '\n' <<<"$1"
   } | grep -vxF -e "" -f <(tr , '\n' <<<"$2") | sort -u | paste -sd,) || true
   insist scontrol update JobId="$job" ExcNodeList="$nodes" ||
-    say "the nodes could not be left out: scontrol update JobId=$job ExcNodeList=$nodes"
+    warn "the nodes could not be left out: scontrol update JobId=$job ExcNodeList=$nodes"
 }

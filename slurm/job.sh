@@ -45,7 +45,7 @@ make_mounts() { # what a container is to see of a node's own disk must be there 
   mkdir -p -- "$PHI3V_STAGE" || give_up 5 "$PHI3V_STAGE cannot be made on $SLURMD_NODENAME"
   [[ $SLURM_JOB_NUM_NODES == 1 ]] ||
     timeout 60 srun --overlap --ntasks-per-node=1 --ntasks="$SLURM_JOB_NUM_NODES" mkdir -p -- "$PHI3V_STAGE" ||
-    say "$PHI3V_STAGE could not be made on every node: those that lack it will fail their examination"
+    warn "$PHI3V_STAGE could not be made on every node: those that lack it will fail their examination"
 }
 
 settings_of_task() { # settings_of_task CONFIG FILE [key=value…]: with what the task's line in the sweep's file adds
@@ -71,7 +71,7 @@ may_begin() { # may_begin SETTINGS…: wrong ones end the job here, and so does 
   umask 077 # a run folder is for its owner alone
   mkdir -p "$run/logs" "$run/attempts"
   counter=$run/logs/alive-$SLURM_JOB_ID
-  [[ ! -s $counter || $(<"$counter") =~ ^[0-9]+$ ]] || say "$(<"$counter")" # the deputy's word to this life
+  [[ ! -s $counter || $(<"$counter") =~ ^[0-9]+$ ]] || warn "$(<"$counter")" # the deputy's word to this life
   trap dismiss_deputy EXIT
   count_ranks
   say "restart ${SLURM_RESTART_COUNT:-0} on $SLURM_JOB_NODELIST: $run"
@@ -82,7 +82,7 @@ count_ranks() { # on each node: as asked for, else one for each GPU, of which Sl
   if command -v nvidia-smi >/dev/null; then
     listed=$(timeout 30 nvidia-smi --list-gpus 2>&1) || failed=$?
     if ((failed)); then
-      say "nvidia-smi fails on $SLURMD_NODENAME with $failed: ${listed:0:200}"
+      warn "nvidia-smi fails on $SLURMD_NODENAME with $failed: ${listed:0:200}"
       node=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | grep -vxF "$SLURMD_NODENAME" | tail -n 1) || true
       [[ -z $node ]] || listed=$(timeout 60 srun --overlap --nodes=1 --ntasks=1 --nodelist="$node" nvidia-smi --list-gpus) || true
       gpus=${SLURM_GPUS_ON_NODE:-0}
@@ -151,7 +151,7 @@ stage() { # stage SETTINGS…: each node copies the shards to its own disk, if a
   done
   wait_for "$step_pid"
   step_pid=""
-  ((status == 0)) || say "not every node could copy the shards (see $run/logs): they are read where they are"
+  ((status == 0)) || warn "not every node could copy the shards (see $run/logs): they are read where they are"
   [[ -z $noticed ]] || judge --not-begun # ends here
 }
 
@@ -183,7 +183,7 @@ watch_over() { # watch_over PID: until the ranks have ended, or srun only waits 
       if [[ $beat == "$last_beat" ]]; then ((silent_s += LOOK_S)); else silent_s=0 last_beat=$beat; fi
     fi
     if ((over_s > OVER_S || silent_s > SILENT_S)); then
-      say "the ranks have ended and srun has not: it is ended, and a node is probably gone"
+      warn "the ranks have ended and srun has not: it is ended, and a node is probably gone"
       end_step train "$step_pid"
     fi
   done
@@ -197,7 +197,7 @@ before_it_is_late() { # Slurm does not bring a job back that it has ended at its
   local left
   left=$(shielded seconds_left)
   if [[ -n $left ]] && ((left < LAST_S)); then
-    say "the ranks have not saved in time"
+    warn "the ranks have not saved in time"
     answer=()
     come_back
   fi

@@ -24,6 +24,8 @@ import webdataset  # noqa: E402
 import yaml  # noqa: E402
 from PIL import Image  # noqa: E402
 
+for variable in ("WANDB_MODE", "WANDB_PROJECT", "WANDB_NAME"):  # defaults of settings
+    os.environ.pop(variable, None)
 torch.set_num_threads(1)  # two threads on a busy machine wait for each other, ten times slower
 TESTS = Path(__file__).parent
 REPOSITORY = TESTS.parent

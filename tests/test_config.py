@@ -6,7 +6,8 @@ import pytest
 import yaml
 from pydantic import ValidationError
 
-from phi3v_dist.config import dump, load
+from phi3v_dist.attempt.environment import shared_settings
+from phi3v_dist.config import dump, load, of_run
 from phi3v_dist.errors import ConfigError
 
 CONFIGS = sorted((Path(__file__).parents[1] / "launch" / "configs").glob("*.yaml"))
@@ -43,6 +44,47 @@ def test_the_smallest_file_is_completed_with_defaults(write):
     assert (settings.run.folder, settings.train.rows_per_step, settings.model.longrope) == (
         Path("runs/run"), 8, "document",
     )  # fmt: skip
+
+
+def test_wandbs_variables_are_defaults_that_the_file_and_overrides_win_over(write, monkeypatch):
+    monkeypatch.setenv("WANDB_MODE", "disabled")
+    monkeypatch.setenv("WANDB_PROJECT", "of the environment")
+    monkeypatch.setenv("WANDB_NAME", "night run")
+    path = write(SMALLEST | {"observe": {"wandb_project": "of the file"}})
+    found = load(path, ["observe.wandb=online"]).observe
+    assert (found.wandb, found.wandb_project, found.wandb_name) == ("online", "of the file", "night run")
+    found = load(write(SMALLEST)).observe
+    assert (found.wandb, found.wandb_project, found.wandb_name) == ("disabled", "of the environment", "night run")
+
+
+@pytest.mark.parametrize(("said", "means"), [("", "offline"), ("run", "online"), ("dryrun", "offline")])
+def test_wandbs_earlier_words_for_its_modes_are_known(write, monkeypatch, said, means):
+    monkeypatch.setenv("WANDB_MODE", said)
+    assert load(write(SMALLEST)).observe.wandb == means
+
+
+def test_a_mode_of_wandb_that_is_not_supported_is_refused_with_its_variable(write, monkeypatch):
+    monkeypatch.setenv("WANDB_MODE", "shared")
+    (problem,) = problems(write(SMALLEST))
+    assert problem == (
+        "`observe.wandb` is 'shared': input should be 'offline', 'online' or 'disabled' "
+        "(from the environment variable WANDB_MODE)"
+    )
+    assert load(write(SMALLEST), ["observe.wandb=offline"]).observe.wandb == "offline"
+
+
+def test_wandbs_variables_do_not_change_what_a_run_recorded(write, tmp_path, monkeypatch):
+    run = tmp_path / "runs" / "first"
+    run.mkdir(parents=True)
+    (run / "config.yaml").write_text(yaml.safe_dump(dump(load(write(SMALLEST)))))
+    monkeypatch.setenv("WANDB_PROJECT", "another")
+    assert of_run(run).observe.wandb_project == load(run / "config.yaml").observe.wandb_project == "phi3v-dist"
+
+
+def test_ranks_may_differ_in_wandbs_variables(write, monkeypatch):
+    without = shared_settings(dump(load(write(SMALLEST))))
+    monkeypatch.setenv("WANDB_MODE", "disabled")
+    assert shared_settings(dump(load(write(SMALLEST)))) == without
 
 
 def test_overrides_win_and_reach_into_lists(write):

@@ -34,6 +34,7 @@ from phi3v_dist.parallel.variables import host_name
 PACKAGE = Path(__file__).parents[1]
 VERSIONS = ("torch", "deepspeed", "transformers", "phi3v-dist")  # those that change numbers or what ranks exchange
 ON_EACH_NODE = ("data.cache.path", "checkpoint.local")  # folders on a node's own disk may have a name of its own
+ON_RANK_0 = "observe.wandb"  # rank 0 alone logs to W&B, and variables such as WANDB_MODE may be set there alone
 MOST_CLOCK_SKEW_S = 5.0
 CLOCK_ROUNDS = 3  # the smallest of some differences is the clocks'; the others hold the waiting of a busy machine
 SHOWN = 4  # names in a line, values of a setting
@@ -83,7 +84,8 @@ def require_alike(topology: Topology, resolved: dict[str, Any]) -> None:
 
 def shared_settings(resolved: dict[str, Any]) -> dict[str, Any]:
     """By dotted key, those that have to be the same on all nodes."""
-    return {key: value for key, value in flattened(resolved).items() if key not in ON_EACH_NODE}
+    of_all = flattened(resolved).items()
+    return {key: value for key, value in of_all if key not in ON_EACH_NODE and not key.startswith(ON_RANK_0)}
 
 
 def facts(settings: dict[str, Any]) -> dict[str, str]:

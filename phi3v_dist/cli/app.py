@@ -25,6 +25,7 @@ from phi3v_dist.secrets import guard_process, redacted
 from phi3v_dist.watch import faults, heartbeat
 
 OWNER_ONLY = 0o077
+DATE_FORMAT = "%Y-%m-%d %H:%M:%S"  # local time, as Slurm prints it
 
 
 def new_parser(name: str, doc: str | None) -> argparse.ArgumentParser:
@@ -43,7 +44,16 @@ def new_parser(name: str, doc: str | None) -> argparse.ArgumentParser:
 
 class _OwnLines(logging.Formatter):
     """No message, whatever name of a file or sample is in it, looks like a line of the log, moves the cursor or holds
-    a secret."""
+    a secret.
+
+    who: is writing, in brackets.
+    is_attempt: whether an attempt of a run has begun; errors that end it are lines of the log too, and not only answers
+        to a person who has typed a command.
+    """
+
+    def __init__(self, who: str, is_attempt: bool):
+        super().__init__(f"%(asctime)s %(levelname)s {who} %(message)s", DATE_FORMAT)
+        self.who, self.is_attempt = who, is_attempt
 
     def formatMessage(self, record: logging.LogRecord) -> str:  # noqa: N802  # the library's name
         record.message = printable(redacted(record.message), keep="\n\t").replace("\n", "\n    ")
@@ -58,15 +68,18 @@ def plain_console(soft_wrap: bool = False) -> Console:
     return Console(markup=False, emoji=False, highlight=False, soft_wrap=soft_wrap)
 
 
-def _lines(who: str) -> logging.Formatter:
-    return _OwnLines(f"%(asctime)s %(levelname)s {who} %(message)s", datefmt="%Y-%m-%d %H:%M:%S")
-
-
 def say_attempt(number: int, rank: int) -> None:
     """From now on each line of the log says which attempt of the run it is from: one file may hold several."""
     for handler in logging.getLogger().handlers:
         if isinstance(handler.formatter, _OwnLines):
-            handler.setFormatter(_lines(f"[attempt {number}, rank {rank}]"))
+            handler.setFormatter(_OwnLines(f"[attempt {number}, rank {rank}]", is_attempt=True))
+
+
+def _head(lines: logging.Formatter | None) -> str:
+    """What comes before the report of an error."""
+    if not isinstance(lines, _OwnLines) or not lines.is_attempt:
+        return ""
+    return f"{time.strftime(DATE_FORMAT)} ERROR {lines.who} "
 
 
 def run_script(main: Callable[[], None], private: bool = True) -> None:
@@ -94,7 +107,7 @@ def _run(main: Callable[[], None], private: bool) -> None:
     said = os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0"))
     rank = int(said) if said.isdecimal() else 0  # what is wrong with it is said where ranks are read
     handler = logging.StreamHandler(sys.stdout)
-    handler.setFormatter(_lines(f"[rank {rank}]"))
+    handler.setFormatter(_OwnLines(f"[rank {rank}]", is_attempt=False))
     logging.basicConfig(level=logging.INFO if rank == 0 else logging.WARNING, handlers=[handler], force=True)
     for chatty in ("DeepSpeed", "compilers"):  # setuptools says what DeepSpeed tries to build
         logging.getLogger(chatty).setLevel(logging.WARNING)
@@ -107,7 +120,7 @@ def _run(main: Callable[[], None], private: bool) -> None:
         heartbeat.close(heartbeat.FAILED, redacted(error.report()), error.exit_code)
         if rank != 0:
             time.sleep(heartbeat.LAST_WORD_S)
-        print(redacted(error.report()), file=sys.stderr, flush=True)
+        print(f"{_head(handler.formatter)}{redacted(error.report())}", file=sys.stderr, flush=True)
         sys.exit(error.exit_code)
     except KeyboardInterrupt:
         heartbeat.close(heartbeat.FAILED, "interrupted", 1)

@@ -29,7 +29,8 @@ def build(settings: Settings, attempt: Attempt, num_steps: int) -> Tracker:
         StarvationWatch(observe.log_every_steps, data.num_workers, data.prefetch_rows),
     ]
     if observe.wandb != "disabled":
-        mirrors.append(WandbTracker(folder, observe.wandb, observe.wandb_project, observe.wandb_entity))
+        where = observe.wandb_project, observe.wandb_entity, observe.wandb_name
+        mirrors.append(WandbTracker(folder, observe.wandb, *where))
     if observe.tensorboard:
         mirrors.append(TensorBoardTracker(folder))
     every = AllOf(JsonlTracker(folder, attempt.number), mirrors)

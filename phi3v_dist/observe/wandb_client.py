@@ -31,10 +31,15 @@ ID_NAME = "wandb-id"
 
 Mode = Literal["online", "offline", "disabled"]
 
+log = logging.getLogger(__name__)
+
 
 def client(run_folder: Path, mode: Mode) -> ModuleType:
     """The client, told before its first import where it may write."""
     for name, value in folders(run_folder).items():
+        given = os.environ.get(name)
+        if given and Path(given).resolve() != Path(value):
+            log.info("%s=%s is not used: W&B's files of this run are in %s/wandb", name, given, run_folder)
         os.environ[name] = value
     if mode == "offline":  # online, the settings that `wandb login` stored say which server
         os.environ["WANDB_CONFIG_DIR"] = str(run_folder / "wandb" / "config")
@@ -55,7 +60,13 @@ def folders(run_folder: Path) -> dict[str, str]:
 
 
 def open_run(
-    wandb: ModuleType, run_folder: Path, mode: Mode, project: str, entity: str | None, config: Mapping[str, Any]
+    wandb: ModuleType,
+    run_folder: Path,
+    mode: Mode,
+    project: str,
+    entity: str | None,
+    name: str,
+    config: Mapping[str, Any],
 ) -> Any:
     """This folder's W&B run, begun or gone on with. Raises whatever the client raises, within about 10 s.
 
@@ -71,7 +82,7 @@ def open_run(
         silent=True,
     )
     run = wandb.init(
-        dir=run_folder, mode=mode, project=project, entity=entity, name=run_folder.name, id=run_id(run_folder),
+        dir=run_folder, mode=mode, project=project, entity=entity, name=name, id=run_id(run_folder),
         resume="allow", config=redacted_tree(dict(config)), settings=settings,
     )  # fmt: skip
     its_own = logging.getLogger("wandb")

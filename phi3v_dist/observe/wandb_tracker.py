@@ -52,12 +52,19 @@ class WandbTracker(Tracker):
     """
 
     def __init__(
-        self, run_folder: Path, mode: Mode = "offline", project: str = "phi3v-dist", entity: str | None = None
+        self,
+        run_folder: Path,
+        mode: Mode = "offline",
+        project: str = "phi3v-dist",
+        entity: str | None = None,
+        name: str | None = None,
     ):
+        """name: of the W&B run; default: that of the run folder."""
         self.run_folder = run_folder.resolve()  # the offline file stores absolute paths
         self.mode = mode
         self.project = project
         self.entity = entity
+        self.name = name or self.run_folder.name
         self._config: Mapping[str, Any] = {}
         self._alerts = Alerts(self.run_folder)
         self._is_preempted = False
@@ -228,7 +235,7 @@ class WandbTracker(Tracker):
         """Open the run: online if that is wanted and possible, else offline."""
         self._require_room()
         wandb, online = self._wandb, self.mode == "online"
-        where = (self.project, self.entity, self._config)
+        where = (self.project, self.entity, self.name, self._config)
         obstacle = wandb_client.why_not_online(wandb) if online else None
         run = None
         if online and not obstacle:

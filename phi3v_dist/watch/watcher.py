@@ -412,7 +412,7 @@ class Watcher:
         self.verdict, self.status = verdict, verdict.kind
         lines = verdict.lines if said is None else said
         more = f"  more: phi3v-diagnose {self.run_folder}"
-        _say([*([f"(node {elsewhere} says:)"] if elsewhere else []), *lines, more])
+        _say([*([f"(node {elsewhere} says:)"] if elsewhere else []), *lines, more], "ERROR")
         self._report()
         if verdict.kind == HANG:
             running = [rank.beats for rank in self.ranks.values() if rank.alive]
@@ -466,8 +466,10 @@ def _has_printed(rank: _Rank) -> bool:
     return rank.beats.rank == 0 or rank.beats.exit_code == CRASHED or waited
 
 
-def _say(lines: list[str]) -> None:
-    print("\n".join(lines), file=sys.stderr, flush=True)
+def _say(lines: list[str], level: str = "WARNING") -> None:
+    """Print lines as one record of the log; its first line has date and level, as those of the ranks."""
+    record = "\n".join(lines)
+    print(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {level} {record}", file=sys.stderr, flush=True)
 
 
 def main() -> None:

@@ -18,7 +18,7 @@ from phi3v_dist.data.quarantine import Entry, Quarantine, entries, summarize, su
 from phi3v_dist.data.shards import ShardTable
 from phi3v_dist.errors import ConfigError
 
-HOSTILE = "key\x1b[31m\n12:00:00 [0] all is well\u202e\udc80"
+HOSTILE = "key\x1b[31m\n2026-12-01 12:00:00 INFO [rank 0] all is well\u202e\udc80"
 
 
 def entry(sample_id: int, **changes: object) -> Entry:

@@ -54,6 +54,21 @@ def test_an_offline_run_holds_the_rows_and_the_pictures_and_no_secret_of_the_com
     assert b"canary-4711" not in stored
 
 
+def test_the_run_has_the_name_that_was_asked_for_and_its_files_stay_in_the_run_folder(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    with caplog.at_level("INFO", "phi3v_dist.observe.wandb_client"):
+        train(tmp_path / "first", WandbTracker(tmp_path / "first", name="night run")).finish({})
+        train(tmp_path / "second", WandbTracker(tmp_path / "second")).finish({})
+    names = [
+        next(record["run"] for record in records(*offline_runs(tmp_path / run)) if record["type"] == "run")
+        for run in ("first", "second")
+    ]
+    assert [run["display_name"] for run in names] == ["night run", "second"]
+    given = tmp_path / "elsewhere"  # in WANDB_DIR, by fresh_client
+    assert f"WANDB_DIR={given} is not used: W&B's files of this run are in {tmp_path}/first/wandb" in caplog.messages
+
+
 @pytest.mark.fault(91)
 def test_a_second_attempt_continues_the_same_run_and_shows_what_was_trained_again(tmp_path: Path) -> None:
     """The first attempt dies after step 5, the second goes on from the checkpoint of step 3."""
