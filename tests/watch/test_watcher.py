@@ -162,7 +162,7 @@ def test_a_rank_in_an_endless_loop_is_ended_after_the_longer_limit(tmp_path):
 def test_a_first_prefill_that_takes_much_longer_than_the_copy_before_it_is_not_ended(tmp_path):
     """Issue 19: an evaluation with a large vision tower was ended, since its limit came from copying the model. This
     one sleeps: nothing but the kind of work saves it."""
-    loop = Loop.start(tmp_path, ["n0"], 2, hang_s=HANG_S, WATCHED_RANKS="evaluates")
+    loop = Loop.start(tmp_path, ["n0"], 2, hang_s=2 * HANG_S, WATCHED_RANKS="evaluates")
     assert loop.wait() == [0, 0], loop.said()
     assert loop.report("n0").status == "ended" and "hang" not in loop.said()
 
