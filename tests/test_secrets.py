@@ -329,4 +329,4 @@ def test_a_formatter_keeps_its_lines(canaries):
     from phi3v_dist.cli.app import _OwnLines
 
     record = logging.LogRecord("x", logging.INFO, "f", 1, "a %s\nb", (CANARIES["HF_TOKEN"],), None)
-    assert _OwnLines("%(message)s").format(record) == "a ***\n    b"
+    assert _OwnLines("[rank 0]", is_attempt=False).format(record).endswith(" INFO [rank 0] a ***\n    b")
