@@ -37,7 +37,7 @@ def blamed(loop: Loop, node: str = "n0") -> list[tuple]:
 
 
 def test_a_clean_loop_ends_with_a_report_and_without_a_word(tmp_path):
-    loop = Loop.start(tmp_path, ["n0"], 2)
+    loop = Loop.start(tmp_path, ["n0"], 2, steps=200)  # long enough for the watcher to look at their memory
     assert loop.wait() == [0, 0]
     report = loop.report("n0")
     assert report.status == "ended" and [rank.outcome for rank in report.ranks] == ["done", "done"]
