@@ -1,6 +1,7 @@
 # Two commands do everything: `make train` and `make test`. Both are only the commands that you would type yourself.
 PYTHON ?= python3
 VENV := .venv
+LATEST := $(VENV)-latest
 GPUS := $(shell nvidia-smi --list-gpus 2>/dev/null | wc -l)
 SHELL_FILES := .ci/run tests/slurm/slurm-sim $(wildcard slurm/*.sh)
 WORKERS ?= 2
@@ -11,7 +12,7 @@ export TORCH_EXTENSIONS_DIR := $(abspath $(VENV))/torch_extensions
 export PYTHONWARNINGS := ignore
 
 .DEFAULT_GOAL := help
-.PHONY: help setup train test test-slow lint bench golden faults support metrics clean
+.PHONY: help setup train test test-latest test-slow lint bench golden faults support metrics clean
 
 help: ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -32,6 +33,16 @@ train: setup ## sample data, a tiny Phi-3-V trained under ZeRO-3, scores, export
 
 test: setup lint ## lint, types and every behaviour, in minutes
 	OMP_NUM_THREADS=1 python -m pytest -m "not slow" -n $(WORKERS)
+
+# In an environment of its own and without constraints.txt. First it lists what is not of the pinned version.
+test-latest: ## every behaviour with the newest versions that setup.cfg allows
+	rm -rf $(LATEST)
+	$(PYTHON) -m venv $(LATEST)
+	$(LATEST)/bin/python -m pip install --quiet --disable-pip-version-check --editable '.[dev]'
+	$(LATEST)/bin/python -m pip freeze --exclude-editable | grep --invert-match --line-regexp --ignore-case \
+	  --fixed-strings --file=constraints.txt || true
+	PATH=$(abspath $(LATEST))/bin:$$PATH TORCH_EXTENSIONS_DIR=$(abspath $(LATEST))/torch_extensions OMP_NUM_THREADS=1 \
+	  python -m pytest -m "not slow" -n $(WORKERS)
 
 test-slow: setup ## long trials
 	OMP_NUM_THREADS=1 python -m pytest -m slow --timeout 3600

@@ -51,6 +51,7 @@ from phi3v_dist.parallel.topology import Topology
 from phi3v_dist.parallel.ulysses import SequenceGroup
 from phi3v_dist.planner import at_start
 from phi3v_dist.planner.gpus import gpu_of
+from phi3v_dist.progress import show_progress
 from phi3v_dist.survive import best
 from phi3v_dist.survive.checkpoint import Checkpoints
 from phi3v_dist.survive.durable import write_durably
@@ -80,14 +81,24 @@ class Data:
 
         known_digest: of the table as another rank has just opened it, so that no shard need be looked at again.
         """
-        table = ShardTable.open(sources, lambda shard: log.info("indexing %s", shard), known_digest)
+        with show_progress("shards") as report:
+            table = ShardTable.open(sources, known_digest, lambda done, total: report("indexing", done, total))
         cache = ShardCache.of(settings.data.cache)
         if cache is None:
             store.require_ranges(table.shards)
         policy = FitPolicy(settings.data.fit, settings.data.row_length_tokens)
         processor = Phi3VProcessor.from_pretrained(settings.model.path, settings.data.num_crops, policy)
-        num_threads = settings.data.num_workers
-        lengths = measure(table, processor, num_threads, lambda shard: log.info("measuring %s", shard), cache)
+        num_threads, is_counted = settings.data.num_workers, False
+
+        def on_count(done: int, total: int) -> None:
+            nonlocal is_counted
+            is_counted = True
+            report("counting tokens", done, total)
+
+        with show_progress("shards") as report:
+            lengths = measure(table, processor, num_threads, on_count, cache)
+        if is_counted:
+            _log_sources(table)
         return cls(table, lengths, Decoder(table, Fetcher(table, cache), processor, settings.data.crops))
 
     @classmethod
@@ -230,10 +241,20 @@ def problems(settings: Settings, world_size: int) -> list[str]:
     return found
 
 
+def _log_sources(table: ShardTable) -> None:
+    """A line for each source whose shards were looked at for the first time, however many they are."""
+    for number in range(len(table.sources)):
+        shards = np.flatnonzero(table.source_of_shard == number)
+        num_samples = int(np.diff(table.start)[shards].sum())
+        name = table.source_name(int(shards[0]))
+        log.info("prepared %s: %s samples in %s shards, tokens counted", name, f"{num_samples:,}", f"{len(shards):,}")
+
+
 def _shard_problems(sources: list[SourceSettings]) -> list[str]:
     """What is wrong with the shards; one source must not hide what is wrong with the next."""
     try:
-        ShardTable.open(sources, lambda shard: log.info("indexing %s", shard))
+        with show_progress("shards") as report:
+            ShardTable.open(sources, on_progress=lambda done, total: report("indexing", done, total))
     except DataError as error:
         if len(sources) == 1:
             return error.problems

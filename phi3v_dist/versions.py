@@ -10,7 +10,7 @@ from packaging.version import InvalidVersion, Version
 
 from phi3v_dist.errors import ConfigError
 
-# The same bounds as in setup.cfg. To change one, see "Versions" in docs/gpu-setup.md.
+# The same bounds as in setup.cfg. To change one, see "Versions" in CONTRIBUTING.md.
 ACCEPTED = {
     "torch": ">=2.13,<2.14",  # fake tensors and profiler events in the planner and the recorder of steps
     "transformers": ">=5.23,<5.24",  # its decoder and CLIP layers are called one by one

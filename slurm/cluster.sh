@@ -6,7 +6,7 @@
 readonly AWAY_S=600 # Slurm's controller may be away so long
 readonly GONE_S=10  # and a step that was killed may take so long to be gone; one on a dead node never is
 
-say() { printf '%(%H:%M:%S)T %s%s\n' -1 "${job:+[job $job] }" "$*" || true; }
+say() { printf '%(%Y-%m-%d %H:%M:%S)T INFO %s%s\n' -1 "${job:+[job $job] }" "$*" || true; }
 
 give_up() { # give_up CODE REASON
   say "$2" >&2

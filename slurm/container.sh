@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
-# Inside a fresh CUDA development image (Ubuntu 24.04): what phi3v-dist needs, pinned, with flash-attn built for this
-# torch. Run by phi3v.def, or by hand for pyxis; docs/gpu-setup.md says how. The program itself stays outside: a job
-# uses the repository that it was submitted from.
+# Inside a fresh CUDA development image (Ubuntu 24.04, Python 3.12): what phi3v-dist needs, pinned, with flash-attn built
+# for this torch. Run by phi3v.def, or by hand for pyxis; docs/gpu-setup.md says how. The program itself stays outside: a
+# job uses the repository that it was submitted from.
 #
 #   slurm/container.sh FOLDER       FOLDER: the repository, or what phi3v.def copies of it
 set -euo pipefail
@@ -19,7 +19,7 @@ chmod +x /usr/local/bin/python
 export PATH=$VENV/bin:$PATH
 build=$(mktemp -d) # pip writes beside what it builds
 cp -r "$folder"/{setup.py,setup.cfg,pyproject.toml,constraints.txt,README.md,LICENSE,phi3v_dist,launch,ds_configs,slurm} "$build"
-pip install --no-cache-dir --constraint "$build/constraints.txt" "$build"
+pip install --no-cache-dir --constraint "$build/constraints.txt" "$build" nvidia-ml-py
 pip uninstall --yes phi3v-dist
 rm -r "$build"
 

@@ -130,7 +130,10 @@ def _check_words(words: Sequence[str]) -> None:
 
             with _no_exit():
                 launched = parse_torchrun(rest)
-            _check_python([launched.training_script, *launched.training_script_args])
+            script = launched.training_script
+            if launched.module:
+                script = f"launch/{script.removeprefix('phi3v_dist.cli.')}.py"
+            _check_python([script, *launched.training_script_args])
         case "make":
             targets = re.findall(r"^([a-z-]+):", (REPOSITORY / "Makefile").read_text(), re.M)
             unknown = [word for word in rest if "=" not in word and word not in targets]

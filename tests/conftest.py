@@ -154,7 +154,8 @@ def reference(launched) -> Path:
 def environment(**extra: str) -> dict[str, str]:
     """For launched processes: this repository, this interpreter's programs, one thread, no accelerator."""
     programs = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
-    ours = {"PYTHONPATH": str(REPOSITORY), "PATH": programs, "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"}
+    modules = f"{TESTS / 'site'}{os.pathsep}{REPOSITORY}"  # sitecustomize.py: deprecations of ours are errors
+    ours = {"PYTHONPATH": modules, "PATH": programs, "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"}
     return {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")} | ours | extra
 
 

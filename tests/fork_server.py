@@ -13,7 +13,6 @@ Note: a launcher starts ranks, but a process with threads cannot be forked safel
 own, forked before the launcher's program runs.
 """
 
-import atexit
 import ctypes
 import gc
 import importlib
@@ -299,27 +298,19 @@ def run(program: Program) -> NoReturn:
     while program.is_launcher and _server is None:
         program = _give_server(program)
 
-    exit_code: object = 0
+    ended_by = None
     try:
         if program.is_module:
             runpy.run_module(program.name, run_name="__main__", alter_sys=True)
         else:
             runpy.run_path(program.name, run_name="__main__")
-    except SystemExit as error:
-        exit_code = error.code or 0
-    except BaseException:
-        sys.excepthook(*sys.exc_info())
-        exit_code = 1
-    if not isinstance(exit_code, int):
-        print(exit_code, file=sys.stderr)
-        exit_code = 1
+    except BaseException as error:
+        ended_by = error
 
-    # As the interpreter ends, but for freeing each module: that copies all memory shared with the server.
-    threading._shutdown()
-    atexit._run_exitfuncs()
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(exit_code & 0xFF)
+    # Without shutting the interpreter down: freeing each module copies all memory that is shared with the server
+    from phi3v_dist.parallel.process_end import end_as_interpreter
+
+    end_as_interpreter(ended_by)
 
 
 def _give_server(launcher: Program) -> Program:

@@ -16,7 +16,7 @@ from phi3v_dist.observe.registry import REGISTRY, Metric
 PAGE = Path(__file__).parents[1] / "docs" / "metrics.md"
 LEFT_OUT = re.compile(r"eval/(blind|base|minus_blind|minus_base|by_<axis>)/.*|eval/.*/(low|high)")
 NEEDS = {
-    "": "", "gpu": "GPU", "nvml": "GPU and pynvml", "peak": "a known peak", "ranks": "several ranks",
+    "": "", "gpu": "GPU", "nvml": "GPU and nvidia-ml-py", "peak": "a known peak", "ranks": "several ranks",
     "sources": "several sources", "validation": "validation data", "numbers": "readable numbers",
     "kinds": "fuzzy or relaxed fields", "parts": "`eval.by`",
     "reference": "`eval.reference`", "wandb": "W&B", "checkpoint": "a checkpoint",

@@ -17,7 +17,7 @@ from phi3v_dist.cluster.report import read_reports
 from phi3v_dist.errors import ConfigError
 from phi3v_dist.planner.zero_share import zero_share
 
-TIMEOUT_S = 120
+TIMEOUT_S = 240
 
 
 def declared() -> dict[str, Requirement]:

@@ -67,7 +67,7 @@ def running_services() -> list[psutil.Process]:
 def records(folder: Path) -> list[dict[str, Any]]:
     """What the real client wrote, by its own reader."""
     command = [sys.executable, "-m", "wandb", "leet", "inspect", "--json", str(folder)]
-    output = subprocess.run(command, capture_output=True, text=True, check=True, timeout=60).stdout
+    output = subprocess.run(command, capture_output=True, text=True, check=True, timeout=240).stdout
     return [json.loads(line) for line in output.splitlines()]
 
 

@@ -19,6 +19,7 @@ from phi3v_dist import __version__
 from phi3v_dist.attempt.build_cache import own_build_folder
 from phi3v_dist.errors import Phi3VError
 from phi3v_dist.invocation import as_typed
+from phi3v_dist.parallel.process_end import end_as_interpreter, is_rank
 from phi3v_dist.printable import printable
 from phi3v_dist.secrets import guard_process, redacted
 from phi3v_dist.watch import faults, heartbeat
@@ -58,7 +59,7 @@ def plain_console(soft_wrap: bool = False) -> Console:
 
 
 def _lines(who: str) -> logging.Formatter:
-    return _OwnLines(f"%(asctime)s {who} %(message)s", datefmt="%H:%M:%S")
+    return _OwnLines(f"%(asctime)s %(levelname)s {who} %(message)s", datefmt="%Y-%m-%d %H:%M:%S")
 
 
 def say_attempt(number: int, rank: int) -> None:
@@ -70,10 +71,22 @@ def say_attempt(number: int, rank: int) -> None:
 
 def run_script(main: Callable[[], None], private: bool = True) -> None:
     """Run `main`; exit 0, or with the error's own code after its report on stderr. The process is then ours: its
-    logging, streams, hooks and umask stay as they are set here.
+    logging, streams, hooks and umask stay as they are set here. If `main` made it a rank, it ends here.
 
     private: no file that is made can be read by others; False where the outputs are meant to be shared.
     """
+    was_rank, ended_by = is_rank(), None
+    try:
+        _run(main, private)
+    except BaseException as error:
+        ended_by = error
+    if is_rank() and not was_rank:
+        end_as_interpreter(ended_by)
+    if ended_by is not None:
+        raise ended_by
+
+
+def _run(main: Callable[[], None], private: bool) -> None:
     if private:
         os.umask(OWNER_ONLY)
     guard_process()
@@ -81,7 +94,7 @@ def run_script(main: Callable[[], None], private: bool = True) -> None:
     said = os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0"))
     rank = int(said) if said.isdecimal() else 0  # what is wrong with it is said where ranks are read
     handler = logging.StreamHandler(sys.stdout)
-    handler.setFormatter(_lines(f"[{rank}]"))
+    handler.setFormatter(_lines(f"[rank {rank}]"))
     logging.basicConfig(level=logging.INFO if rank == 0 else logging.WARNING, handlers=[handler], force=True)
     for chatty in ("DeepSpeed", "compilers"):  # setuptools says what DeepSpeed tries to build
         logging.getLogger(chatty).setLevel(logging.WARNING)

@@ -9,14 +9,10 @@ import argparse
 import itertools
 import json
 import logging
-import sys
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.text import Text
 
 from phi3v_dist import config
@@ -26,6 +22,7 @@ from phi3v_dist.data.fetch import Fetcher
 from phi3v_dist.data.samples import BadSample, default_source
 from phi3v_dist.data.shards import ShardTable
 from phi3v_dist.errors import ConfigError, DataError
+from phi3v_dist.progress import show_progress
 
 PROBED_SAMPLES = 64  # looked at for one that says what the others look like
 LONGEST_ROW = 131072
@@ -63,13 +60,13 @@ def add_commands(commands: Any) -> None:
 
 def index_shards(arguments: argparse.Namespace) -> None:
     begin = time.monotonic()
-    with _bar("indexing") as show:
+    with show_progress("shards") as report:
         made = 0
 
         def on_progress(done: int, total: int) -> None:
             nonlocal made
             made = total
-            show(done, total)
+            report("indexing", done, total)
 
         table = ShardTable.open(_sources(arguments), on_progress=on_progress)
     seconds = time.monotonic() - begin
@@ -92,8 +89,9 @@ def lint_shards(arguments: argparse.Namespace) -> None:
     from phi3v_dist.data.lint import NOTICES, PROBLEMS, LintOptions, lint
 
     table = ShardTable.open(_sources(arguments, guess=True))
-    with _bar("looking") as show:
-        report = lint(table, LintOptions(arguments.deep, arguments.decode, arguments.threads), show)
+    options = LintOptions(arguments.deep, arguments.decode, arguments.threads)
+    with show_progress("shards") as progress:
+        report = lint(table, options, lambda done, total: progress("checking", done, total))
     console = plain_console(soft_wrap=True)
     for colour, kinds in (("red", PROBLEMS), ("yellow", NOTICES)):
         for title, fix, findings in report.of(kinds):
@@ -122,7 +120,8 @@ def show_stats(arguments: argparse.Namespace) -> None:
     model = arguments.model or (settings.model.path if settings else None)
     processor = Phi3VProcessor.from_pretrained(model, NUM_CROPS[0]) if model else None
     table = ShardTable.open(_sources(arguments, guess=True))
-    stats = collect(table, processor)
+    with show_progress("shards") as progress:
+        stats = collect(table, processor, on_progress=lambda done, total: progress("counting tokens", done, total))
     if arguments.json:
         print(json.dumps(stats.to_json(), indent=2))
         return
@@ -209,14 +208,3 @@ def _sources(arguments: argparse.Namespace, guess: bool = False) -> list[SourceS
         except (BadSample, ValueError):
             continue
     return [source]
-
-
-@contextmanager
-def _bar(what: str) -> Iterator[Callable[[int, int], None]]:
-    """A progress bar on a terminal, nothing elsewhere; it is told (done, total)."""
-    columns = (
-        TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn()
-    )  # fmt: skip
-    with Progress(*columns, disable=not sys.stdout.isatty(), transient=True) as bar:
-        task = bar.add_task(what, total=None)
-        yield lambda done, total: bar.update(task, completed=done, total=total)

@@ -30,13 +30,11 @@ import contextlib
 import logging
 import os
 import signal
-import sys
 import threading
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import psutil
-from rich.progress import MofNCompleteColumn, Progress, TaskID
 
 from phi3v_dist import config
 from phi3v_dist.attempt.requests import NOTICES
@@ -46,6 +44,7 @@ from phi3v_dist.config import SourceSettings
 from phi3v_dist.data.shards import ShardTable
 from phi3v_dist.errors import ConfigError, DataError
 from phi3v_dist.invocation import as_typed
+from phi3v_dist.progress import show_progress
 
 if TYPE_CHECKING:
     from phi3v_dist.data.importers.documents import DocumentsReport
@@ -133,11 +132,10 @@ def write_sample(arguments: argparse.Namespace) -> None:
             "--long counts tokens with the processor of a model: give --long --model FOLDER together, for example "
             f"--model data/tiny-phi3v (made by `{as_typed('launch/prepare.py')} tiny --out data/tiny-phi3v`)"
         )
-    with Progress(*Progress.get_default_columns(), disable=not sys.stdout.isatty()) as bar:
-        task = bar.add_task("drawing")
+    with show_progress("samples") as progress:
 
-        def show(done: int, num: int) -> None:
-            bar.update(task, completed=done, total=num)
+        def show(done: int, total: int) -> None:
+            progress("drawing", done, total)
 
         report: CatalogueReport | DocumentsReport
         if arguments.long:
@@ -166,16 +164,8 @@ def import_records(arguments: argparse.Namespace) -> None:
 
     ranks = [f"num_ranks={arguments.num_ranks}"] if arguments.num_ranks is not None else []
     mapping = settings.load(arguments.mapping, [*arguments.setting_words, *ranks])
-    columns = (*Progress.get_default_columns(), MofNCompleteColumn())
-    with Progress(*columns, disable=not sys.stdout.isatty()) as bar:
-        tasks: dict[str, TaskID] = {}
-
-        def show(stage: str, done: int, total: int | None) -> None:
-            if stage not in tasks:
-                tasks[stage] = bar.add_task(stage, total=total)
-            bar.update(tasks[stage], completed=done, total=total)
-
-        manifest = Import(arguments.source, arguments.out, mapping, arguments.model, show).run()
+    with show_progress("records") as progress:
+        manifest = Import(arguments.source, arguments.out, mapping, arguments.model, progress).run()
     plain_console().print(starter.tables(arguments.out, manifest), crop=False)
 
 
@@ -253,11 +243,10 @@ def audit_run(arguments: argparse.Namespace) -> None:
         raise ConfigError("`train.overfit_one_batch` repeats one step on purpose; `--step N` names its samples")
     planner = plan(settings, data)
     checkpoint, listed = audit_report.newest_head(folder), audit_report.listed_in(folder)
-    with Progress(*Progress.get_default_columns(), disable=not sys.stdout.isatty(), transient=True) as bar:
-        task = bar.add_task("verifying")
+    with show_progress("bytes of the ledger") as progress:
 
-        def show(done_bytes: int, num_bytes: int) -> None:
-            bar.update(task, completed=done_bytes, total=num_bytes)
+        def show(done: int, total: int) -> None:
+            progress("verifying", done, total)
 
         found = audit.audit(reader, data.table, data.lengths, planner, checkpoint, listed, show)
     for part in audit_report.tables_of(found):

@@ -11,6 +11,7 @@ from 2: nothing, other names are looked for; the old files may be deleted.
 import bisect
 import hashlib
 import json
+import logging
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 
@@ -28,17 +29,25 @@ from phi3v_dist.data.sidecar import Columns, load_sidecar, save_sidecar
 from phi3v_dist.errors import DataError
 from phi3v_dist.watch import heartbeat
 
+log = logging.getLogger(__name__)
+
 LENGTHS_FORMAT = "3"
 COLUMNS = ExampleLength._fields
 
 
 def measure(
-    table: ShardTable, processor: Phi3VProcessor, num_threads: int = 2, on_shard: Callable[[str], None] | None = None,
+    table: ShardTable,
+    processor: Phi3VProcessor,
+    num_threads: int = 2,
+    on_progress: Callable[[int, int], None] | None = None,
     cache: ShardCache | None = None,
-) -> Lengths:  # fmt: skip
+) -> Lengths:
     """Lengths of all samples of a table, from the manifest or the sidecar files where those exist.
 
     The arrays are read-only, and for a large table views of a file.
+
+    Args:
+        on_progress: told (shards done, shards in all) before each shard whose tokens are counted.
 
     Raises:
         DataError: a shard cannot be read. (A damaged sample is only marked: all ranks see it alike.)
@@ -49,7 +58,7 @@ def measure(
     if stored is not None and stored[1].get("table") == table.digest:
         columns, _ = stored
         return Lengths(**{column: columns[column] for column in COLUMNS}, bad=_bad_of(columns))
-    lengths, damaged = _gather(table, processor, digests, stored, num_threads, on_shard, cache)
+    lengths, damaged = _gather(table, processor, digests, stored, num_threads, on_progress, cache)
     if not damaged:
         columns = {column: getattr(lengths, column) for column in COLUMNS}
         columns["index"], columns["start"] = table.rows.digest, table.start
@@ -60,9 +69,14 @@ def measure(
 
 
 def _gather(
-    table: ShardTable, processor: Phi3VProcessor, digests: list[str], stored: tuple[Columns, dict[str, str]] | None,
-    num_threads: int, on_shard: Callable[[str], None] | None, cache: ShardCache | None,
-) -> tuple[Lengths, bool]:  # fmt: skip
+    table: ShardTable,
+    processor: Phi3VProcessor,
+    digests: list[str],
+    stored: tuple[Columns, dict[str, str]] | None,
+    num_threads: int,
+    on_progress: Callable[[int, int], None] | None,
+    cache: ShardCache | None,
+) -> tuple[Lengths, bool]:
     """Lengths shard by shard, and whether any sample's bytes were damaged.
 
     stored: of another state of the table; shards whose contents are the same are taken from it.
@@ -84,8 +98,9 @@ def _gather(
                 found = sidecar[0], {int(number): why for number, why in json.loads(sidecar[1]["bad"]).items()}
             else:
                 heartbeat.read_on(table.shard_name(shard))
-                if on_shard:
-                    on_shard(table.shard_name(shard))
+                log.debug("counting the tokens of %s", table.shard_name(shard))
+                if on_progress:
+                    on_progress(shard, len(table.shards))
                 measured, shard_bad, damaged = _measure_shard(table, shard, processor, fetcher, num_threads)
                 any_damaged |= damaged
                 if not damaged:  # else the shard may be mended while its index still fits

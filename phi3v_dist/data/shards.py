@@ -30,8 +30,6 @@ PROCESSES_FROM_BYTES = 16 << 30
 
 log = logging.getLogger(__name__)
 
-OnIndex = Callable[[str], None]
-
 
 @dataclass(frozen=True)
 class BadCounts:
@@ -65,13 +63,14 @@ class ShardTable:
 
     @classmethod
     def open(
-        cls, sources: Sequence[SourceSettings], on_index: OnIndex | None = None, known_digest: str | None = None,
+        cls,
+        sources: Sequence[SourceSettings],
+        known_digest: str | None = None,
         on_progress: Callable[[int, int], None] | None = None,
-    ) -> "ShardTable":  # fmt: skip
+    ) -> "ShardTable":
         """Find the shards and their indexes, making those that are missing.
 
         Args:
-            on_index: told each shard that is about to be indexed.
             known_digest: of a table that another rank has opened just now: if the manifest is that table's, no shard
                 is looked at.
             on_progress: told (done, number of shards to index).
@@ -85,7 +84,7 @@ class ShardTable:
         listings = patterns.Listings()
         shards, source_of_shard = _find(sources, listings)
         rows, changed = _rows(sources, shards, listings)
-        _index(shards, rows, changed, on_index, on_progress)
+        _index(shards, rows, changed, on_progress)
         table = cls._of(sources, shards, source_of_shard, rows)
         empty = [number for number, _ in enumerate(sources) if not table._num_samples(number)]
         if empty:
@@ -274,10 +273,7 @@ def _indexed(shards: list[str], listings: patterns.Listings) -> np.ndarray:
     return np.array(found, bool)
 
 
-def _index(
-    shards: list[str], rows: Rows, changed: list[int], on_index: OnIndex | None,
-    on_progress: Callable[[int, int], None] | None,
-) -> None:  # fmt: skip
+def _index(shards: list[str], rows: Rows, changed: list[int], on_progress: Callable[[int, int], None] | None) -> None:
     """Fill the rows of changed shards from their indexes; those that are missing are made. Raises DataError."""
     to_make = []
     for shard in changed:
@@ -291,8 +287,7 @@ def _index(
         futures = [pool.submit(build_index, shards[shard], int(rows.tar_size_bytes[shard])) for shard in to_make]
         for done, (shard, future) in enumerate(zip(to_make, futures, strict=True), 1):
             name = store.shown(shards[shard])
-            if on_index:
-                on_index(name)
+            log.debug("indexing %s", name)
             try:
                 index = future.result()
                 rows.fill(shard, index)

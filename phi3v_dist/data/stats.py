@@ -131,9 +131,12 @@ class Stats:
 
 
 def collect(
-    table: ShardTable, processor: Phi3VProcessor | None, num_threads: int = 2,
-    on_shard: Callable[[str], None] | None = None, num_named: int = 5,
-) -> Stats:  # fmt: skip
+    table: ShardTable,
+    processor: Phi3VProcessor | None,
+    num_threads: int = 2,
+    on_progress: Callable[[int, int], None] | None = None,
+    num_named: int = 5,
+) -> Stats:
     """Count everything.
 
     Args:
@@ -160,7 +163,7 @@ def collect(
             np.add.at(totals[here], sample_of_member[is_picture], tokens)
     text = np.zeros(len(table), np.int64)
     if processor is not None:
-        lengths = measure(table, processor, num_threads, on_shard)
+        lengths = measure(table, processor, num_threads, on_progress)
         bad |= lengths.bad
         text = lengths.full_tokens - images[processor.num_crops]
     usable[list(bad)] = False

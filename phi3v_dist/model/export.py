@@ -28,6 +28,7 @@ from phi3v_dist.model.origin import LONGROPE_KEY, ORIGIN_NAME, read_origin
 from phi3v_dist.model.phi3v import Phi3VForCausalLM
 from phi3v_dist.model.sources import TrainedWeights
 from phi3v_dist.model.weights import OfficialFolder, Weights, write_safetensors
+from phi3v_dist.progress import Report, show_progress
 from phi3v_dist.survive.durable import fsync_folder, write_durably
 from phi3v_dist.watch import heartbeat
 
@@ -76,11 +77,11 @@ def export(weights: TrainedWeights, settings: Settings, out: Path, merge: bool =
     else:
         base = settings.model.path
         _copy_files(base, partial, settings.data.num_crops)
-        with returned_when_freed():
+        with returned_when_freed(), show_progress("tensors", bar=False) as report:
             _enter(1, "weights")
-            write_safetensors(partial, weights)
+            write_safetensors(partial, weights, lambda done, total: report("writing", done, total))
             _enter(2, "reading back")
-            _verify(partial, weights, settings.model.longrope)
+            _verify(partial, weights, settings.model.longrope, report)
     _enter(3, "card")
     write_durably(partial / "README.md", model_card(origin, settings, base))
     write_durably(partial / ORIGIN_NAME, json.dumps(origin, indent=2) + "\n")
@@ -138,12 +139,13 @@ def _copy_files(base: Path, folder: Path, num_crops: int | None) -> None:
 
 
 @torch.inference_mode()
-def _verify(folder: Path, weights: Weights, longrope: str) -> None:
+def _verify(folder: Path, weights: Weights, longrope: str, report: Report) -> None:
     """Read the folder back: every name, shape, type and bit, and the logits on a picture and a question."""
     written = OfficialFolder(folder)
     problems = [f"{name}: missing" for name in weights.names if name not in written.names]
-    for name in written.names:
+    for number, name in enumerate(written.names):
         heartbeat.beat(name)
+        report("reading back", number, len(written.names))
         tensor, wanted = written.get(name), weights.get(name)
         if not torch.isfinite(tensor).all():
             problems.append(f"{name}: holds numbers that are not finite; the run had diverged, export an earlier step")

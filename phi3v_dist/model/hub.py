@@ -21,9 +21,11 @@ from pydantic import BaseModel, ValidationError
 
 from phi3v_dist.errors import CheckpointError
 from phi3v_dist.invocation import as_typed
+from phi3v_dist.progress import show_progress
 
 DIGESTS_NAME = "digests.json"
 MODEL_TYPE = "phi3_v"
+PIECE_BYTES = 1 << 22  # read at once
 WANTED = ("*.safetensors", "*.json", "tokenizer*", "*.py", "LICENSE*", "NOTICE*", "README*")  # of the top folder
 LOADED = ("*.safetensors", "*.py")  # a file of these kinds that nobody listed would be read or run all the same
 
@@ -166,9 +168,15 @@ def _check_kind(repo: str, config: Path, names: list[str]) -> None:
 
 
 def _sha256(path: Path) -> str:
-    log.info("sha256 of %s, %.1f MB", path, path.stat().st_size / 1e6)
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+    size_bytes, done_bytes = path.stat().st_size, 0
+    log.info("sha256 of %s, %.1f MB", path, size_bytes / 1e6)
+    digest, buffer = hashlib.sha256(), memoryview(bytearray(PIECE_BYTES))
+    with path.open("rb", buffering=0) as file, show_progress("bytes") as report:
+        while num_bytes := file.readinto(buffer):
+            digest.update(buffer[:num_bytes])
+            done_bytes += num_bytes
+            report(f"sha256 of {path.name}", done_bytes, size_bytes)
+    return digest.hexdigest()
 
 
 @contextmanager

@@ -9,6 +9,7 @@ into memory and copies only its own ZeRO-3 partition, so nothing travels between
 import json
 import os
 import re
+from collections.abc import Callable
 from pathlib import Path, PurePosixPath
 from typing import Protocol, runtime_checkable
 
@@ -189,9 +190,27 @@ def _tower_layer(name: str) -> int:
     return int(match[1]) if match else -1
 
 
-def write_safetensors(folder: Path, weights: Weights, shard_size_bytes: int = SHARD_SIZE_BYTES) -> None:
-    """Write all tensors, one in memory at a time, with an index when there are several files; flushed to the disk."""
+def write_safetensors(
+    folder: Path,
+    weights: Weights,
+    on_progress: Callable[[int, int], None] | None = None,
+    shard_size_bytes: int = SHARD_SIZE_BYTES,
+) -> None:
+    """Write all tensors, one in memory at a time, with an index when there are several files; flushed to the disk.
+
+    Args:
+        on_progress: told (tensors done, tensors in all).
+    """
     specs = {name: (weights.shape(name), weights.dtype(name)) for name in weights.names}
+    num_done = 0
+
+    def get(name: str) -> Tensor:
+        nonlocal num_done
+        if on_progress:
+            on_progress(num_done, len(specs))
+        num_done += 1
+        return weights.get(name)
+
     split = split_state_dict_into_shards_factory(
         specs,
         get_storage_size=lambda spec: size_bytes(*spec),
@@ -202,7 +221,7 @@ def write_safetensors(folder: Path, weights: Weights, shard_size_bytes: int = SH
     for file_name, names in split.filename_to_tensors.items():
         heartbeat.beat(file_name)
         with (folder / file_name).open("wb") as file:
-            for block in blocks({name: specs[name] for name in names}, weights.get, {"format": "pt"}):
+            for block in blocks({name: specs[name] for name in names}, get, {"format": "pt"}):
                 file.write(block)
             file.flush()
             os.fsync(file.fileno())

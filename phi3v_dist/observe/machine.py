@@ -4,13 +4,17 @@ What comes in: nothing. What goes out: `{base name of the registry: number}`. Su
 a step. The product is timed before the first step, and again when a thousand times its cost has passed.
 """
 
-import contextlib
-import importlib.util
+import functools
+import logging
 import time
 from typing import Any
 
 import psutil
 import torch
+
+from phi3v_dist import nvml
+
+log = logging.getLogger(__name__)
 
 GIB = 2**30
 SIZE = {"cpu": 256, "cuda": 4096}  # of the square matrices: about a millisecond
@@ -27,16 +31,34 @@ def measured(device: torch.device) -> dict[str, float]:
             "mem/reserved_peak_gib": memory.get("reserved_bytes.all.peak", 0) / GIB,
             "mem/alloc_retries": float(memory.get("num_alloc_retries", 0)),
         }
-        if importlib.util.find_spec("pynvml"):
-            import pynvml
-
-            with contextlib.suppress(pynvml.NVMLError, RuntimeError):  # not every driver and GPU has all three
-                found |= {
-                    "gpu/util_pct": float(torch.cuda.utilization(device)),
-                    "gpu/temp_c": float(torch.cuda.temperature(device)),
-                    "gpu/power_w": torch.cuda.power_draw(device) / 1000,
-                }
+        found |= _by_nvml(device)
     return found
+
+
+def _by_nvml(device: torch.device) -> dict[str, float]:
+    """What the driver tells of a GPU. What is missing is named once."""
+    if not nvml.is_installed():
+        _say_missing("GPU utilization, temperature and power are", nvml.INSTALL)
+        return {}
+    import pynvml
+
+    asked = {
+        "gpu/util_pct": lambda: float(torch.cuda.utilization(device)),
+        "gpu/temp_c": lambda: float(torch.cuda.temperature(device)),
+        "gpu/power_w": lambda: torch.cuda.power_draw(device) / 1000,
+    }
+    found = {}
+    for name, ask in asked.items():
+        try:
+            found[name] = ask()
+        except (pynvml.NVMLError, RuntimeError) as error:  # not every driver and GPU has all three
+            _say_missing(f"{name} is", str(error))
+    return found
+
+
+@functools.cache  # once each
+def _say_missing(what: str, why: str) -> None:
+    log.info("%s not logged: %s", what, why)
 
 
 class Probe:

@@ -55,10 +55,10 @@ class Metric:
         drawn.
     cadence: when it is logged: at each step, every `observe.log_every_steps`, at each checkpoint, at each evaluation.
     reduction: how the ranks' numbers become one; "run": it is one number by nature, the same wherever it is counted.
-    needs: what a run must have for it to be logged at all: a GPU ("nvml": and pynvml), a known peak, several ranks or
-        sources, validation data ("numbers": answers in which one was read; "kinds": fuzzy or relaxed fields; "parts":
-        `eval.by`; "reference": `eval.reference`, shown in the summary; "wandb": tables that only W&B holds; "base":
-        `eval.base`; "intervals": at least 20 samples), a checkpoint that was committed.
+    needs: what a run must have for it to be logged at all: a GPU ("nvml": and nvidia-ml-py), a known peak, several
+        ranks or sources, validation data ("numbers": answers in which one was read; "kinds": fuzzy or relaxed fields;
+        "parts": `eval.by`; "reference": `eval.reference`, shown in the summary; "wandb": tables that only W&B holds;
+        "base": `eval.base`; "intervals": at least 20 samples), a checkpoint that was committed.
     """
 
     name: str

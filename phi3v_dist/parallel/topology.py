@@ -20,6 +20,7 @@ import torch.distributed as dist
 from phi3v_dist.errors import LaunchError
 from phi3v_dist.parallel import slurm_step
 from phi3v_dist.parallel.meeting import meet
+from phi3v_dist.parallel.process_end import mark_rank
 from phi3v_dist.parallel.variables import host_name, number
 
 
@@ -112,11 +113,13 @@ class Topology:
             os.environ["MASTER_PORT"] = str(_port(self.world_size))
         import deepspeed
 
-        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+        mark_rank()
+        switch_off_shm_op()
         backend = "nccl" if torch.cuda.is_available() else "gloo"
         try:
             self._meet(backend, timeout_s)
             deepspeed.init_distributed(backend, auto_mpi_discovery=False, verbose=False)
+            require_no_shm_op()
         except dist.DistNetworkError as error:
             if "EADDRINUSE" not in str(error):
                 raise
@@ -180,6 +183,27 @@ class Topology:
         values = [None] * self.world_size if self.is_main else None
         dist.gather_object(value, values, dst=0)
         return values or []
+
+
+def switch_off_shm_op() -> None:
+    """Keep DeepSpeed's `init_distributed` from compiling its shared-memory operation."""
+    import deepspeed
+    from deepspeed.accelerator import get_accelerator
+
+    builder = get_accelerator().create_op_builder("ShareMemCommBuilder")
+    if builder is not None:  # only on CPUs
+        deepspeed.ops.__compatible_ops__[builder.NAME] = False
+
+
+def require_no_shm_op() -> None:
+    """Raise LaunchError if DeepSpeed did not look at the switch of `switch_off_shm_op`."""
+    from deepspeed.comm import comm
+
+    if getattr(comm.cdb, "shm_comm_op", None) is not None:
+        raise LaunchError(
+            "DeepSpeed has loaded its shared-memory operation although it is switched off: this version looks at "
+            "another switch than parallel/topology.py sets, and a later start could hang in a build"
+        )
 
 
 def _port(world_size: int) -> int:

@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 
+from phi3v_dist.errors import LaunchError
 from phi3v_dist.parallel.topology import Topology
 from phi3v_dist.watch import heartbeat
 
@@ -37,10 +38,17 @@ class Waits:
         self._spare: list[Any] = []
         self._backend: Any = None
         self._on_device = False
+        self._num_calls = 0
         self._num_read = 0  # pairs whose events have passed and are used again
 
     def watch(self, topology: Topology) -> None:
-        """Time DeepSpeed's collectives from now on; after the process group is joined. One process waits for nobody."""
+        """Time DeepSpeed's collectives from now on; after the process group is joined. One process waits for nobody.
+
+        Collective, since a barrier shows that the timing works.
+
+        Raises:
+            LaunchError: DeepSpeed does not call what is wrapped here, so stragglers would never be seen.
+        """
         if topology.world_size == 1 or self._backend is not None:
             return
         import deepspeed.comm.comm
@@ -49,6 +57,15 @@ class Waits:
         for name in COLLECTIVES:
             if hasattr(self._backend, name):
                 setattr(self._backend, name, self._timed(getattr(self._backend, name)))
+
+        num_calls = self._num_calls
+        deepspeed.comm.barrier()
+        if self._num_calls == num_calls:
+            raise LaunchError(
+                "DeepSpeed's collectives are not timed: its barrier did not pass through the backend that "
+                "parallel/waits.py wraps, so waiting ranks and slow ranks could not be told apart"
+            )
+        self.take_s()
 
     def stop(self) -> None:
         """Leave the backend as it was."""
@@ -103,6 +120,7 @@ class Waits:
 
     def count(self, call: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         """Make a call that waits for other ranks, DeepSpeed's or another; returns what it returns."""
+        self._num_calls += 1
         if self._on_device:
             before = self._spare.pop() if self._spare else torch.Event(enable_timing=True)
             after = self._spare.pop() if self._spare else torch.Event(enable_timing=True)

@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING
 
 from phi3v_dist.printable import printable
 from phi3v_dist.watch import blame, flight_recorder, heartbeat, processes, stacks, verdicts
+from phi3v_dist.watch.activity import EVIDENCE_S, Silence, device_busy, makes_progress
 from phi3v_dist.watch.beat_file import (
     Beats,
     folder_of,
@@ -49,7 +50,6 @@ from phi3v_dist.watch.node_report import (
     stacks_text_path,
     tells_why,
 )
-from phi3v_dist.watch.progress import EVIDENCE_S, Silence, device_busy, makes_progress
 
 if TYPE_CHECKING:
     import phi3v_dist.parallel.topology  # loads torch

@@ -19,7 +19,7 @@ from phi3v_dist.parallel.topology import Topology
 from phi3v_dist.survive import durable
 
 RANKS = Path(__file__).with_name("environment_ranks.py")
-TIMEOUT_S = 120
+TIMEOUT_S = 240
 
 
 def ranks(folder: Path, *each: dict) -> list[dict]:

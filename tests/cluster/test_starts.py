@@ -438,7 +438,7 @@ def test_what_the_time_limit_would_cut_is_not_begun(tmp_path, left_s, is_first, 
 def job(*words) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
         [sys.executable, "launch/job.py", *map(str, words)], cwd=REPOSITORY, env=environment(), capture_output=True,
-        text=True, timeout=60,
+        text=True, timeout=240,
     )  # fmt: skip
 
 

@@ -181,7 +181,7 @@ def test_a_killed_download_goes_on_and_fetches_nothing_whole_twice(tmp_path):
             assert [next(continued).reason for _ in range(5)] == [None] * 5
             continued.close()
             assert not {request.path for request in server.log} & whole
-        done = subprocess.run(words, capture_output=True, text=True, env=environment(), timeout=60, check=True)
+        done = subprocess.run(words, capture_output=True, text=True, env=environment(), timeout=240, check=True)
         assert [Path(path).read_bytes() for path in done.stdout.split()] == list(server.files.values())
     assert sorted(path.name for path in folder.glob("**/*.*")) == ["failures.jsonl"]
     assert listed(folder) == []
@@ -469,5 +469,5 @@ print(large - small)
 def test_a_large_file_goes_to_the_disk_not_into_memory(tmp_path):
     with LoopbackServer({"/small": b"1", "/large": bytes(64 << 20)}) as server:
         words = [sys.executable, "-c", LARGE, server.origin, str(tmp_path)]
-        done = subprocess.run(words, capture_output=True, text=True, env=environment(), timeout=60, check=True)
+        done = subprocess.run(words, capture_output=True, text=True, env=environment(), timeout=240, check=True)
     assert int(done.stdout) < 20

@@ -207,8 +207,8 @@ def test_every_sample_is_used_cut_or_left_out_and_named(
 
 
 def test_lengths_are_measured_again_for_another_row_only_where_it_decides_them(shard: Path, tiny_model: Path) -> None:
-    measured: list[Path] = []
+    measured: list[tuple[int, int]] = []
     table = ShardTable.open([SourceSettings(shards=[str(shard)])])
     for name, limit in [("drop", 800), ("drop", 700), ("fewer_crops", 800), ("fewer_crops", 700), ("fewer_crops", 800)]:
-        measure(table, processor_of(tiny_model, name, limit), on_shard=measured.append)
+        measure(table, processor_of(tiny_model, name, limit), on_progress=lambda *numbers: measured.append(numbers))
     assert len(measured) == 3

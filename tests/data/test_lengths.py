@@ -2,6 +2,7 @@
 
 import io
 import json
+import logging
 import shutil
 import tarfile
 from pathlib import Path
@@ -9,7 +10,7 @@ from pathlib import Path
 import pytest
 from conftest import picture, write_samples
 
-from phi3v_dist.config import SourceSettings
+from phi3v_dist.config import SourceSettings, load
 from phi3v_dist.data import fetch
 from phi3v_dist.data.fetch import Fetcher
 from phi3v_dist.data.lengths import measure
@@ -17,6 +18,7 @@ from phi3v_dist.data.loader import Decoder
 from phi3v_dist.data.processor import Phi3VProcessor
 from phi3v_dist.data.shards import ShardTable
 from phi3v_dist.errors import DataError
+from phi3v_dist.run import Data
 
 
 @pytest.fixture(scope="module")
@@ -60,10 +62,14 @@ def test_lengths_are_those_of_the_encoded_samples(shard: Path, processor: Phi3VP
 def test_lengths_are_measured_once_and_again_for_other_crops_or_templates(
     shard: Path, processor: Phi3VProcessor, tiny_model: Path
 ) -> None:
-    measured: list[Path] = []
+    measured: list[tuple[int, int]] = []
+
+    def count(done: int, total: int) -> None:
+        measured.append((done, total))
+
     four_crops = Phi3VProcessor.from_pretrained(tiny_model, num_crops=4)
     asked = [(processor, {})] * 2 + [(four_crops, {})] * 2 + [(four_crops, {"prompt": "What is it?"})] * 2
-    lengths = [measure(open_table(shard, **templates), by, on_shard=measured.append) for by, templates in asked]
+    lengths = [measure(open_table(shard, **templates), by, on_progress=count) for by, templates in asked]
     assert len(measured) == 3
     assert lengths[0].tokens.tolist() == lengths[1].tokens.tolist() != lengths[2].tokens.tolist()
 
@@ -136,3 +142,21 @@ def test_a_damaged_lengths_file_is_made_anew(tmp_path: Path, processor: Phi3VPro
     (stored,) = tmp_path.glob("a.tar.lengths-*")
     stored.write_bytes(stored.read_bytes()[:50])
     assert measure(open_table(shard), processor).tokens.tolist() == before.tokens.tolist()
+
+
+def test_the_log_has_a_line_for_each_source_and_none_when_all_is_known(
+    config_file: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    for number in range(5):
+        write_samples(tmp_path / f"a-{number}.tar", range(10 * number, 10 * number + 3))
+    write_samples(tmp_path / "b.tar", range(4))
+    sources = f"data.train=[{{shards: {tmp_path}/a-*.tar}}, {{shards: {tmp_path}/b.tar, name: mine}}]"
+    settings = load(config_file, [sources])
+    with caplog.at_level(logging.INFO, "phi3v_dist"):
+        Data.open(settings.data.train, settings)
+        assert caplog.messages == [
+            "prepared a: 15 samples in 5 shards, tokens counted",
+            "prepared mine: 4 samples in 1 shards, tokens counted",
+        ]
+        Data.open(settings.data.train, settings)
+        assert len(caplog.messages) == 2

@@ -66,6 +66,6 @@ with pool.DecodePool(1, "shard.tar:key-{}".format) as decoding:
     decoding.result(decoding.submit([(7, threading.Event().wait)], list))
 """
     ended = subprocess.run(
-        [sys.executable, "-c", script], env=environment(), capture_output=True, text=True, timeout=50
+        [sys.executable, "-c", script], env=environment(), capture_output=True, text=True, timeout=240
     )
     assert ended.returncode == 1 and "DataError: shard.tar:key-7: this sample has been in" in ended.stderr

@@ -257,7 +257,7 @@ def test_staging_that_was_ended_goes_on_where_it_was(command, originals, local, 
         assert time.monotonic() < end and process.poll() is None
         time.sleep(0.02)
     process.send_signal(number)
-    output, errors = process.communicate(timeout=60)
+    output, errors = process.communicate(timeout=240)
     there = copies(local)
     assert any(name.endswith(".partial") for name in there) and sum(there.values()) < size_of(originals)
     if number != signal.SIGKILL:

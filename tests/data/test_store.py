@@ -64,10 +64,10 @@ def test_a_remote_shard_is_read_like_a_local_one(server: LoopbackServer) -> None
 
 
 def test_the_index_of_a_remote_shard_is_made_once_and_kept(server: LoopbackServer, tmp_path: Path) -> None:
-    indexed: list[str] = []
+    indexed: list[tuple[int, int]] = []
     for _ in range(3):
         open_table(server.url("/a.tar?signature=secret"), indexed=indexed)
-    assert indexed == [server.url("/a.tar")]
+    assert indexed == [(1, 1)]
     server.forget()
     open_table(server.url("/a.tar"))
     assert gets(server) == []
@@ -131,7 +131,7 @@ def test_after_the_budget_the_error_names_the_object_and_no_secret(server, alway
     with pytest.raises(StoreError, match=f"/a.tar: .*{message}") as error:
         fetcher.fetch(3)
     assert not isinstance(error.value, BadSample) and "secret" not in str(error.value)
-    assert time.monotonic() - begin < 20
+    assert time.monotonic() - begin < 120
 
 
 @pytest.mark.fault(60)

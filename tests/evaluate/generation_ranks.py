@@ -38,7 +38,7 @@ from phi3v_dist.train.step import train_step
 STEPS = 2  # before the evaluation, and again after it
 RATES = {"text": 1e-3, "vision": 1e-3, "projector": 1e-3}
 DRAWN = {"temperature": 0.9, "top_p": 0.95}
-TIMEOUT_S = 60.0
+TIMEOUT_S = 240.0
 
 
 def recorded(answers: dict[str, Any], prompts: dict[str, Any] | None = None):

@@ -121,7 +121,7 @@ def test_weights_are_written_in_the_base_folders_types(base, trained, run, tmp_p
 
 
 def test_a_model_larger_than_a_shard_is_written_in_several(base, trained, run, tmp_path, monkeypatch):
-    def small(folder, weights):
+    def small(folder, weights, on_progress):
         write_safetensors(folder, weights, shard_size_bytes=200_000)
 
     monkeypatch.setattr(module, "write_safetensors", small)
@@ -217,7 +217,7 @@ def test_a_checkpoint_of_another_model_is_refused_with_every_name(base, trained,
 
 @pytest.mark.parametrize("damage", ["a changed number", "a missing tensor"])
 def test_what_reads_back_differently_never_gets_its_name(trained, run, tmp_path, monkeypatch, damage):
-    def damaged(folder, weights):
+    def damaged(folder, weights, on_progress):
         write_safetensors(folder, weights)
         tensors = load_file(folder / "model.safetensors")
         if damage == "a changed number":
@@ -255,7 +255,7 @@ def test_an_export_killed_anywhere_has_no_name_and_the_next_one_is_whole(trained
         assert not out.exists() and (tmp_path / "out.partial").is_dir(), part
     real = module.write_safetensors
 
-    def half(folder, weights):
+    def half(folder, weights, on_progress):
         real(folder, weights)
         os.truncate(folder / "model.safetensors", 100_000)
         os.kill(os.getpid(), signal.SIGKILL)

@@ -217,5 +217,5 @@ def test_any_two_evaluations_are_compared_by_folder_or_run(tmp_path: Path) -> No
             read_answers(folder, [])
     root = Path(__file__).parents[2]
     command = [sys.executable, "launch/report.py", "--changes", str(export), str(run / "eval" / "step-000150")]
-    done = subprocess.run(command, cwd=root, env={"PYTHONPATH": str(root)}, capture_output=True, text=True, timeout=60)
+    done = subprocess.run(command, cwd=root, env={"PYTHONPATH": str(root)}, capture_output=True, text=True, timeout=240)
     assert done.returncode == 0 and done.stdout.splitlines()[-1] == str(run / "eval" / "step-000150" / "changes.html")

@@ -148,7 +148,7 @@ def test_the_command_writes_what_it_can_and_exits_with_the_error(tmp_path: Path)
     root = Path(__file__).parents[2]
     run = write_run(tmp_path / "good", evaluations=False)
     command = [sys.executable, "launch/report.py", str(tmp_path / "typo"), str(run)]
-    done = subprocess.run(command, cwd=root, env={"PYTHONPATH": str(root)}, capture_output=True, text=True, timeout=60)
+    done = subprocess.run(command, cwd=root, env={"PYTHONPATH": str(root)}, capture_output=True, text=True, timeout=240)
     assert done.returncode == ConfigError.exit_code
     assert "typo is not a run folder" in done.stderr and "Traceback" not in done.stderr
     assert str(run / "report.html") in done.stdout.splitlines() and (run / "report.html").exists()

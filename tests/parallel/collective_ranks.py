@@ -60,7 +60,7 @@ CHUNK_TOKENS = 100  # of the feed-forward part
 TEXT_TOKENS, LABEL_TOKENS = 20, 12
 REPOSITORY = Path(__file__).parents[2]
 RATES = {"text": 1e-3, "vision": 1e-3, "projector": 1e-3}
-TIMEOUT_S = 60.0
+TIMEOUT_S = 240.0
 
 # Kinds of samples: padded pictures' (height, width). 0, 2 and 5 crops: the last takes three chunks.
 TEXT, ONE, SEVERAL = (), ((336, 336),), ((672, 336), (336, 336))

@@ -66,6 +66,6 @@ def test_it_agrees_with_slurm(tmp_path_factory, lists):
     script = 'for list; do echo "$(scontrol show hostnames "$list" | tr "\\n" " ")"; done'
     done = subprocess.run(
         ["bash", "-c", script, "-", *lists], env={"PATH": "/usr/bin:/bin", "SLURM_CONF": str(config)},
-        capture_output=True, text=True, timeout=60,
+        capture_output=True, text=True, timeout=240,
     )  # fmt: skip
     assert [line.split() for line in done.stdout.splitlines()] == [expand(text) for text in lists], done.stderr

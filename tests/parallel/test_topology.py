@@ -1,13 +1,14 @@
 """Who a process is, from the variables of each launcher, and what makes them unbelievable."""
 
 import socket
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 from phi3v_dist.attempt.owner import Owner
 from phi3v_dist.errors import LaunchError
-from phi3v_dist.parallel.topology import Topology
+from phi3v_dist.parallel.topology import Topology, require_no_shm_op, switch_off_shm_op
 
 TORCHRUN = {
     "RANK": "5", "WORLD_SIZE": "8", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "4", "GROUP_RANK": "1",
@@ -115,3 +116,25 @@ def test_one_process_needs_no_process_group():
     assert alone.is_main and not Topology(1, 2).is_main
     assert (alone.sum([1.0, 2.5]), alone.gather({"a": 1}), alone.broadcast("x")) == ([1.0, 2.5], [{"a": 1}], "x")
     alone.stop()
+
+
+def test_deepspeed_does_not_build_its_shared_memory_operation(monkeypatch):
+    import deepspeed
+    from deepspeed.comm.torch import build_shm_op
+    from deepspeed.ops.op_builder.cpu import ShareMemCommBuilder
+
+    monkeypatch.setattr(deepspeed.ops, "__compatible_ops__", {ShareMemCommBuilder.NAME: True}, raising=False)
+    monkeypatch.setattr(ShareMemCommBuilder, "load", lambda *_: pytest.fail("it is built"))
+    switch_off_shm_op()
+    assert build_shm_op() is None
+
+
+def test_a_deepspeed_that_looks_at_another_switch_is_named(monkeypatch):
+    from deepspeed.comm import comm
+
+    for backend in (None, SimpleNamespace(), SimpleNamespace(shm_comm_op=None)):
+        monkeypatch.setattr(comm, "cdb", backend)
+        require_no_shm_op()
+    monkeypatch.setattr(comm, "cdb", SimpleNamespace(shm_comm_op=object()))
+    with pytest.raises(LaunchError, match="shared-memory operation although it is switched off"):
+        require_no_shm_op()

@@ -3,11 +3,13 @@
 import json
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
 from conftest import environment
 
+from phi3v_dist.errors import LaunchError
 from phi3v_dist.parallel.topology import Topology
 from phi3v_dist.parallel.waits import Waits
 
@@ -41,3 +43,42 @@ def test_with_one_process_nothing_is_wrapped():
     waits = Waits()
     waits.watch(Topology())
     assert comm.cdb is before and waits.take_s() == 0.0
+
+
+class Backend:
+    """One of two ranks, as DeepSpeed communicates through it."""
+
+    def is_initialized(self) -> bool:
+        return True
+
+    def barrier(self, *args, **kwargs) -> None:
+        time.sleep(0.01)
+
+
+@pytest.fixture
+def backend(monkeypatch) -> Backend:
+    from deepspeed.comm import comm
+
+    backend = Backend()
+    monkeypatch.setattr(comm, "cdb", backend)
+    return backend
+
+
+def test_a_barrier_is_timed_and_the_one_that_shows_it_is_not_counted(backend):
+    import deepspeed.comm
+
+    waits = Waits()
+    waits.watch(Topology(world_size=2, local_world_size=2))
+    assert waits.take_s() == 0.0
+    deepspeed.comm.barrier()
+    assert waits.take_s() >= 0.01
+    waits.stop()
+    assert "barrier" not in vars(backend)
+
+
+def test_a_deepspeed_that_calls_something_else_than_is_wrapped_is_refused(backend, monkeypatch):
+    import deepspeed.comm
+
+    monkeypatch.setattr(deepspeed.comm, "barrier", Backend().barrier)  # as if it kept another object
+    with pytest.raises(LaunchError, match="collectives are not timed"):
+        Waits().watch(Topology(world_size=2, local_world_size=2))

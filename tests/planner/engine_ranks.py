@@ -26,7 +26,7 @@ from phi3v_dist.model.backends import Backend
 from phi3v_dist.model.mlp import FeedForward
 from phi3v_dist.model.phi3v import Phi3VForCausalLM
 from phi3v_dist.parallel import zero
-from phi3v_dist.parallel.topology import Topology
+from phi3v_dist.parallel.topology import Topology, switch_off_shm_op
 from phi3v_dist.parallel.ulysses import SequenceGroup
 from phi3v_dist.planner import row as rows
 from phi3v_dist.planner.trace import Ledger
@@ -38,7 +38,7 @@ NUM_STEPS = 4  # DeepSpeed knows the order of modules from the third on
 
 def main(cases: Path, out: Path, fake_ranks: int | None) -> None:
     torch.set_num_threads(1)
-    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False  # would be built
+    switch_off_shm_op()
     if fake_ranks:
         from torch.testing._internal.distributed.fake_pg import FakeStore
 

@@ -26,7 +26,7 @@ def why_not() -> str:
     """Why no cluster can run on this machine, with what to install; empty if one can."""
     if sys.platform != "linux" or not shutil.which("bash"):
         return f"a virtual cluster needs Linux and bash, this is {sys.platform}"
-    done = subprocess.run([TOOL, "check"], capture_output=True, text=True, timeout=30)
+    done = subprocess.run([TOOL, "check"], capture_output=True, text=True, timeout=240)
     return "" if done.returncode == 0 else done.stderr.strip()
 
 
@@ -48,7 +48,7 @@ class Cluster:
         self.tool("up", str(self.num_nodes), timeout_s=120)
 
     def down(self) -> None:
-        self.tool("down", timeout_s=60)
+        self.tool("down", timeout_s=240)
 
     def reset(self) -> None:
         """As if just started: no jobs, every node up and idle, no stand-in programs, empty node-local disks."""
@@ -76,13 +76,13 @@ class Cluster:
         """What a program on the login node prints: squeue, scontrol, ..."""
         done = subprocess.run(
             [str(word) for word in words], env=self.environment(**(env or {})), cwd=cwd,
-            capture_output=True, text=True, timeout=60,
+            capture_output=True, text=True, timeout=240,
         )  # fmt: skip
         if check and done.returncode:
             raise AssertionError(f"{words} ended with {done.returncode}: {done.stderr or done.stdout}")
         return done.stdout.strip()
 
-    def tool(self, *words: str, timeout_s: float = 60) -> str:
+    def tool(self, *words: str, timeout_s: float = 240) -> str:
         done = subprocess.run([TOOL, *words], env=self.environment(), capture_output=True, text=True, timeout=timeout_s)
         if done.returncode:
             raise AssertionError(f"slurm-sim {' '.join(words)} ended with {done.returncode}: {done.stderr}")
@@ -114,7 +114,7 @@ class Cluster:
         path = Path(self.job(job_id)["StdOut"])
         return path.read_text(errors="replace") if path.exists() else ""
 
-    def wait(self, job_id: str, *states: str, restarts: int = 0, timeout_s: float = 60) -> dict[str, str]:
+    def wait(self, job_id: str, *states: str, restarts: int = 0, timeout_s: float = 240) -> dict[str, str]:
         """Until the job is in one of the states (any end, if none is named), started again at least `restarts` times;
         its fields then."""
         wanted, ended_since = set(states) or ENDED, None
@@ -130,7 +130,7 @@ class Cluster:
                 raise AssertionError(f"waited {timeout_s:g} s at most for {asked}\n{self.report(job_id)}")
             time.sleep(POLL_S)
 
-    def until(self, what: str, holds: Callable[[], object], timeout_s: float = 60, job_id: str = "") -> None:
+    def until(self, what: str, holds: Callable[[], object], timeout_s: float = 240, job_id: str = "") -> None:
         """Until `holds()` is true."""
         end = time.monotonic() + timeout_s
         while not holds():
@@ -138,7 +138,7 @@ class Cluster:
                 raise AssertionError(f"waited {timeout_s:g} s in vain until {what}\n{self.report(job_id)}")
             time.sleep(POLL_S)
 
-    def wait_for_output(self, job_id: str, text: str, times: int = 1, timeout_s: float = 60) -> str:
+    def wait_for_output(self, job_id: str, text: str, times: int = 1, timeout_s: float = 240) -> str:
         """Until the job wrote `text`, `times` times in all; its whole output then."""
         holds = lambda: self.output(job_id).count(text) >= times  # noqa: E731
         self.until(f"the job wrote {text!r} {times} times", holds, timeout_s, job_id)
@@ -181,6 +181,11 @@ class Cluster:
         path.write_text(script)
         path.chmod(0o755)
         return path
+
+    def module(self, node: str, name: str, source: str) -> str:
+        """A stand-in for a module of Python on the disk of this node, for jobs with the PYTHONPATH that is returned."""
+        (self.folder / "nodes" / node / "local" / f"{name}.py").write_text(source)
+        return f"{self.folder}/local{os.pathsep}{REPOSITORY}"
 
     def on(self, node: str, *words: str) -> str:
         """What a command prints on the node, outside any job."""

@@ -53,12 +53,12 @@ class Job:
         lines = path.read_text().split("\n")[:-1] if path.exists() else []
         return [row for row in map(json.loads, lines) if "train/loss" in row]
 
-    def until_step(self, step: int, attempt: int = 1, timeout_s: float = 180) -> None:
+    def until_step(self, step: int, attempt: int = 1, timeout_s: float = 280) -> None:
         """Until this attempt, or a later one, has come so far."""
         reached = lambda: any(row[STEP] >= step and row[ATTEMPT] >= attempt for row in self.rows())  # noqa: E731
         self.cluster.until(f"attempt {attempt} is at step {step}", reached, timeout_s, self.id)
 
-    def until_finished(self, timeout_s: float = 300) -> None:
+    def until_finished(self, timeout_s: float = 800) -> None:
         self.cluster.wait(self.id, "COMPLETED", timeout_s=timeout_s)
         assert (self.run / "summary.json").exists(), self.cluster.report(self.id)
 

@@ -38,7 +38,7 @@ class Shell:
         prelude = "set -eEuo pipefail; source slurm/cluster.sh; source slurm/job.sh; container=() inside=();"
         return subprocess.run(
             ["bash", "-c", f"{prelude} run={self.folder}; {script}"], cwd=REPOSITORY, env=base | ours | env,
-            capture_output=True, text=True, timeout=60, start_new_session=True,
+            capture_output=True, text=True, timeout=240, start_new_session=True,
         )  # fmt: skip
 
     def says(self, script: str, **env: str) -> str:
@@ -217,7 +217,12 @@ class TestDeputy:
     def start(self, shell: Shell, counter: Path) -> subprocess.CompletedProcess[str]:
         env = os.environ | {"PATH": f"{shell.bin}:{os.environ['PATH']}"}
         return subprocess.run(
-            ["slurm/deputy.sh", str(counter), "12"], cwd=REPOSITORY, env=env, capture_output=True, text=True, timeout=60
+            ["slurm/deputy.sh", str(counter), "12"],
+            cwd=REPOSITORY,
+            env=env,
+            capture_output=True,
+            text=True,
+            timeout=240,
         )
 
     @pytest.mark.fault(8)

@@ -60,7 +60,7 @@ def start(stand_ins: Path, *words: str, script="train.sh", cwd: Path = REPOSITOR
     path = f"{stand_ins}{os.pathsep}{base['PATH']}"
     done = subprocess.run(
         ["bash", str(REPOSITORY / "slurm" / script), *words], cwd=cwd, env=base | {"PATH": path} | ours,
-        capture_output=True, text=True, timeout=60,
+        capture_output=True, text=True, timeout=240,
     )  # fmt: skip
     assert not list(folder.rglob("fired")) and not (cwd / "fired").exists(), "something was executed"
     return done

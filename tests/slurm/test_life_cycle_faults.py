@@ -28,7 +28,11 @@ from slurm.jobs import (
 pytestmark = pytest.mark.slow
 SAME_IN_FP32 = 2e-6  # relative, of the first 10 steps: two ranks sum in another order than three
 AT_STEP = 9  # of the fault: three steps after a checkpoint
-BAD_GPU = "#!/bin/sh\necho 'Unable to determine the device handle for GPU0: Unknown Error' >&2\nexit 9\n"
+BAD_GPU = """
+class NVMLError(Exception): pass
+class NVMLError_LibraryNotFound(NVMLError): pass
+def nvmlInit(): raise NVMLError("Unable to determine the device handle for GPU0: Unknown Error")
+"""  # stands for the module that asks the driver
 
 
 @pytest.fixture(scope="module")
@@ -160,11 +164,11 @@ def assert_close_to(run: Path, reference: Path) -> None:
 
 @pytest.mark.fault(24)
 def test_a_node_that_fails_its_examination_is_left_out(slurm, undisturbed, launched):
-    slurm.program("node2", "nvidia-smi", BAD_GPU)
-    job = submit(slurm, *launched, "unfit")
+    job = submit(slurm, *launched, "unfit", PYTHONPATH=slurm.module("node2", "pynvml", BAD_GPU))
     job.until_finished()
     assert job.owner(1)["hosts"] == ["node1", "node3", "node4"]
-    assert slurm.job(job.id)["ExcNodeList"] == "node2" and "node2 is left out: GPUs" in slurm.output(job.id)
+    assert slurm.job(job.id)["ExcNodeList"] == "node2"
+    assert "node2 is left out: GPUs: NVML fails: Unable to" in slurm.output(job.id)
     assert_same_run(job.run, undisturbed)
 
 

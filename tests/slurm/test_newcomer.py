@@ -127,7 +127,7 @@ def test_each_command_of_the_page_does_what_it_says(slurm, checkout, nodes):
     moved = page.run("PHI3V_NODES=2")
     slurm.until("it has begun", lambda: "restart 0 on" in log(checkout, moved), 60, moved)
     page.run("--signal=USR1", moved)
-    slurm.wait(moved, "PENDING", restarts=1, timeout_s=60)
+    slurm.wait(moved, "PENDING", restarts=1, timeout_s=240)
     page.run("scancel JOB", moved)
     slurm.wait(moved, "CANCELLED")
 

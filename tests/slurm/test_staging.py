@@ -43,7 +43,7 @@ def test_a_notice_while_shards_are_copied_ends_that_and_the_job_comes_back(slurm
         log = config_file.parent / "runs" / "run" / "logs" / "node1.log"
         slurm.until("staging began", lambda: log.exists() and " to copy, " in log.read_text(), 180, job)
         slurm.signal(job, "USR1")
-        slurm.wait_for_output(job, "queued again", timeout_s=60)
+        slurm.wait_for_output(job, "queued again", timeout_s=240)
         slurm.until("the job is back in the queue", lambda: int(slurm.job(job)["Restarts"]) == 1, 60, job)
         assert "another call goes on" in log.read_text()
     slurm.cancel(job)

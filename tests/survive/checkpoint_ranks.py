@@ -27,6 +27,7 @@ from torch import Tensor, nn
 
 from phi3v_dist.errors import CheckpointError
 from phi3v_dist.parallel.partitions import Partitions
+from phi3v_dist.parallel.topology import switch_off_shm_op
 from phi3v_dist.survive import random_state
 from phi3v_dist.survive.checkpoint import Checkpoints, Position
 
@@ -295,7 +296,7 @@ def run_reshard(source: Path, target: Path) -> dict:
 def run_rank(rank: int, world_size: int, folder: Path, source: str, target: str) -> None:
     torch.set_num_threads(1)
     logging.basicConfig(level=logging.INFO)
-    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False  # else built from source, in a minute
+    switch_off_shm_op()
     os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world_size))
     meet = f"file://{folder}/meet-{target}"
     deepspeed.init_distributed("gloo", False, init_method=meet, rank=rank, world_size=world_size)  # False: no MPI

@@ -144,7 +144,7 @@ def test_killed_before_any_file_operation_the_file_names_a_whole_checkpoint_and_
         for attempt, at in ((1, fatal), (2, fatal // 2 + 1), (3, 10**9)):  # the second one is killed too
             process = fork.Process(target=train_until, args=(run, attempt, at))
             process.start()
-            process.join(60)
+            process.join(240)
             ends.append(process.exitcode)
             if best_of_run := read_best(run / "checkpoints"):
                 path = best_checkpoint(run / "checkpoints")

@@ -154,13 +154,13 @@ def kills(folder: Path, num_trials: int, seed: int) -> None:
         victims = draw.choice([[0], [1], [0, 1]])
         for rank in victims:
             os.kill(ranks[rank].pid, signal.SIGKILL)
-        end(ranks, timeout_s=60)
+        end(ranks, timeout_s=240)
         print(json.dumps({"killed": victims} | judge(folder, attempt)), flush=True)
 
 
 def boundaries(folder: Path, every: int) -> None:
     attempt = 1
-    end(start(folder, attempt, num_saves=2), timeout_s=60)
+    end(start(folder, attempt, num_saves=2), timeout_s=240)
     for victim in range(2):
         for number in itertools.count(1, every):
             attempt += 1
@@ -170,7 +170,7 @@ def boundaries(folder: Path, every: int) -> None:
                 if rank == victim:
                     kill_before(number, folder / "checkpoints", where)
 
-            codes = end(start(folder, attempt, num_saves=1, hook=hook), timeout_s=60)
+            codes = end(start(folder, attempt, num_saves=1, hook=hook), timeout_s=240)
             at = where.read_text() if where.exists() else None
             print(json.dumps({"killed": [victim], "at": at, "codes": codes} | judge(folder, attempt)), flush=True)
             if at is None:
@@ -212,7 +212,7 @@ def faults(folder: Path, asked: list[str]) -> None:
     for number, fault in enumerate(asked):
         trial = folder / str(number)
         trial.mkdir()
-        codes = end(start(trial, 1, num_saves=4, fault=fault), timeout_s=60)
+        codes = end(start(trial, 1, num_saves=4, fault=fault), timeout_s=240)
         print(json.dumps({"fault": fault, "codes": codes} | judge(trial, 1)), flush=True)
 
 

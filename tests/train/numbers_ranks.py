@@ -43,7 +43,9 @@ from phi3v_dist.watch import faults
 
 RATES, STEPS = collective_ranks.RATES, 6
 CLEAN_STEPS = {"fp32": 8, "bf16": 20}
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "offload": torch.bfloat16}
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "offload": torch.bfloat16, "nvme": torch.bfloat16}
+# Large enough for DeepSpeed to move optimizer states to a disk, which begins at 1 MiB.
+WIDE = collective_ranks.DECODER | {"hidden_size": 128, "intermediate_size": 512}
 # Step → what goes wrong in it
 SKIPPED = {2: "loss", 3: "gradients", 4: "inf", 5: "labels"}
 
@@ -57,6 +59,10 @@ class Rows(collective_ranks.Mix):
         return super().example(sample_id, planned_tokens, out, rank)
 
 
+def decoder_of(dtype: str) -> dict[str, int]:
+    return WIDE if dtype == "nvme" else collective_ranks.DECODER
+
+
 def build(folder: Path, topology: Topology, rows: Rows, dtype: str, threshold: int = 200):
     """As run.py does it; tensors of up to `threshold` elements stay whole on every rank."""
     settings = Settings.model_validate(
@@ -65,10 +71,14 @@ def build(folder: Path, topology: Topology, rows: Rows, dtype: str, threshold: i
          "data": {"train": [{"shards": "none"}]}, "train": {"steps": 1000, "rows_per_step": rows.rows_per_step},
          "parallel": {"deepspeed": Path(__file__).parents[2] / "ds_configs" / "zero3.json"}}
     )  # fmt: skip
-    ds_config = zero.resolve(settings, topology.world_size, DTYPES[dtype], collective_ranks.DECODER["hidden_size"])
+    hidden_size = decoder_of(dtype)["hidden_size"]
+    ds_config = zero.resolve(settings, topology.world_size, DTYPES[dtype], hidden_size)
     ds_config["zero_optimization"]["stage3_param_persistence_threshold"] = threshold
     if dtype == "offload":
         ds_config["zero_optimization"]["offload_optimizer"] = {"device": "cpu", "pin_memory": False}
+    if dtype == "nvme":
+        disk = {"device": "nvme", "nvme_path": str(folder / "nvme"), "pin_memory": False, "buffer_count": 4}
+        ds_config["zero_optimization"]["offload_optimizer"] = disk
     model = partitioned_model(settings, proven_backend(settings, topology.device), ds_config, show_progress=False)
     return zero.initialize(model.train(), build_optimizer(model, settings.train), ds_config)
 
@@ -268,7 +278,8 @@ def run_rank(rank: int, world_size: int, port: int, trials: list[str], folder: P
 
 def main() -> None:
     folder, trials = Path(sys.argv[1]), sys.argv[2:]
-    write_tiny(folder / "model", ["A red coat costs 12."], clip=collective_ranks.CLIP, decoder=collective_ranks.DECODER)
+    decoder = decoder_of(trials[0].split(":")[2])
+    write_tiny(folder / "model", ["A red coat costs 12."], clip=collective_ranks.CLIP, decoder=decoder)
     fork_ranks(run_rank, sorted(trials, key=num_ranks), folder)
 
 

@@ -262,16 +262,16 @@ def _base(run):
 @pytest.mark.fault(83)
 @pytest.mark.fault(84)
 def test_three_mistakes_are_reported_together_before_a_model_is_built(launched, tmp_path):
-    config, _ = launched
+    config, root = launched
     not_a_tar = tmp_path / "x.tar"
     not_a_tar.write_text("hello" * 1000)
-    began = time.monotonic()
     done = launch(
-        "torchrun", config, "train.step=3", "data.row_length_tokens=many", "train.gradient_accumulation_steps=7",
+        "torchrun", config, "run.name=mistakes", "train.step=3", "data.row_length_tokens=many",
+        "train.gradient_accumulation_steps=7",
         f"data.train=[{{shards: {not_a_tar}}}, {{shards: {tmp_path}/none-*.tar}}]",
     )  # fmt: skip
     assert done.returncode != 0
-    assert time.monotonic() - began < 60
+    assert not (root / "mistakes").exists()
     words = ("did you mean `train.steps`", "row_length_tokens", "gradient_accumulation_steps", "not a tar", "none-*")
     for word in words:
         assert word in done.stderr, word

@@ -207,9 +207,8 @@ class Import:
             self.progress("writing samples", done, int(is_wanted.sum()))
 
     def _index(self, assignment: Assignment) -> None:
-        num_done = itertools.count(1)
         sources = [SourceSettings(shards=[str(self.out / name) for name in assignment.names])]
-        table = ShardTable.open(sources, lambda _: self.progress("indexing", next(num_done), len(assignment.names)))
+        table = ShardTable.open(sources, on_progress=lambda done, total: self.progress("indexing", done, total))
         expected = int((assignment.shard >= 0).sum())
         assert len(table) == expected, f"{len(table)} samples indexed, {expected} written"
 
