@@ -22,6 +22,7 @@ from pydantic import (
     Field,
     TypeAdapter,
     ValidationError,
+    WithJsonSchema,
     WrapValidator,
     field_validator,
     model_validator,
@@ -100,12 +101,13 @@ def _as_list(value: Any) -> Any:
     return [value] if isinstance(value, str) else value
 
 
+ONE_OR_MORE = WithJsonSchema({"anyOf": [{"type": "string"}, {"type": "array", "items": {"type": "string"}}]})
+
+
 class SourceSettings(Section):
     """Tar shards that share a format."""
 
-    shards: Annotated[list[str], BeforeValidator(_as_list, json_schema_input_type=str | list[str])] = Field(
-        min_length=1
-    )
+    shards: Annotated[list[str], BeforeValidator(_as_list), ONE_OR_MORE] = Field(min_length=1)
     """Paths, or addresses with `https://`, `s3://`, `gs://`; `{000..007}` is expanded, and `*` where files can be
     listed. Every named shard must exist."""
     name: str | None = None

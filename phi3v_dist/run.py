@@ -81,8 +81,7 @@ class Data:
 
         known_digest: of the table as another rank has just opened it, so that no shard need be looked at again.
         """
-        with show_progress("shards") as report:
-            table = ShardTable.open(sources, known_digest, lambda done, total: report("indexing", done, total))
+        table = ShardTable.open(sources, known_digest)
         cache = ShardCache.of(settings.data.cache)
         if cache is None:
             store.require_ranges(table.shards)
@@ -247,14 +246,13 @@ def _log_sources(table: ShardTable) -> None:
         shards = np.flatnonzero(table.source_of_shard == number)
         num_samples = int(np.diff(table.start)[shards].sum())
         name = table.source_name(int(shards[0]))
-        log.info("prepared %s: %s samples in %s shards, tokens counted", name, f"{num_samples:,}", f"{len(shards):,}")
+        log.info("prepared %s: %s samples, %s shards, tokens counted", name, f"{num_samples:,}", f"{len(shards):,}")
 
 
 def _shard_problems(sources: list[SourceSettings]) -> list[str]:
     """What is wrong with the shards; one source must not hide what is wrong with the next."""
     try:
-        with show_progress("shards") as report:
-            ShardTable.open(sources, on_progress=lambda done, total: report("indexing", done, total))
+        ShardTable.open(sources)
     except DataError as error:
         if len(sources) == 1:
             return error.problems
@@ -356,7 +354,11 @@ def count_steps(settings: Settings, planner: Planner) -> int:
     known = json.loads(path.read_text()) if path.is_file() else {}
     if known == _steps_record(planner, known.get("steps")):
         return known["steps"]
-    num_steps = sum(1 for _ in planner)
+    num_steps = 0
+    with show_progress("steps") as report:
+        for _ in planner:
+            num_steps += 1
+            report("counting", num_steps, None)
     if (train.warmup_steps or 0) >= num_steps:
         raise DataError(
             f"{train.epochs} epochs give only {num_steps} steps, but `train.warmup_steps` is {train.warmup_steps}"
@@ -375,7 +377,7 @@ def _engine(settings: Settings, topology: Topology) -> Any:
     dtype = model_build.compute_dtype(settings.model.dtype, device)
     ds_config = zero.resolve(settings, topology.world_size, dtype, hidden_size)
     backend = model_build.proven_backend(settings, device)
-    model = model_build.partitioned_model(settings, backend, ds_config, show_progress=topology.is_main)
+    model = model_build.partitioned_model(settings, backend, ds_config)
     optimizer = build_optimizer(model, settings.train, on_host=zero.steps_on_host(ds_config))
     return zero.initialize(model, optimizer, ds_config)
 

@@ -130,10 +130,7 @@ def _check_words(words: Sequence[str]) -> None:
 
             with _no_exit():
                 launched = parse_torchrun(rest)
-            script = launched.training_script
-            if launched.module:
-                script = f"launch/{script.removeprefix('phi3v_dist.cli.')}.py"
-            _check_python([script, *launched.training_script_args])
+            _check_python([launched.training_script, *launched.training_script_args])
         case "make":
             targets = re.findall(r"^([a-z-]+):", (REPOSITORY / "Makefile").read_text(), re.M)
             unknown = [word for word in rest if "=" not in word and word not in targets]
@@ -165,6 +162,8 @@ def _check_submission(words: list[str]) -> None:
 
 def _check_python(words: list[str]) -> None:
     script, rest = words[0], words[1:]
+    if module := re.fullmatch(r"phi3v_dist\.cli\.(\w+)", script):  # after a launcher's --module
+        script = f"launch/{module[1]}.py"
     if script in ("-c", "-m", "-"):
         return
     assert (REPOSITORY / script).is_file(), f"there is no {script}"

@@ -22,6 +22,7 @@ SOURCES = (
     "LICENSE",
 )
 NOT_OURS = ("PYTHONPATH", "PYTHONWARNINGS", "PHI3V_", "VIRTUAL_ENV", "RANK", "WORLD_SIZE", "LOCAL_RANK")
+LAUNCHERS = {"torchrun": "torch.distributed.run", "deepspeed": "deepspeed.launcher.runner"}
 TIMEOUT_S = 280
 
 # Runs in each Python process of the installation: writes down which paths of the repository it opens or lists.
@@ -64,6 +65,12 @@ class Installation:
         (built,) = folder.glob("*.whl")
         into = [*pip, "--python", installation.python, "install", "--no-index", "--no-deps", built]
         subprocess.run(into, check=True, timeout=TIMEOUT_S, env=installation.environment(folder))
+
+        # The launchers of torch and DeepSpeed, as installing those would write them
+        for name, module in LAUNCHERS.items():
+            script = installation.venv / "bin" / name
+            script.write_text(f"#!{installation.python}\nfrom {module} import main\nmain()\n")
+            script.chmod(0o755)
 
         # A .pth file adds a path, whose own .pth files, such as that of an editable install, are not read
         packages = sysconfig.get_path("purelib")

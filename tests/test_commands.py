@@ -48,6 +48,8 @@ def test_what_a_page_links_to_or_names_is_there(page: Path) -> None:
         ("deepspeed --num_acelerators 2 launch/train.py --config launch/configs/icons.yaml", "num_acelerators"),
         ("torchrun --nproc_per_nodes 2 launch/train.py --config launch/configs/icons.yaml", "nproc_per_nodes"),
         ("phi3v-trainer --config x", "no command phi3v-trainer"),
+        ("torchrun --module phi3v_dist.cli.gone --config x.yaml", "there is no launch/gone.py"),
+        ("deepspeed --module phi3v_dist.cli.train --config x.yaml trian.steps=3", "`trian"),
         ("make trian", "no target trian"),
         ("sbatch slurm/train.sh launch/configs/icons.yaml trian.steps=3", "`trian"),
         ("python launch/prepare.py import x.csv --out y imagez=z", "`imagez`"),

@@ -1,8 +1,10 @@
 """The wheel alone prepares data, trains, evaluates, exports and reports. Jobs: slurm/test_wheel_jobs.py."""
 
 import json
+import shlex
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 from conftest import REPOSITORY
@@ -21,7 +23,15 @@ def installation(tmp_path_factory) -> Installation:
     return Installation.build(tmp_path_factory.mktemp("installation"))
 
 
-@pytest.mark.supports("torchrun", on="2 ranks")
+def first_command(recipe: Path) -> list[str]:
+    """The command in a recipe's head."""
+    line = next(line for line in recipe.read_text().splitlines() if not line.startswith("# yaml-language-server"))
+    words = shlex.split(line.removeprefix("# "))
+    assert words[0] == "deepspeed"
+    return words
+
+
+@pytest.mark.supports("deepspeed", on="2 ranks")
 def test_installed_commands_do_everything_in_an_empty_directory(installation, tmp_path):
     def run(*words: str) -> str:
         return installation.run(tmp_path, *words)
@@ -32,8 +42,9 @@ def test_installed_commands_do_everything_in_an_empty_directory(installation, tm
     run("phi3v-prepare", "tiny", "--out", "data/tiny-phi3v")
     recipe = ("--config", "configs/quickstart.yaml", *SHORT)
     assert "3 steps" in run("phi3v-check", *recipe, "--world_size", "2")
-    ranks = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "-m", "phi3v_dist.cli.train")
-    run("python", *ranks, *recipe)
+    run(*first_command(tmp_path / "configs/quickstart.yaml"), *SHORT)
+    one_rank = ("--standalone", "--nproc_per_node", "1", "--module", "phi3v_dist.cli.train")
+    assert "is finished" in run("torchrun", *one_rank, *recipe)
     run("phi3v-export", "runs/quickstart")
     run("phi3v-evaluate", "--model", "runs/quickstart/export", "--out", "scores", *recipe)
     run("phi3v-report", "runs/quickstart")
@@ -63,15 +74,16 @@ def test_the_installation_is_whole_and_has_no_other_top_level_package(installati
 
 
 def test_a_name_is_looked_up_in_the_working_directory_first(installation, tmp_path):
-    missing = installation.run(tmp_path, "phi3v-check", "--config", "quickstart.yaml", expect=2)
-    assert "data/tiny-phi3v" in missing, "the shipped recipe is read where there is no other"
-    (tmp_path / "quickstart.yaml").write_text("run: {name: my own recipe}\n")
-    mine = installation.run(tmp_path, "phi3v-check", "--config", "quickstart.yaml", expect=2)
-    assert "my own recipe" in mine or "run.name" in mine
+    begin = ("phi3v-job", "begin", "--config", "quickstart.yaml")  # reads the settings, and imports little
+    shipped = installation.run(tmp_path, *begin)
+    assert f"run={tmp_path}/runs/quickstart" in shipped and "is not here" in shipped
+    (tmp_path / "quickstart.yaml").write_text("run: {name: mine}\nmodel: {path: x}\ndata: {train: [{shards: x.tar}]}\n")
+    mine = installation.run(tmp_path, *begin, "train.steps=3")
+    assert f"run={tmp_path}/runs/mine" in mine and "is not here" not in mine
 
 
 def test_installed_commands_name_themselves_as_they_are_typed(installation, tmp_path):
-    text = installation.run(tmp_path, "phi3v-check", "--help")
-    assert "phi3v-check --config" in text and "launch/" not in text
+    text = installation.run(tmp_path, "phi3v-doctor", "--help")
+    assert "phi3v-doctor --config" in text and "launch/" not in text
     version = installation.run(tmp_path, "phi3v-train", "--version")
     assert version.split() == ["phi3v-dist", phi3v_dist.__version__]

@@ -112,6 +112,8 @@ def versions(packages: Sequence[str]) -> dict[str, str]:
 
 def commit() -> str:
     """The git commit of the code, `unknown` where it is no checkout."""
+    if not (PACKAGE.resolve().parent / ".git").exists():
+        return "unknown"  # an installation may lie in a repository of its user, whose commit says nothing about us
     words = ["git", "rev-parse", "HEAD"]
     try:
         git = subprocess.run(words, capture_output=True, text=True, cwd=PACKAGE, timeout=20)

@@ -10,6 +10,7 @@ import itertools
 import json
 import logging
 import time
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -90,8 +91,8 @@ def lint_shards(arguments: argparse.Namespace) -> None:
 
     table = ShardTable.open(_sources(arguments, guess=True))
     options = LintOptions(arguments.deep, arguments.decode, arguments.threads)
-    with show_progress("shards") as progress:
-        report = lint(table, options, lambda done, total: progress("checking", done, total))
+    with show_progress("samples") as progress:
+        report = lint(table, options, partial(progress, "checking"))
     console = plain_console(soft_wrap=True)
     for colour, kinds in (("red", PROBLEMS), ("yellow", NOTICES)):
         for title, fix, findings in report.of(kinds):
@@ -120,8 +121,7 @@ def show_stats(arguments: argparse.Namespace) -> None:
     model = arguments.model or (settings.model.path if settings else None)
     processor = Phi3VProcessor.from_pretrained(model, NUM_CROPS[0]) if model else None
     table = ShardTable.open(_sources(arguments, guess=True))
-    with show_progress("shards") as progress:
-        stats = collect(table, processor, on_progress=lambda done, total: progress("counting tokens", done, total))
+    stats = collect(table, processor)
     if arguments.json:
         print(json.dumps(stats.to_json(), indent=2))
         return

@@ -31,6 +31,7 @@ import logging
 import os
 import signal
 import threading
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -44,7 +45,7 @@ from phi3v_dist.config import SourceSettings
 from phi3v_dist.data.shards import ShardTable
 from phi3v_dist.errors import ConfigError, DataError
 from phi3v_dist.invocation import as_typed
-from phi3v_dist.progress import show_progress
+from phi3v_dist.progress import BYTES, show_progress
 
 if TYPE_CHECKING:
     from phi3v_dist.data.importers.documents import DocumentsReport
@@ -133,10 +134,7 @@ def write_sample(arguments: argparse.Namespace) -> None:
             f"--model data/tiny-phi3v (made by `{as_typed('launch/prepare.py')} tiny --out data/tiny-phi3v`)"
         )
     with show_progress("samples") as progress:
-
-        def show(done: int, total: int) -> None:
-            progress("drawing", done, total)
-
+        show = partial(progress, "drawing")
         report: CatalogueReport | DocumentsReport
         if arguments.long:
             settings = config.parse(LongDocumentSettings, arguments.settings)
@@ -243,11 +241,8 @@ def audit_run(arguments: argparse.Namespace) -> None:
         raise ConfigError("`train.overfit_one_batch` repeats one step on purpose; `--step N` names its samples")
     planner = plan(settings, data)
     checkpoint, listed = audit_report.newest_head(folder), audit_report.listed_in(folder)
-    with show_progress("bytes of the ledger") as progress:
-
-        def show(done: int, total: int) -> None:
-            progress("verifying", done, total)
-
+    with show_progress(BYTES) as progress:
+        show = partial(progress, "verifying the ledger")
         found = audit.audit(reader, data.table, data.lengths, planner, checkpoint, listed, show)
     for part in audit_report.tables_of(found):
         plain_console().print(part)

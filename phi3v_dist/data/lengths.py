@@ -14,6 +14,7 @@ import json
 import logging
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 
 import numpy as np
 
@@ -27,6 +28,7 @@ from phi3v_dist.data.samples import BadSample, read_messages
 from phi3v_dist.data.shards import ShardTable
 from phi3v_dist.data.sidecar import Columns, load_sidecar, save_sidecar
 from phi3v_dist.errors import DataError
+from phi3v_dist.progress import show_progress
 from phi3v_dist.watch import heartbeat
 
 log = logging.getLogger(__name__)
@@ -47,7 +49,8 @@ def measure(
     The arrays are read-only, and for a large table views of a file.
 
     Args:
-        on_progress: told (shards done, shards in all) before each shard whose tokens are counted.
+        on_progress: told (shards done, shards in all) before each shard whose tokens are counted; default: progress.py
+            shows it.
 
     Raises:
         DataError: a shard cannot be read. (A damaged sample is only marked: all ranks see it alike.)
@@ -58,7 +61,9 @@ def measure(
     if stored is not None and stored[1].get("table") == table.digest:
         columns, _ = stored
         return Lengths(**{column: columns[column] for column in COLUMNS}, bad=_bad_of(columns))
-    lengths, damaged = _gather(table, processor, digests, stored, num_threads, on_progress, cache)
+    with show_progress("shards") as report:
+        tell = on_progress or partial(report, "counting tokens")
+        lengths, damaged = _gather(table, processor, digests, stored, num_threads, tell, cache)
     if not damaged:
         columns = {column: getattr(lengths, column) for column in COLUMNS}
         columns["index"], columns["start"] = table.rows.digest, table.start
@@ -74,7 +79,7 @@ def _gather(
     digests: list[str],
     stored: tuple[Columns, dict[str, str]] | None,
     num_threads: int,
-    on_progress: Callable[[int, int], None] | None,
+    on_progress: Callable[[int, int], None],
     cache: ShardCache | None,
 ) -> tuple[Lengths, bool]:
     """Lengths shard by shard, and whether any sample's bytes were damaged.
@@ -99,8 +104,7 @@ def _gather(
             else:
                 heartbeat.read_on(table.shard_name(shard))
                 log.debug("counting the tokens of %s", table.shard_name(shard))
-                if on_progress:
-                    on_progress(shard, len(table.shards))
+                on_progress(shard, len(table.shards))
                 measured, shard_bad, damaged = _measure_shard(table, shard, processor, fetcher, num_threads)
                 any_damaged |= damaged
                 if not damaged:  # else the shard may be mended while its index still fits

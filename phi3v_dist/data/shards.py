@@ -12,7 +12,7 @@ import re
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import BrokenExecutor, Executor, ProcessPoolExecutor, ThreadPoolExecutor
 from dataclasses import dataclass, field
-from functools import cached_property, lru_cache
+from functools import cached_property, lru_cache, partial
 from multiprocessing import get_context
 
 import numpy as np
@@ -24,6 +24,7 @@ from phi3v_dist.data.index import ShardIndex, build_index, load_index
 from phi3v_dist.data.manifest import Rows
 from phi3v_dist.errors import DataError
 from phi3v_dist.printable import printable
+from phi3v_dist.progress import show_progress
 
 INDEXES_IN_MEMORY = 256
 PROCESSES_FROM_BYTES = 16 << 30
@@ -73,7 +74,7 @@ class ShardTable:
         Args:
             known_digest: of a table that another rank has opened just now: if the manifest is that table's, no shard
                 is looked at.
-            on_progress: told (done, number of shards to index).
+            on_progress: told (done, number of shards to index); default: progress.py shows it.
 
         Raises:
             DataError: one message for each shard that is missing or cannot be read.
@@ -283,7 +284,9 @@ def _index(shards: list[str], rows: Rows, changed: list[int], on_progress: Calla
         else:
             rows.fill(shard, index)
     problems: list[str] = []
-    with _pool(sum(int(rows.tar_size_bytes[shard]) for shard in to_make)) as pool:
+    size_bytes = sum(int(rows.tar_size_bytes[shard]) for shard in to_make)
+    with show_progress("shards") as report, _pool(size_bytes) as pool:
+        tell = on_progress or partial(report, "indexing")
         futures = [pool.submit(build_index, shards[shard], int(rows.tar_size_bytes[shard])) for shard in to_make]
         for done, (shard, future) in enumerate(zip(to_make, futures, strict=True), 1):
             name = store.shown(shards[shard])
@@ -297,8 +300,7 @@ def _index(shards: list[str], rows: Rows, changed: list[int], on_progress: Calla
                 problems += error.problems
             except (OSError, BrokenExecutor) as error:
                 problems.append(f"{name}: cannot be read: {error}")
-            if on_progress:
-                on_progress(done, len(to_make))
+            tell(done, len(to_make))
     if problems:
         raise DataError(problems)
 

@@ -19,9 +19,9 @@ from phi3v_dist.config import DataSettings
 from phi3v_dist.data import shards, store
 from phi3v_dist.data.cache import ShardCache
 from phi3v_dist.errors import ConfigError
+from phi3v_dist.progress import BYTES, show_progress
 
 COPIES_AT_ONCE = 4
-TELL_S = 10.0  # between lines that say how far it is
 
 log = logging.getLogger(__name__)
 
@@ -120,7 +120,7 @@ def _choose(settings: DataSettings, cache: ShardCache, staged: Staged) -> dict[P
 
 
 class _Copying:
-    """Some copies at once, and a line now and then."""
+    """Some copies at once."""
 
     def __init__(self, cache: ShardCache, chosen: dict[Path, Original], stop: threading.Event):
         self.cache, self.chosen, self.stop = cache, chosen, stop
@@ -133,7 +133,7 @@ class _Copying:
         with ThreadPoolExecutor(COPIES_AT_ONCE, "stage") as pool:
             futures = {pool.submit(self._copy, original): original for original in originals}
             try:
-                self._tell_until_done(set(futures), originals)
+                self._show_until_done(set(futures), _size_of(originals))
             except BaseException:
                 self.stop.set()
                 raise
@@ -141,18 +141,13 @@ class _Copying:
             (staged.copied if future.result() else staged.missed).append(original)
         staged.copied_bytes = self._bytes
 
-    def _tell_until_done(self, waiting: set[Future[bool]], originals: list[Original]) -> None:
-        begin = last = time.monotonic()
-        while waiting:
-            done, waiting = wait(waiting, timeout=0.5)  # signals are heard in between
-            for future in done:
-                future.result()
-            if (now := time.monotonic()) - last >= TELL_S:
-                last = now
-                log.info(
-                    "%d of %d shards, %.2f of %.2f GB, %.0f MB/s", len(originals) - len(waiting), len(originals),
-                    self._bytes / 1e9, _size_of(originals) / 1e9, self._bytes / 1e6 / (now - begin),
-                )  # fmt: skip
+    def _show_until_done(self, waiting: set[Future[bool]], size_bytes: int) -> None:
+        with show_progress(BYTES) as report:
+            while waiting:
+                report("copying shards", self._bytes, size_bytes)
+                done, waiting = wait(waiting, timeout=0.5)  # signals are handled in between
+                for future in done:
+                    future.result()
 
     def _copy(self, original: Original) -> bool:
         if self.stop.is_set() or self._full.is_set():

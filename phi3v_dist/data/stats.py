@@ -5,7 +5,7 @@ table for people or as JSON. Surprise: no picture is read. The index has every p
 follow at any number of crops; texts are read once, and their lengths kept beside the tar for the training to come.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from functools import lru_cache
 from typing import Any
@@ -21,6 +21,7 @@ from phi3v_dist.data.processor import Phi3VProcessor
 from phi3v_dist.data.shards import ShardTable
 from phi3v_dist.errors import DataError
 from phi3v_dist.printable import printable
+from phi3v_dist.progress import track
 
 NUM_CROPS = (4, 16)  # what Phi-3.5-vision and Phi-3-vision allow a picture
 ROW_LENGTHS = (4096, 8192, 32768, 131072)
@@ -134,7 +135,6 @@ def collect(
     table: ShardTable,
     processor: Phi3VProcessor | None,
     num_threads: int = 2,
-    on_progress: Callable[[int, int], None] | None = None,
     num_named: int = 5,
 ) -> Stats:
     """Count everything.
@@ -147,7 +147,7 @@ def collect(
     num_pictures, usable = np.zeros(len(table), np.int32), np.ones(len(table), bool)
     classes = np.zeros(len(MEGAPIXELS) + 1, np.int64)
     bad: dict[int, str] = {}
-    for shard in range(len(table.shards)):
+    for shard in track(range(len(table.shards)), "reading indexes", "shards"):
         index, first = table.index(shard), int(table.start[shard])
         bad |= {first + number: reason for number, reason in index.bad.items()}
         width, height = index.columns["width"], index.columns["height"]
@@ -163,7 +163,7 @@ def collect(
             np.add.at(totals[here], sample_of_member[is_picture], tokens)
     text = np.zeros(len(table), np.int64)
     if processor is not None:
-        lengths = measure(table, processor, num_threads, on_progress)
+        lengths = measure(table, processor, num_threads)
         bad |= lengths.bad
         text = lengths.full_tokens - images[processor.num_crops]
     usable[list(bad)] = False

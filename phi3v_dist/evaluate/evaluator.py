@@ -42,6 +42,7 @@ from phi3v_dist.evaluate.sampling import Sampling
 from phi3v_dist.evaluate.score import AnswerScore, score_answer
 from phi3v_dist.model.phi3v import Phi3VForCausalLM
 from phi3v_dist.parallel.topology import Topology
+from phi3v_dist.progress import track
 from phi3v_dist.watch import heartbeat
 
 MIN_PARTNERS = 2
@@ -91,7 +92,8 @@ class Evaluator:
         partners = self._partners(sample_ids) if self.settings.blind and blind else {}
         batches = self._batches(sample_ids)
         rows, highest = [], HighestLoss(self.decoder.processor, place)
-        for number, batch in enumerate(batches[self.topology.rank :: self.topology.world_size]):
+        own_batches = batches[self.topology.rank :: self.topology.world_size]
+        for number, batch in enumerate(track(own_batches, "evaluating", "batches")):
             if stop():
                 break
             heartbeat.enter("evaluate", number, self.decoder.table.sample_name(batch[0]))

@@ -4,7 +4,6 @@ What comes in: `Settings` and a device. What goes out: messages, a proven attent
 optimizer. Surprise: no rank ever holds the model. It is partitioned while it is made, and each fills its own share.
 """
 
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -87,14 +86,12 @@ def require_heads_divide(settings: Settings) -> None:
         )
 
 
-def partitioned_model(
-    settings: Settings, backend: Backend, ds_config: dict[str, Any], show_progress: bool
-) -> Phi3VForCausalLM:
+def partitioned_model(settings: Settings, backend: Backend, ds_config: dict[str, Any]) -> Phi3VForCausalLM:
     """The model under ZeRO-3: weights read, parts frozen or adapted as asked. All ranks call this together."""
     config, longrope = read_config(settings.model.path), settings.model.longrope
     model = zero.build_partitioned(lambda: Phi3VForCausalLM(config, longrope, backend), ds_config)
     weights = initial_weights(settings.model.path, settings.model.init_from, settings.run.seed)
-    load_weights(model, weights, show_progress=show_progress and sys.stdout.isatty())
+    load_weights(model, weights)
     choose_trained(model, settings.train, settings.run.seed)
     choice = settings.model
     model.set_gradient_checkpointing(

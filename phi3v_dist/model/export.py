@@ -6,6 +6,7 @@ one by one, and the probe runs through a model whose modules fetch their weights
 is exported and checked in less than 2 GB.
 """
 
+import functools
 import json
 import logging
 import os
@@ -77,9 +78,9 @@ def export(weights: TrainedWeights, settings: Settings, out: Path, merge: bool =
     else:
         base = settings.model.path
         _copy_files(base, partial, settings.data.num_crops)
-        with returned_when_freed(), show_progress("tensors", bar=False) as report:
+        with returned_when_freed(), show_progress("tensors") as report:
             _enter(1, "weights")
-            write_safetensors(partial, weights, lambda done, total: report("writing", done, total))
+            write_safetensors(partial, weights, functools.partial(report, "writing"))
             _enter(2, "reading back")
             _verify(partial, weights, settings.model.longrope, report)
     _enter(3, "card")

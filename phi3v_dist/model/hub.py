@@ -7,11 +7,13 @@ are compared with the hub's list, and only then does the folder, `NAME.partial` 
 ever fetched.
 """
 
+import contextlib
 import hashlib
 import json
 import logging
 import shutil
-from collections.abc import Iterator
+import threading
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from fnmatch import fnmatch
 from pathlib import Path
@@ -21,11 +23,12 @@ from pydantic import BaseModel, ValidationError
 
 from phi3v_dist.errors import CheckpointError
 from phi3v_dist.invocation import as_typed
-from phi3v_dist.progress import show_progress
+from phi3v_dist.progress import BYTES, show_progress, summed
 
 DIGESTS_NAME = "digests.json"
 MODEL_TYPE = "phi3_v"
 PIECE_BYTES = 1 << 22  # read at once
+LOOK_S = 0.5  # between looks at how much has arrived
 WANTED = ("*.safetensors", "*.json", "tokenizer*", "*.py", "LICENSE*", "NOTICE*", "README*")  # of the top folder
 LOADED = ("*.safetensors", "*.py")  # a file of these kinds that nobody listed would be read or run all the same
 
@@ -83,12 +86,14 @@ def fetch(repo: str, out: Path, revision: str = "main", endpoint: str | None = N
         if "config.json" in files:
             hf_hub_download(repo, "config.json", **source)
         _check_kind(repo, partial / "config.json", list(files))
-        snapshot_download(repo, allow_patterns=list(files), **source)
+        with _shown(f"downloading {repo}", partial, sum(file.size or 0 for file in files.values())):
+            snapshot_download(repo, allow_patterns=list(files), **source)
     digests = Digests(repo=repo, revision=revision, commit=str(info.sha), files={})
     for name, file in sorted(files.items()):
         if not (partial / name).is_file() or (partial / name).stat().st_size != file.size:
             raise CheckpointError(f"{repo}: {name} did not arrive whole: run the same command again")
-        sha256 = _sha256(partial / name)
+    for name, sha256 in _sha256(partial, sorted(files)):
+        file = files[name]
         digests.files[name] = FileDigest(size_bytes=file.size, sha256=sha256)
         if file.lfs and file.lfs.sha256 != sha256:
             (partial / name).unlink()  # else it would be taken for the file the next time
@@ -105,8 +110,8 @@ def verify(folder: Path) -> None:
     """Read every file again; CheckpointError naming each that is missing, other than fetched, or not listed."""
     listed = read_digests(folder).files
     problems = _wrong_sizes(folder, listed)
-    for name, digest in listed.items():
-        if name not in problems and _sha256(folder / name) != digest.sha256:
+    for name, sha256 in _sha256(folder, [name for name in listed if name not in problems]):
+        if sha256 != listed[name].sha256:
             problems[name] = "its bytes are not those that were fetched (sha256 differs)"
     present = sorted(path.name for kind in LOADED for path in folder.glob(kind))
     problems |= {name: f"not in {DIGESTS_NAME}" for name in present if name not in listed}
@@ -167,16 +172,52 @@ def _check_kind(repo: str, config: Path, names: list[str]) -> None:
         raise CheckpointError(f"{repo} has no safetensors; pickles (.bin, .pt) can run code when read: not fetched")
 
 
-def _sha256(path: Path) -> str:
-    size_bytes, done_bytes = path.stat().st_size, 0
-    log.info("sha256 of %s, %.1f MB", path, size_bytes / 1e6)
-    digest, buffer = hashlib.sha256(), memoryview(bytearray(PIECE_BYTES))
-    with path.open("rb", buffering=0) as file, show_progress("bytes") as report:
-        while num_bytes := file.readinto(buffer):
-            digest.update(buffer[:num_bytes])
-            done_bytes += num_bytes
-            report(f"sha256 of {path.name}", done_bytes, size_bytes)
-    return digest.hexdigest()
+def _sha256(folder: Path, names: Sequence[str]) -> Iterator[tuple[str, str]]:
+    """Name and sha256 of each file."""
+    buffer = memoryview(bytearray(PIECE_BYTES))
+    with show_progress(BYTES) as report:
+        add = summed(report, f"reading {folder}", sum((folder / name).stat().st_size for name in names))
+        for name in names:
+            digest = hashlib.sha256()
+            with (folder / name).open("rb", buffering=0) as file:
+                while num_bytes := file.readinto(buffer):
+                    digest.update(buffer[:num_bytes])
+                    add(num_bytes)
+            yield name, digest.hexdigest()
+
+
+@contextmanager
+def _shown(task: str, folder: Path, total_bytes: int) -> Iterator[None]:
+    """Show how many bytes have arrived in a folder. The client's own bars are off: they would draw over ours."""
+    from huggingface_hub.utils import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
+
+    were_disabled, is_over = are_progress_bars_disabled(), threading.Event()
+    with show_progress(BYTES) as report:
+
+        def look() -> None:
+            while not is_over.wait(LOOK_S):
+                report(task, min(_num_bytes(folder), total_bytes), total_bytes)
+
+        looking = threading.Thread(target=look, name="download-progress", daemon=True)
+        disable_progress_bars()
+        looking.start()
+        try:
+            yield
+            report(task, total_bytes, total_bytes)
+        finally:
+            is_over.set()
+            looking.join()
+            if not were_disabled:
+                enable_progress_bars()
+
+
+def _num_bytes(folder: Path) -> int:
+    """What the files in a folder take on the disk; the client may make a file at its full size first."""
+    size_bytes = 0
+    for path in folder.rglob("*"):
+        with contextlib.suppress(FileNotFoundError):  # renamed just now
+            size_bytes += path.stat().st_blocks * 512
+    return size_bytes
 
 
 @contextmanager

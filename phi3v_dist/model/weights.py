@@ -15,12 +15,12 @@ from typing import Protocol, runtime_checkable
 
 import torch
 from huggingface_hub import split_state_dict_into_shards_factory
-from rich.progress import track
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from phi3v_dist.errors import CheckpointError
 from phi3v_dist.parallel.partitions import full_shape, is_partitioned, set_partition
+from phi3v_dist.progress import track
 from phi3v_dist.survive.durable import fsync_folder, write_durably
 from phi3v_dist.survive.tensor_file import TORCH_DTYPES, blocks, size_bytes
 from phi3v_dist.watch import heartbeat
@@ -142,7 +142,7 @@ def _files_of_index(path: Path) -> list[str]:
 
 
 @torch.no_grad()
-def load_weights(model: nn.Module, weights: Weights, show_progress: bool = False) -> None:
+def load_weights(model: nn.Module, weights: Weights) -> None:
     """Set every parameter of `model`; of a partitioned one, this rank's share. No communication.
 
     Raises:
@@ -150,7 +150,7 @@ def load_weights(model: nn.Module, weights: Weights, show_progress: bool = False
     """
     parameters = dict(model.named_parameters())
     check_names({name: full_shape(parameter) for name, parameter in parameters.items()}, weights)
-    for name in track(parameters, f"reading {weights.where}", disable=not show_progress, transient=True):
+    for name in track(parameters, f"reading {weights.where}", "tensors"):
         heartbeat.beat(name)
         if is_partitioned(parameters[name]):
             set_partition(parameters[name], weights.get(name))

@@ -1,23 +1,22 @@
 """Rows of numbers → what a person sees while training runs: a line to grep every N steps, and a bar on a terminal.
 
-Surprise: while the bar is drawn, log handlers that write to the terminal are led through it, or every line that
-anything logs would tear it.
+Note: log lines appear above the bar (progress.py).
 """
 
 import atexit
 import logging
-import sys
 import time
 from collections.abc import Mapping
 from typing import Any
 
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn
+from rich.progress import BarColumn, TextColumn
 from rich.table import Table
 
 from phi3v_dist.observe import score_table
 from phi3v_dist.observe.metrics import STEP, Number, format_number, format_seconds, format_value, is_own_score
 from phi3v_dist.observe.tracker import Row, Tracker
+from phi3v_dist.progress import LiveDisplay
 
 logger = logging.getLogger(__name__)
 
@@ -68,39 +67,27 @@ class ConsoleTracker(Tracker):
 
 
 class _Bar:
-    """The live bar; restores the terminal and the log handlers when closed, at the latest when the process ends."""
+    """The live bar, closed at the latest when the process ends."""
 
     def __init__(self, console: Console, total_steps: int):
-        self._progress = Progress(
+        self._display = LiveDisplay(
+            console,
             TextColumn("step {task.completed:.0f}/{task.total:.0f}"),
             BarColumn(),
             TextColumn("loss {task.fields[loss]} · {task.fields[speed]} tokens/s · {task.fields[eta]} left"),
-            console=console,
         )
-        self._progress.add_task("train", total=total_steps, loss="?", speed="?", eta="?")
-        terminal = {sys.stdout: "stdout", sys.stderr: "stderr"}
-        self._adopted = [
-            (handler, handler.stream)
-            for handler in logging.getLogger().handlers
-            if isinstance(handler, logging.StreamHandler) and handler.stream in terminal
-        ]
-        self._progress.start()  # replaces sys.stdout and sys.stderr by proxies that print above the bar
-        for handler, stream in self._adopted:
-            handler.setStream(getattr(sys, terminal[stream]))
+        self._display.shown.add_task("train", total=total_steps, loss="?", speed="?", eta="?")
         atexit.register(self.close)
 
     def show(self, row: Row, eta: str) -> None:
-        task = self._progress.tasks[0]
+        task = self._display.shown.tasks[0]
         for field, name in (("loss", LOSS), ("speed", SPEED)):
             if name in row:
                 task.fields[field] = format_number(row[name])
-        self._progress.update(task.id, completed=row[STEP], eta=eta)
+        self._display.shown.update(task.id, completed=row[STEP], eta=eta)
 
     def close(self) -> None:
-        for handler, stream in self._adopted:
-            handler.setStream(stream)
-        self._adopted = []
-        self._progress.stop()
+        self._display.close()
         atexit.unregister(self.close)
 
 

@@ -20,6 +20,7 @@ from phi3v_dist.errors import ConfigError, LaunchError
 from phi3v_dist.observe import wandb_client
 from phi3v_dist.observe.metrics import ATTEMPT, STEP
 from phi3v_dist.observe.tracker import RECORD_NAME, read_rows
+from phi3v_dist.progress import track
 from phi3v_dist.secrets import redacted
 
 INSPECT_TIMEOUT_S, UPLOAD_TIMEOUT_S = 600.0, 3600.0
@@ -72,7 +73,7 @@ def sync(run_folder: Path, say: Callable[[str], None]) -> list[str]:
     """
     looks = []
     problems = []
-    for folder in folders(run_folder):
+    for folder in track(folders(run_folder), "reading", "W&B folders"):
         look = inspect(folder)
         if look.damage:
             problems.append(f"{folder}: {look.damage}; {look.rows} rows of it can be read")
@@ -80,7 +81,7 @@ def sync(run_folder: Path, say: Callable[[str], None]) -> list[str]:
             looks.append(look)
     said: list[str] = []
     rows = 0
-    for look in looks:
+    for look in track(looks, "uploading", "W&B folders"):
         rows += look.rows
         if look.is_uploaded or _was_sent_online(look, rows):
             say(f"{look.folder.name}: {look.rows} rows, uploaded before")

@@ -24,6 +24,7 @@ from phi3v_dist.planner.cost import HOST_COPY_BANDWIDTH, Cluster, cost
 from phi3v_dist.planner.plan import Changes, Plan, changed, make_plan, sharing, smaller_files, trained_parameters
 from phi3v_dist.planner.row import RowShape
 from phi3v_dist.planner.zero_share import is_offloaded
+from phi3v_dist.progress import track
 from phi3v_dist.survive.durable import write_durably
 
 RECOMPUTED = 1.28  # hardware work with checkpointing, of that without (PLANNER.md §5)
@@ -47,7 +48,7 @@ def recommend(
         _candidates(settings, config, cluster), key=lambda c: _slowness(settings, c, config, cluster, row, trained)
     )
     least: Plan | None = None
-    for changes in candidates:
+    for changes in track(candidates, "tracing", "candidates"):
         tried = make_plan(changed(settings, changes), cluster, row, row_is, efficiency, epoch_rows, advise=False)
         if tried.fits:
             return tried, {key: value for key, value in changes.items() if value != _value(settings, key)}

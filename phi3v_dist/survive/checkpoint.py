@@ -16,7 +16,8 @@ from typing import Any
 from torch import Tensor
 
 from phi3v_dist.errors import CheckpointError
-from phi3v_dist.parallel.partitions import Partitions
+from phi3v_dist.parallel.partitions import Partitions, ReadElements
+from phi3v_dist.progress import BYTES, show_progress, summed
 from phi3v_dist.survive import random_state, snapshot
 from phi3v_dist.survive.agreement import Ranks
 from phi3v_dist.survive.best_file import BEST_NAME, best_checkpoint
@@ -244,7 +245,9 @@ class Checkpoints:
         if differences:
             head = f"cannot load {path}: it is of another model. Start from its export instead, or restore the settings"
             raise CheckpointError([head, *differences])
-        partitions.restore(reader.specs, settings, self._with_buffers(reader))
+        with show_progress(BYTES) as report:
+            read = _counted(self._with_buffers(reader), summed(report, f"loading {path.name}", None))
+            partitions.restore(reader.specs, settings, read)
         position = Position(**reader.manifest["position"])
         saved_world_size = reader.manifest["world_size"]
         if saved_world_size == self._ranks.world_size:
@@ -286,7 +289,7 @@ class Checkpoints:
     def _started(self) -> Started | None:
         return self._ranks.first(read_started(self.folder) if self._ranks.is_main else None)
 
-    def _with_buffers(self, reader: TensorReader) -> Callable[[str, str, int, int], Tensor]:
+    def _with_buffers(self, reader: TensorReader) -> ReadElements:
         """As `reader.read`, but buffers are read by rank 0 for all: only its file has them, and may be elsewhere."""
         names = [name for name, spec in reader.specs.items() if spec.role == "buffer"]
         buffers: dict[str, Tensor] = {}
@@ -299,6 +302,17 @@ class Checkpoints:
         return lambda name, state, start, length: (
             everyones[name][start : start + length] if name in everyones else reader.read(name, state, start, length)
         )
+
+
+def _counted(read: ReadElements, add: Callable[[int], None]) -> ReadElements:
+    """`read`, which also tells `add` how many bytes it gave."""
+
+    def counted(name: str, state: str, start: int, length: int) -> Tensor:
+        elements = read(name, state, start, length)
+        add(elements.nbytes)
+        return elements
+
+    return counted
 
 
 def read_tensors(path: Path) -> TensorReader:

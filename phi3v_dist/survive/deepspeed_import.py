@@ -25,7 +25,7 @@ from phi3v_dist.model.adapters import choose_trained
 from phi3v_dist.model.official_config import read_config
 from phi3v_dist.model.phi3v import Phi3VForCausalLM
 from phi3v_dist.parallel.partitions import TensorSpec, official_name
-from phi3v_dist.progress import show_progress
+from phi3v_dist.progress import track
 from phi3v_dist.survive import random_state
 from phi3v_dist.survive.checkpoint import Position
 from phi3v_dist.survive.deepspeed_files import DeepSpeedCheckpoint, owned_of, share_of
@@ -76,11 +76,9 @@ def import_checkpoint(source: DeepSpeedCheckpoint, settings: Settings) -> Path:
     try:
         temporary.mkdir(parents=True)
         files = {}
-        with show_progress("ranks") as report:
-            for rank in range(source.world_size):
-                report("importing", rank, source.world_size)
-                tensors, metadata = _rank_file(source, rank, settings.run.seed)
-                files[rank_file_name(rank)] = write_rank_file(temporary / rank_file_name(rank), tensors, metadata)
+        for rank in track(range(source.world_size), "importing", "ranks"):
+            tensors, metadata = _rank_file(source, rank, settings.run.seed)
+            files[rank_file_name(rank)] = write_rank_file(temporary / rank_file_name(rank), tensors, metadata)
         write_manifest(temporary, manifest | {"files": files})
         temporary.rename(final)
         fsync_folder(final.parent)

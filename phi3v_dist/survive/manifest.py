@@ -18,6 +18,7 @@ from typing import Any
 import xxhash
 
 from phi3v_dist.errors import CheckpointError
+from phi3v_dist.progress import BYTES, show_progress, summed
 from phi3v_dist.survive.durable import fsync_folder, no_links, write_durably
 from phi3v_dist.survive.fence import Fence
 from phi3v_dist.survive.tensor_file import BLOCK_BYTES
@@ -114,11 +115,19 @@ def _look(folder: Path, share: int, num_shares: int, names: Collection[str] | No
     if sizes:
         return sizes
     problems = []
-    for name in list(files)[share::num_shares]:
-        heartbeat.beat(name)
-        found, expected = hash_file(folder / name, lambda _: heartbeat.beat()), files[name]["xxh3_128"]
-        if found != expected:
-            problems.append(f"{name}: its bytes changed (xxh3-128 {found}, {expected} when it was written)")
+    mine = list(files)[share::num_shares]
+    with show_progress(BYTES) as report:
+        add = summed(report, f"verifying {folder.name}", sum(files[name]["size_bytes"] for name in mine))
+
+        def on_block(num_bytes: int) -> None:
+            heartbeat.beat()
+            add(num_bytes)
+
+        for name in mine:
+            heartbeat.beat(name)
+            found, expected = hash_file(folder / name, on_block), files[name]["xxh3_128"]
+            if found != expected:
+                problems.append(f"{name}: its bytes changed (xxh3-128 {found}, {expected} when it was written)")
     return problems
 
 

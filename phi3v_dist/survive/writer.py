@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any, Generic, TypeVar
 
 from phi3v_dist.errors import CheckpointError
+from phi3v_dist.progress import BYTES, show_progress
 from phi3v_dist.survive import retention, space
 from phi3v_dist.survive.agreement import Ranks
 from phi3v_dist.survive.fence import FencedError
@@ -32,6 +33,7 @@ log = logging.getLogger(__name__)
 
 BEHIND_TRAINING = 10  # niceness: where cores are few, the steps go first; where training waits, nothing is lost by it
 MOST_FAILURES = 3  # in a row; then something is wrong that does not go away
+REPORT_S = 1.0  # between looks at how far a save is that somebody waits for
 T = TypeVar("T")
 
 
@@ -75,6 +77,8 @@ class Writer:
         self._pace = Pace(write_mb_per_s and write_mb_per_s * 1e6)
         self._thread: threading.Thread | None = None
         self._outcome: Saved | Exception | None = None
+        self._done_bytes = 0  # of this rank's file, written and then read back
+        self._all_bytes: int | None = None  # not known yet
 
     @property
     def busy(self) -> bool:
@@ -86,6 +90,7 @@ class Writer:
         assert not self.busy and self._outcome is None, "one save at a time, and each must be polled"
         self._store = store or self._usual
         self._pace.hurry(False)
+        self._done_bytes, self._all_bytes = 0, None
         self._thread = threading.Thread(target=self._run, args=(snapshot, blocked_s), name="checkpoint", daemon=True)
         self._thread.start()
 
@@ -119,9 +124,17 @@ class Writer:
 
     def join(self, timeout_s: float | None = None) -> None:
         """As `wait`, but the outcome is still to be asked for."""
-        if self._thread is not None:
-            self._pace.hurry()
-            self._thread.join(timeout_s)
+        if self._thread is None:
+            return
+        self._pace.hurry()
+        deadline_s = None if timeout_s is None else time.monotonic() + timeout_s
+        with show_progress(BYTES) as report:
+            while self._thread.is_alive():
+                left_s = REPORT_S if deadline_s is None else min(REPORT_S, deadline_s - time.monotonic())
+                if left_s <= 0:
+                    return
+                self._thread.join(left_s)
+                report("writing the checkpoint", self._done_bytes, self._all_bytes)
 
     def _run(self, snapshot: Snapshot, blocked_s: float) -> None:
         began = time.monotonic()
@@ -156,6 +169,7 @@ class Writer:
             self._store.fence.remove(temporary)
             temporary.mkdir()
         needed = rank_file_bytes(snapshot.tensors, snapshot.metadata)
+        self._all_bytes = 2 * needed
         free = space.free_bytes(self._store.fence.folder)
         return space.Room(self._ranks.name, self._store.folder, needed, free)
 
@@ -188,6 +202,7 @@ class Writer:
 
         def on_block(num_bytes: int) -> None:
             heartbeat.beat(path.name, heartbeat.SAVE)
+            self._done_bytes += num_bytes
             self._pace.spend(num_bytes)
 
         def on_flush() -> None:  # the file is read back in this phase, too

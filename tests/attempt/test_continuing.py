@@ -131,6 +131,18 @@ def test_without_a_checkpoint_nothing_is_compared(begun):
     assert continuing.problems(begun("train.eps=0.1")) == []
 
 
+def test_an_installation_in_somebodys_repository_has_no_commit(tmp_path, monkeypatch):
+    for words in (
+        ["init", "--quiet"],
+        ["-c", "user.name=x", "-c", "user.email=x", "commit", "--allow-empty", "-qm", "x"],
+    ):
+        subprocess.run(["git", *words], cwd=tmp_path, check=True)
+    package = tmp_path / "site-packages" / "phi3v_dist"
+    package.mkdir(parents=True)
+    monkeypatch.setattr(environment, "PACKAGE", package)
+    assert environment.commit() == "unknown"
+
+
 def test_the_commit_is_the_checkouts():
     git = subprocess.run(["git", "rev-parse", "HEAD"], cwd=REPOSITORY, capture_output=True, text=True)
     assert environment.commit() == (git.stdout.strip() or "unknown")

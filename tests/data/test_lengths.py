@@ -155,8 +155,8 @@ def test_the_log_has_a_line_for_each_source_and_none_when_all_is_known(
     with caplog.at_level(logging.INFO, "phi3v_dist"):
         Data.open(settings.data.train, settings)
         assert caplog.messages == [
-            "prepared a: 15 samples in 5 shards, tokens counted",
-            "prepared mine: 4 samples in 1 shards, tokens counted",
+            "prepared a: 15 samples, 5 shards, tokens counted",
+            "prepared mine: 4 samples, 1 shards, tokens counted",
         ]
         Data.open(settings.data.train, settings)
         assert len(caplog.messages) == 2

@@ -64,7 +64,7 @@ def build(settings: Settings, topology: Topology):
         settings, topology.world_size, torch.float32, read_config(settings.model.path)["hidden_size"]
     )
     ds_config["zero_optimization"]["stage3_param_persistence_threshold"] = 0
-    model = partitioned_model(settings, proven_backend(settings, topology.device), ds_config, show_progress=False)
+    model = partitioned_model(settings, proven_backend(settings, topology.device), ds_config)
     return zero.initialize(model.train(), build_optimizer(model, settings.train), ds_config)
 
 

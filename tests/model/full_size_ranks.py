@@ -60,7 +60,7 @@ def main(base: Path, run: Path) -> None:
     hidden_size = read_config(base)["hidden_size"]
     ds_config = zero.resolve(settings, topology.world_size, torch.bfloat16, hidden_size)
     backend = proven_backend(settings, topology.device)
-    engine = zero.initialize(partitioned_model(settings, backend, ds_config, show_progress=False), None, ds_config)
+    engine = zero.initialize(partitioned_model(settings, backend, ds_config), None, ds_config)
     peaks["load"] = memory.look()
 
     inputs = dict(Phi3VProcessor.from_pretrained(base, num_crops=1)(PROMPT, Image.new("RGB", (320, 320), "red")))

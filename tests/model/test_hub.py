@@ -5,14 +5,16 @@ import json
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-from threading import Thread
+from threading import Event, Thread
 
 import pytest
 from conftest import REPOSITORY, environment
+from huggingface_hub.utils import are_progress_bars_disabled
 
 from phi3v_dist import config, run
 from phi3v_dist.cli import prepare as launch_prepare
@@ -30,6 +32,7 @@ class Hub:
 
     files: dict[str, bytes]
     cut_off: str = ""  # a file of which only half is sent before the connection drops
+    half_way: Callable[[], object] | None = None  # called when half of the weights are sent
     gated: bool = False
     commit: str = COMMIT
     asked: list[str] = field(default_factory=list)
@@ -77,7 +80,12 @@ class Handler(BaseHTTPRequestHandler):
             self.send_header(name, value)
         self.end_headers()
         if self.command == "GET":
-            self.wfile.write(content[: len(content) // 2] if cut_off else content)
+            half = len(content) // 2
+            self.wfile.write(content[:half])
+            if self.served.half_way and self.path.endswith("model.safetensors"):
+                self.served.half_way()
+            if not cut_off:
+                self.wfile.write(content[half:])
         self.close_connection = cut_off
 
     def log_message(self, *_: object) -> None:
@@ -121,6 +129,31 @@ def test_a_model_arrives_whole_with_digests_and_without_pickles(fetched: Path, s
     assert not (fetched.parent / "model.partial").exists()
 
 
+def test_a_download_shows_how_much_has_arrived(served: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    reports: list[tuple[str, int, int | None]] = []
+    found: list[tuple[bool, bool]] = []
+    is_shown = Event()
+
+    @contextmanager
+    def show_progress(unit: str) -> Iterator[Callable[..., None]]:
+        def report(task: str, done: int, total: int | None) -> None:
+            reports.append((task, done, total))
+            if task == f"downloading {REPO}" and total and 0 < done < total:
+                is_shown.set()
+
+        yield report
+
+    monkeypatch.setattr(hub, "show_progress", show_progress)
+    monkeypatch.setattr(hub, "LOOK_S", 0.01)
+    served.half_way = lambda: found.append((is_shown.wait(60), are_progress_bars_disabled()))
+    hub.fetch(REPO, tmp_path / "model", endpoint=served.endpoint)
+    assert found == [(True, True)], "shown before the end, without the client's own bars"
+    assert not are_progress_bars_disabled()
+    size_bytes = sum(path.stat().st_size for path in (tmp_path / "model").iterdir() if path.name != "digests.json")
+    assert (f"downloading {REPO}", size_bytes, size_bytes) in reports
+    assert reports[-1] == (f"reading {tmp_path / 'model.partial'}", size_bytes, size_bytes)
+
+
 def test_fetching_again_verifies_and_asks_the_hub_nothing(fetched: Path, served: Hub) -> None:
     served.asked.clear()
     for revision in ("main", COMMIT):
@@ -157,7 +190,7 @@ def test_bytes_that_are_not_the_hubs_are_refused_and_fetched_anew(
     served: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with monkeypatch.context() as patch:
-        patch.setattr(hub, "_sha256", lambda path: "0" * 64)
+        patch.setattr(hub, "_sha256", lambda folder, names: [(name, "0" * 64) for name in names])
         with pytest.raises(CheckpointError, match=r"model\.safetensors arrived with other bytes"):
             hub.fetch(REPO, tmp_path / "model", endpoint=served.endpoint)
     hub.fetch(REPO, tmp_path / "model", endpoint=served.endpoint)

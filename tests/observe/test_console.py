@@ -10,6 +10,11 @@ from phi3v_dist.observe.console import ConsoleTracker
 ROW = {"train/loss": 2.10341, "train/lr/text": 2e-4, "perf/tokens_per_s_per_gpu": 3210.4, "time/step_s": 0.81}
 
 
+class Terminal(io.StringIO):
+    def isatty(self) -> bool:
+        return True
+
+
 def test_a_log_gets_one_greppable_line_per_n_steps_and_one_per_evaluation(caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.INFO)
     output = io.StringIO()
@@ -29,12 +34,14 @@ def test_a_log_gets_one_greppable_line_per_n_steps_and_one_per_evaluation(caplog
 
 
 def test_a_terminal_gets_a_bar_and_log_lines_pass_through_it(monkeypatch: pytest.MonkeyPatch) -> None:
-    terminal = io.StringIO()
+    terminal = Terminal()
+    monkeypatch.setattr(sys, "stderr", terminal)
     handler = logging.StreamHandler(sys.stderr)
     monkeypatch.setattr(logging.getLogger(), "handlers", [handler])
     before = sys.stderr
     tracker = ConsoleTracker(20, console=Console(file=terminal, force_terminal=True, width=120))
     tracker.start({})
+    assert handler.stream is sys.stderr is not before
     logging.getLogger("elsewhere").warning("a line from another module")
     tracker.log({"train/step": 7, **ROW})
     tracker.finish({})

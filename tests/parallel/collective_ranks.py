@@ -170,7 +170,7 @@ def build(settings: Settings, topology: Topology):
     ds_config = zero.resolve(settings, topology.world_size, torch.float32, hidden_size)
     ds_config["zero_optimization"]["stage3_param_persistence_threshold"] = 0
     backend = proven_backend(settings, topology.device)
-    model = partitioned_model(settings, backend, ds_config, show_progress=False)
+    model = partitioned_model(settings, backend, ds_config)
     return zero.initialize(model.train(), build_optimizer(model, settings.train), ds_config)
 
 

@@ -64,7 +64,7 @@ def main() -> None:
          "parallel": {"sequence": 2, "deepspeed": Path(__file__).parents[2] / "ds_configs" / "zero3.json"}}
     )  # fmt: skip
     ds_config = zero.resolve(settings, topology.world_size, torch.float32, DECODER["hidden_size"])
-    model = partitioned_model(settings, proven_backend(settings, topology.device), ds_config, show_progress=False)
+    model = partitioned_model(settings, proven_backend(settings, topology.device), ds_config)
     engine = zero.initialize(model.train(), build_optimizer(model, settings.train), ds_config)
     group = SequenceGroup.form(topology, 2)
     lengths = (num_tokens * 4 // 5, num_tokens - num_tokens * 4 // 5)

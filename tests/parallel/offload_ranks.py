@@ -54,7 +54,7 @@ def build(folder: Path, topology: Topology, file: str, seed: int):
     )  # fmt: skip
     assert zero.problems(settings, topology.world_size) == []
     ds_config = zero.resolve(settings, topology.world_size, torch.float32, DECODER["hidden_size"])
-    model = partitioned_model(settings, proven_backend(settings, topology.device), ds_config, show_progress=False)
+    model = partitioned_model(settings, proven_backend(settings, topology.device), ds_config)
     model.set_gradient_checkpointing(True, collective_ranks.CHUNK_CROPS, host_activations=HostActivations())
     optimizer = build_optimizer(model, settings.train, on_host=zero.steps_on_host(ds_config))
     return zero.initialize(model.train(), optimizer, ds_config)

@@ -63,8 +63,9 @@ class Page:
             self.prelude.append(command)
         text = re.sub(r"\bJOB\b", job, command).replace("train.steps=1000", f"train.steps={STEPS}")
         if self.nodes == 1:
-            text = text.replace("--nodes 2", "--nodes 1").replace("--nodes 3", "--nodes 2")
-            text = text.replace("PHI3V_NODES=2", "PHI3V_NODES=1")
+            text = text.replace("--nodes 2", "--nodes 1")
+        # One node and a spare: beside the first job, on up to two nodes, the cluster of four has no room for three
+        text = text.replace("--nodes 3", "--nodes 2").replace("PHI3V_NODES=2", "PHI3V_NODES=1")
         output = self.type(text, **env)
         submitted = re.search(r"Submitted batch job (\d+)", output)
         return submitted[1] if submitted else output

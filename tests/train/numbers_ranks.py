@@ -79,7 +79,7 @@ def build(folder: Path, topology: Topology, rows: Rows, dtype: str, threshold: i
     if dtype == "nvme":
         disk = {"device": "nvme", "nvme_path": str(folder / "nvme"), "pin_memory": False, "buffer_count": 4}
         ds_config["zero_optimization"]["offload_optimizer"] = disk
-    model = partitioned_model(settings, proven_backend(settings, topology.device), ds_config, show_progress=False)
+    model = partitioned_model(settings, proven_backend(settings, topology.device), ds_config)
     return zero.initialize(model.train(), build_optimizer(model, settings.train), ds_config)
 
 

@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 import shutil
 import subprocess
 import sys
@@ -275,6 +276,8 @@ def test_three_mistakes_are_reported_together_before_a_model_is_built(launched, 
     words = ("did you mean `train.steps`", "row_length_tokens", "gradient_accumulation_steps", "not a tar", "none-*")
     for word in words:
         assert word in done.stderr, word
+    summary = done.stderr.partition("Root Cause")[2]
+    assert re.search(r"traceback : configuration: \d+ problem", summary), "torchrun does not name the cause"
 
 
 @pytest.mark.slow

@@ -39,11 +39,11 @@ from phi3v_dist.data.processor import Phi3VProcessor
 from phi3v_dist.data.shards import ShardTable
 from phi3v_dist.data.templates import template_fields
 from phi3v_dist.errors import ConfigError, DataError
+from phi3v_dist.progress import Report
 from phi3v_dist.survive.durable import write_durably
 
 VERSION = 1  # of import.json, and of what is written for the same records and settings
 PEEKED_RECORDS = 100
-Progress = Callable[[str, int, int | None], None]
 
 
 @dataclass(frozen=True)
@@ -54,7 +54,7 @@ class Import:
     out: Path
     settings: ImportSettings
     model: Path | None
-    progress: Progress
+    progress: Report
 
     @property
     def work(self) -> Path:
@@ -143,7 +143,7 @@ class Import:
         return manifest if whole else None
 
     def _looking(self, source: Source) -> Callable[[int], None]:
-        return lambda done: self.progress("looking at records", done, source.num_records)
+        return lambda done: self.progress("checking", done, source.num_records)
 
     def _candidates(self, source: Source, is_wanted: Callable[[int], bool]) -> Iterator[Candidate]:
         for number, (file, row) in enumerate(source.read()):
@@ -204,11 +204,13 @@ class Import:
                     f"{self.out} and import again"
                 )
             yield candidate.number, packed.members
-            self.progress("writing samples", done, int(is_wanted.sum()))
+            self.progress("writing", done, int(is_wanted.sum()), "samples")
 
     def _index(self, assignment: Assignment) -> None:
         sources = [SourceSettings(shards=[str(self.out / name) for name in assignment.names])]
-        table = ShardTable.open(sources, on_progress=lambda done, total: self.progress("indexing", done, total))
+        table = ShardTable.open(
+            sources, on_progress=lambda done, total: self.progress("indexing", done, total, "shards")
+        )
         expected = int((assignment.shard >= 0).sum())
         assert len(table) == expected, f"{len(table)} samples indexed, {expected} written"
 
