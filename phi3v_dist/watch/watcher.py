@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING
 
 from phi3v_dist.printable import printable
 from phi3v_dist.watch import blame, flight_recorder, heartbeat, processes, stacks, verdicts
+from phi3v_dist.watch.activity import EVIDENCE_S, Silence, device_busy, makes_progress
 from phi3v_dist.watch.beat_file import (
     Beats,
     folder_of,
@@ -49,7 +50,6 @@ from phi3v_dist.watch.node_report import (
     stacks_text_path,
     tells_why,
 )
-from phi3v_dist.watch.progress import EVIDENCE_S, Silence, device_busy, makes_progress
 
 if TYPE_CHECKING:
     import phi3v_dist.parallel.topology  # loads torch
@@ -131,7 +131,8 @@ class Watcher:
         self.neighbours = Neighbours(attempt_folder, host)
         self._left_s, self._asked_to_leave = 0.0, False
         self._suspects, self._suspected_s = dict[tuple[int, str], int](), 0.0
-        self._passed = set[tuple[int, str, bool]]()  # limits that had been passed when ranks were suspected
+        # Limits that had been passed at the last look: of which rank and lane, in which silence, of a slow rank or not.
+        self._passed = set[tuple[tuple[int, str], int, bool]]()
         self._device_is_busy = device_busy()
         self._asked_s = 0.0  # what asking for stacks took since the last look at the clock
         self.now_s = time.monotonic()
@@ -319,7 +320,8 @@ class Watcher:
             return
         if self.status != SUSPECT:
             # Those with an excuse are looked at again from time to time, and at once when a limit is passed.
-            passed = {(actor.rank, actor.lane, actor.silent_s > actor.slow_bound_s) for actor in silent}
+            late = {(actor.rank, actor.lane): actor.silent_s > actor.slow_bound_s for actor in silent}
+            passed = {(who, number, late[who]) for who, number in beats.items()}
             is_time = self._is_time("suspicion", RECHECK * max(actor.silent_s for actor in silent))
             if not is_time and passed <= self._passed:
                 return

@@ -202,3 +202,31 @@ def test_a_whole_run_with_one_slow_node_is_not_ended(tmp_path, monkeypatch, onse
     report = simulation.run(script(0), script(1), tick_s=TICK_S)
     assert report.status == "ended" and report.verdict is None
     assert [rank.outcome for rank in report.ranks] == ["done", "done"] and simulation.now_s - began_s > 1800
+
+
+@pytest.mark.fault(11)
+def test_a_hang_is_found_in_time_although_another_rank_is_slow(tmp_path, monkeypatch):
+    """Rank 2, behind it, was slow itself before. The long silence of rank 1 does not put off the look at rank 2."""
+    simulation = Simulation(tmp_path, monkeypatch, 3, BOUNDS)
+    for rank in simulation.ranks:
+        for kind in ("forward", "backward", "optimizer"):
+            rank.heart.limits.add(kind, 0, 0.1)
+    hung_s = []
+
+    def is_slow(heart):
+        begin("forward", 1, simulation, step=6)
+        yield COMPUTES, 290.0
+
+    def was_slow(heart):
+        begin("backward", 2, simulation, step=5)
+        yield COMPUTES, 40.0
+        for _ in range(65):
+            begin("backward", 2, simulation, step=5)
+            yield COMPUTES, 2.0
+        hung_s.append(simulation.now_s)
+        begin("backward", 2, simulation, step=5)
+        yield SLEEPS, FOREVER_S
+
+    report = simulation.run(victim("optimizer", simulation), is_slow, was_slow)
+    assert report.status == "hang" and [actor.rank for actor in report.verdict.blamed] == [2]
+    assert simulation.ranks[2].died_s - hung_s[0] < BOUNDS.hang_s + FOUND_S

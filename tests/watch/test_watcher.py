@@ -17,12 +17,12 @@ from simulated import COMPUTES, FOREVER_S, SLEEPS, WAITS, Simulation
 from watching import TIMEOUT_S, Loop
 
 from phi3v_dist.watch import neighbours, processes, stacks
+from phi3v_dist.watch.activity import EVIDENCE_S
 from phi3v_dist.watch.attempts import read_attempts
 from phi3v_dist.watch.beat_file import BeatFile, Lane, folder_of, read_beats
 from phi3v_dist.watch.blame import TRAIN, Actor
 from phi3v_dist.watch.limits import Bounds
 from phi3v_dist.watch.node_report import NodeReport, Verdict, read_report, report_path, stacks_text_path
-from phi3v_dist.watch.progress import EVIDENCE_S
 from phi3v_dist.watch.watcher import TICK_S, Watcher
 
 HANG_S = 2.0

@@ -9,10 +9,10 @@ import types
 
 import pytest
 
-from phi3v_dist.watch import processes, progress
+from phi3v_dist.watch import activity, processes
+from phi3v_dist.watch.activity import CONFIRM_S, Silence, makes_progress
 from phi3v_dist.watch.beat_file import Beats, Lane, Pulse
 from phi3v_dist.watch.blame import SAVE, TRAIN
-from phi3v_dist.watch.progress import CONFIRM_S, Silence, makes_progress
 
 LIMIT_S = 120
 BURNS = "while True: pass"
@@ -47,7 +47,7 @@ def becomes(pid: int, expected: bool, kind: str = "forward", lane: str = TRAIN, 
     deadline_s = time.monotonic() + LIMIT_S
     while time.monotonic() < deadline_s:
         silence.observe(time.monotonic(), beats, lane)
-        if silence.observed_s >= progress.EVIDENCE_S and silence.computes() == expected:
+        if silence.observed_s >= activity.EVIDENCE_S and silence.computes() == expected:
             return True
         time.sleep(0.1)
     return False
@@ -165,14 +165,14 @@ def nvml(**functions) -> types.SimpleNamespace:
 
 
 def test_a_gpu_is_asked_by_its_uuid(monkeypatch):
-    monkeypatch.setattr(progress.importlib.util, "find_spec", lambda name: object())
+    monkeypatch.setattr(activity.importlib.util, "find_spec", lambda name: object())
     busy = {"GPU-1": 100, "GPU-2": 0}
     fake = nvml(
         nvmlDeviceGetHandleByUUID=lambda uuid: uuid,
         nvmlDeviceGetUtilizationRates=lambda handle: types.SimpleNamespace(gpu=busy[handle]),
     )
     monkeypatch.setitem(sys.modules, "pynvml", fake)
-    is_busy = progress.device_busy()
+    is_busy = activity.device_busy()
     assert is_busy("GPU-1") and not is_busy("GPU-2") and not is_busy("")
 
 
@@ -180,13 +180,13 @@ def test_without_a_driver_no_gpu_is_busy(monkeypatch):
     def missing():
         raise NoDriver
 
-    monkeypatch.setattr(progress.importlib.util, "find_spec", lambda name: object())
+    monkeypatch.setattr(activity.importlib.util, "find_spec", lambda name: object())
     fake = nvml()
     fake.nvmlInit = missing
     monkeypatch.setitem(sys.modules, "pynvml", fake)
-    assert not progress.device_busy()("GPU-1")
-    monkeypatch.setattr(progress.importlib.util, "find_spec", lambda name: None)
-    assert not progress.device_busy()("GPU-1")
+    assert not activity.device_busy()("GPU-1")
+    monkeypatch.setattr(activity.importlib.util, "find_spec", lambda name: None)
+    assert not activity.device_busy()("GPU-1")
 
 
 def test_the_waits_of_a_gpu_are_counted_and_the_present_one_is_known():
