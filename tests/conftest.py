@@ -40,6 +40,20 @@ TINY_SIZES = {
 COLOURS = ("red", "green", "blue", "white")
 
 
+@pytest.fixture
+def shown(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, int, int | None, str]]:
+    """What is shown of tasks that may take long: (task, done, total, unit)."""
+    from phi3v_dist import progress
+
+    reports: list[tuple[str, int, int | None, str]] = []
+
+    def report(lines: progress._Lines, task: str, done: int, total: int | None, unit: str | None = None) -> None:
+        reports.append((task, done, total, unit or lines.unit))
+
+    monkeypatch.setattr(progress._Lines, "report", report)
+    return reports
+
+
 @pytest.fixture(scope="session")
 def golden_folder() -> Path:
     """Recorded outputs of the published code; README.md in it says how they were made."""

@@ -103,6 +103,13 @@ def test_what_was_staged_is_read_when_the_original_is_gone(originals: Path, loca
     assert everything(fetcher) == before
 
 
+def test_copies_are_shown_in_bytes(originals: Path, local: Path, shown: list) -> None:
+    stage(data_of(originals, local), threading.Event())
+    copies = [report for report in shown if report[0] == "copying shards"]
+    assert copies and all(0 <= done <= total == size_of(originals) for _, done, total, _ in copies)
+    assert {unit for *_, unit in copies} == {"bytes"}
+
+
 def test_a_second_call_finds_nothing_to_do_and_says_so(originals: Path, local: Path) -> None:
     staged(originals, local)
     again = staged(originals, local)

@@ -5,7 +5,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from conftest import picture
+from conftest import picture, write_samples
 from webdataset import TarWriter
 
 from phi3v_dist.cli import prepare
@@ -48,6 +48,18 @@ def test_sources_are_counted_apart_and_pictures_by_size(table: ShardTable) -> No
     wide, square = (num_image_tokens(width, 300, 4) for width in (400, 300))
     num_square = dict(stats.picture_sizes)["under 0.1"]
     assert stats.tokens[0].total == stats.tokens[0].image_total == num_square * square + (40 - num_square) * wide
+
+
+def test_shards_are_shown_as_they_are_indexed_and_counted(tmp_path: Path, tiny_model: Path, shown: list) -> None:
+    for number in range(2):
+        write_samples(tmp_path / f"a-{number}.tar", range(10 * number, 10 * number + 3))
+    table = ShardTable.open([SourceSettings(shards=[f"{tmp_path}/a-*.tar"])])
+    collect(table, Phi3VProcessor.from_pretrained(tiny_model, NUM_CROPS[0]))
+    assert shown == [
+        *(("indexing", done, 2, "shards") for done in (1, 2)),
+        *(("reading indexes", done, 2, "shards") for done in (0, 1, 2)),
+        *(("counting tokens", done, 2, "shards") for done in (0, 1)),
+    ]
 
 
 def test_what_cannot_be_used_is_counted_and_named(tmp_path: Path, tiny_model: Path) -> None:

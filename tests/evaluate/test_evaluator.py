@@ -185,6 +185,14 @@ def test_scores_are_split_by_what_every_sample_has(make, model, asked):
     assert metrics["eval/by_megapixels/from_0_to_0_1/price_mae"] == pytest.approx(10 / 3)
 
 
+def test_batches_are_shown_as_they_are_answered(make, model, asked, shown):
+    evaluator, _ = make(batch_samples=1)
+    shown.clear()
+    evaluator.run(model, None)
+    num_batches = len(SAMPLES)
+    assert shown == [("evaluating", done, num_batches, "batches") for done in range(num_batches + 1)]
+
+
 def test_without_blind_or_without_pictures_there_is_no_blind_control(make, model, asked, tmp_path):
     metrics = make(blind=False)[0].run(model, tmp_path / "eval")
     assert not any("blind" in name for name in metrics)

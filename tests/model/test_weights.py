@@ -34,6 +34,13 @@ def write(folder, tensors):
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
 
 
+def test_tensors_are_shown_as_they_are_read(tiny_model, shown):
+    live = Phi3VForCausalLM(read_config(tiny_model))
+    load_weights(live, OfficialFolder(tiny_model))
+    num_tensors = len(dict(live.named_parameters()))
+    assert shown == [(f"reading {tiny_model}", done, num_tensors, "tensors") for done in range(num_tensors + 1)]
+
+
 def load_both_ways(folder) -> Phi3VForCausalLM:
     """By `from_pretrained`, and into a live model; both must agree."""
     model = Phi3VForCausalLM.from_pretrained(folder)

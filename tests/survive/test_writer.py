@@ -52,6 +52,16 @@ def save(checkpoints: Checkpoints, step: int, num_elements: int = SMALL):
     return checkpoints.wait()
 
 
+def test_whoever_waits_for_a_save_or_for_its_verification_sees_how_far_it_is(folder, shown, monkeypatch):
+    monkeypatch.setattr(writer, "REPORT_S", 0.01)
+    checkpoints = Checkpoints(folder, keep=2)
+    save(checkpoints, 1)
+    size_bytes = (folder / "step-00000001" / "rank-00000.safetensors").stat().st_size
+    assert shown[-1] == ("writing the checkpoint", 2 * size_bytes, 2 * size_bytes, "bytes"), "written and read back"
+    checkpoints.newest()
+    assert shown[-1] == ("verifying step-00000001", size_bytes, size_bytes, "bytes")
+
+
 def names(folder: Path) -> list[str]:
     return [path.name for path in committed(folder)][::-1]
 
