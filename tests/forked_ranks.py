@@ -1,6 +1,6 @@
-"""Trials named `RANKS:…` → as many processes as each says, forked from one that has imported everything.
+"""Runs trials named `RANKS:…` in as many processes as each name says, forked from one that has imported everything.
 
-Surprise: scripts that use this import it by the folder above their own, since they are started as files.
+Note: scripts that use this put the folder above their own on `sys.path`, because they are started as files.
 """
 
 import logging

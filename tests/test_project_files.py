@@ -31,13 +31,11 @@ def test_the_ci_script_runs_the_readmes_test_command():
     assert re.search(r"^make test\b", read("README.md"), re.M)
 
 
-@pytest.mark.parametrize("path", sorted(REPOSITORY.glob(".github/ISSUE_TEMPLATE/*.yml")), ids=lambda path: path.stem)
-def test_issue_forms_have_what_github_asks_of_them(path):
-    form = yaml.safe_load(path.read_text())
-    if path.stem != "config":
-        assert {"name", "description", "body"} <= set(form) and all(
-            part["attributes"]["label"] for part in form["body"]
-        )
+@pytest.mark.parametrize("name", ["bug", "feature"])
+def test_issue_forms_have_what_github_asks_of_them(name):
+    form = yaml.safe_load(read(f".github/ISSUE_TEMPLATE/{name}.yml"))
+    assert {"name", "description", "body"} <= set(form)
+    assert all(part["attributes"]["label"] for part in form["body"])
 
 
 def test_pre_commit_runs_programs_that_make_setup_installs():

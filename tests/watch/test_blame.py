@@ -19,6 +19,12 @@ def writer(rank: int, phase: str, position: tuple[int, int], silent_s: float, **
     return actor(rank, phase, position, silent_s, lane=SAVE, **facts)
 
 
+@pytest.mark.parametrize(("state", "limit_s"), [("R", 300.0), ("D", 300.0), ("T", BOUND_S), ("t", BOUND_S)])
+def test_a_stopped_rank_has_the_short_limit_although_it_was_seen_to_progress(state: str, limit_s: float) -> None:
+    one = actor(0, "forward", (5, 1), 100, state=state, progresses=True, slow_bound_s=300.0)
+    assert one.limit_s == limit_s and one.overdue == (limit_s == BOUND_S)
+
+
 def waiting(rank: int, phase: str, position: tuple[int, int], silent_s: float, **facts) -> Actor:
     return actor(rank, phase, position, silent_s, waits=True, **facts)
 
